@@ -1,0 +1,1 @@
+"""Evaluation of published checkpoints, and the reports made from it."""

@@ -1,0 +1,275 @@
+"""The page of one run: `report/index.html`, `report.json` and the figures as SVG files."""
+
+import json
+from pathlib import Path
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from eval.matrix import DEFINITIONS, METRICS, learning_curve
+from eval.report import plots
+from eval.report.load import Run, StageTime, load_run
+from eval.report.plots import signed
+
+NAMES = {
+    "acc": "ACC (mean final loss)",
+    "bwt": "Backward transfer",
+    "forgetting": "Forgetting",
+    "fwt": "Forward transfer",
+    "base_retention": "Base retention",
+    "learned": "Learned",
+    "forgotten": "Forgotten",
+}
+KINDS = {
+    "q": "Query",
+    "k": "Key",
+    "v": "Value",
+    "o": "Attention output",
+    "ffn_in": "FFN, first layer",
+    "ffn_out": "FFN, second layer",
+}
+
+
+def write_report(run_dir: Path | str) -> Path:
+    """Write the report of a run, finished or under way, and return the path of its page.
+
+    Writes index.html (one self-contained file), report.json and the figures into
+    `<run_dir>/report`. `UserError` if `run_dir` is not a run folder.
+    """
+    run = load_run(Path(run_dir))
+    overlaps = plots.overlaps(run)
+    figures = {f"overlap_{kind}": svg for kind, svg, _ in overlaps}
+    if run.evaluated >= 0:
+        figures["heat_map"] = plots.heat_map(run)
+        figures["domain_curves"] = plots.domain_curves(run.matrix)
+    if any(step.get("loss") is not None for step in run.steps):
+        figures["training_loss"] = plots.training_loss(run)
+
+    numbers = run_numbers(run)
+    shared = {kind: means for kind, _, means in overlaps}
+    numbers["overlap_off_diagonal_mean"] = {
+        kind: {str(stage): mean for stage, mean in means.items()} for kind, means in shared.items()
+    }
+    threshold = next((o.get("threshold") for o in run.overlap.values()), None)
+    page = render(
+        "run.html.j2",
+        title=f"{run.name}: learning and forgetting",
+        run=run,
+        summary=numbers["summary"],
+        warnings=numbers["warnings"],
+        heat_map=Markup(figures.get("heat_map", "")),
+        domain_curves=Markup(figures.get("domain_curves", "")),
+        training_loss=Markup(figures.get("training_loss", "")),
+        overlaps=[
+            (KINDS.get(kind, kind), Markup(svg), _overlap_words(means))
+            for kind, svg, means in overlaps
+        ],
+        chance_overlap=None if threshold is None else f"{1 - threshold:.2f}",
+        metrics=[
+            (NAMES[key], _metric(key, value), DEFINITIONS[key])
+            for key, value in numbers["metrics"].items()
+        ],
+        times=_time_table(run.times),
+        facts=_facts(run),
+        recipe=yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True),
+        versions="\n".join(f"{k} {v}" for k, v in run.environment.get("versions", {}).items()),
+    )
+    return write_folder(run.path / "report", page, numbers, figures)
+
+
+def run_numbers(run: Run) -> dict:
+    """What report.json holds: every number of the page, with definitions and warnings."""
+    matrix = run.matrix
+    so_far = matrix.until(max(run.evaluated, 0))
+    curve = learning_curve(matrix)
+    metrics = {key: function(so_far) for key, function in METRICS.items()}
+    metrics["learned"], metrics["forgotten"] = curve[-1] if len(curve) > 1 else (None, None)
+    return {
+        "name": run.name,
+        "summary": summary(run),
+        "finished": run.finished,
+        "warnings": run.warnings + _missing(run),
+        "stages": matrix.stages,
+        "domains": matrix.domains,
+        "trained": matrix.trained,
+        "loss": matrix.values,
+        "stderr": run.stderr,
+        "unigram_loss": run.unigram,
+        "metrics": metrics,
+        "definitions": {key: DEFINITIONS[key] for key in metrics},
+        "learning_curve": curve,
+        "time": [vars(time) for time in run.times],
+        "environment": run.environment,
+        "recipe": run.recipe,
+    }
+
+
+def summary(run: Run) -> str:
+    """What the run shows, in plain words and numbers."""
+    matrix, stage = run.matrix, run.evaluated
+    if stage < 0:
+        return "This run has started; nothing has been evaluated yet."
+    if stage == 0:
+        return "Only the model before training has been evaluated yet."
+    words = [f"After {stage} of {matrix.last} stage{'s' * (matrix.last > 1)}:"]
+    gains = {d: matrix.gain(d, 0, own) for d, own in matrix.trained.items() if own <= stage}
+    gains = {d: gain for d, gain in gains.items() if gain is not None}
+    if gains:
+        each = ", ".join(f"{d} {signed(-gain)}" for d, gain in gains.items())
+        mean = sum(gains.values()) / len(gains)
+        direction = "lower" if mean >= 0 else "higher"
+        words.append(
+            f"right after its own stage, a domain's held-out loss was on average {abs(mean):.3f} "
+            f"nats {direction} than before training ({each})."
+        )
+    lost = {}
+    for domain in matrix.old(stage):
+        best = matrix.best_row(domain, stage)
+        gain = None if best is None else matrix.gain(domain, best, stage)
+        if gain is not None:
+            lost[domain] = -gain
+    if lost:
+        mean = sum(lost.values()) / len(lost)
+        each = ", ".join(f"{d} {signed(loss)}" for d, loss in lost.items())
+        direction = "higher" if mean >= 0 else "lower"
+        words.append(
+            f"What the model knew before the latest stage is now on average {abs(mean):.3f} nats "
+            f"{direction} than at its best ({each})."
+        )
+    return " ".join(words)
+
+
+def render(template: str, **content: object) -> str:
+    """Fill one of the templates, everything escaped but what is marked as markup."""
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    environment = Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**content)
+
+
+def write_folder(folder: Path, page: str, numbers: dict, figures: dict[str, str]) -> Path:
+    """Write page, numbers and figures; the page last, so that it never names what is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, svg in figures.items():
+        (folder / f"{name}.svg").write_text(svg + "\n", encoding="utf-8")
+    text = json.dumps(numbers, indent=1, ensure_ascii=False)
+    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+    path = folder / "index.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "—" if value is None else f"{value:,.{digits}f}"
+
+
+def short_float(value: float) -> str:
+    """A learning rate as people write it: 1e-3, 5e-4, 0.01 as 1e-2."""
+    digits, exponent = f"{value:e}".split("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def _metric(key: str, value: float | None) -> str:
+    return number(value) if key == "acc" else signed(value)
+
+
+def _missing(run: Run) -> list[str]:
+    found = []
+    for domain, record in run.bad_lines.items():
+        example = next(iter(record.get("examples") or []), None)
+        first = "" if not example else (
+            f", the first in {example.get('file')}, line {example.get('line')}: "
+            f"{example.get('reason')}"
+        )
+        found.append(f"{record.get('count')} unreadable line(s) of {domain} were skipped{first}.")
+    missing = [
+        f"{t} ({run.matrix.stages[t]})"
+        for t, row in enumerate(run.matrix.values)
+        if all(value is None for value in row)
+    ]
+    if missing:
+        found.append(f"Not yet evaluated: stage {', '.join(missing)}.")
+    elif any(value is None for row in run.matrix.values for value in row):
+        found.append("Some domains were not evaluated after every stage.")
+    return found
+
+
+def _overlap_words(means: dict[int, float]) -> str:
+    if not means:
+        return ""
+    each = ", ".join(f"{mean:.3f} at stage {stage}" for stage, mean in means.items())
+    return f"mean between different domains: {each}."
+
+
+def _time_table(times: list[StageTime]) -> list[dict]:
+    def cells(time: StageTime) -> list[str]:
+        return [
+            f"{time.steps:,}",
+            f"{time.tokens:,}",
+            number(time.tokens_per_second, 0),
+            number(None if time.step_seconds is None else 1000 * time.step_seconds, 1),
+            number(time.mask_percent, 1),
+            number(time.seconds, 1),
+            number(time.publish_seconds, 1),
+            number(time.eval_seconds, 1),
+        ]
+
+    rows = [
+        {
+            "name": f"{time.stage} {time.name}" + ("" if time.finished else " (under way)"),
+            "cells": cells(time),
+            "total": False,
+        }
+        for time in times
+    ]
+    if len(times) > 1:
+        total = [f"{sum(t.steps for t in times):,}", f"{sum(t.tokens for t in times):,}"]
+        sums = [
+            number(sum(getattr(t, key) or 0 for t in times), 1)
+            for key in ("seconds", "publish_seconds", "eval_seconds")
+        ]
+        rows.append({"name": "all", "cells": [*total, "", "", "", *sums], "total": True})
+    return rows
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    environment, mask = run.environment, run.recipe.get("mask") or {}
+    optimizer = run.recipe.get("optimizer") or {}
+    model = run.recipe.get("model") or {}
+    hardware = environment.get("hardware") or {}
+    rows = environment.get("masked_rows") or {}
+    parameters = environment.get("parameters")
+    masked = "none (ordinary fine-tuning)"
+    if mask.get("enabled"):
+        masked = f"{mask.get('criterion', 'output')} criterion, T = {mask.get('threshold')}"
+        if environment.get("masked_linears"):
+            masked += f", {environment['masked_linears']} linear layers"
+        if rows.get("total"):
+            masked += f", {rows.get('kept', 0):,} of {rows['total']:,} rows kept each step"
+    commit = environment.get("commit")
+    if commit and environment.get("dirty"):
+        commit += ", with uncommitted changes"
+    memory = f"{hardware['memory_gb']} GB" if "memory_gb" in hardware else None
+    cores = f"{hardware['cores']} cores" if "cores" in hardware else None
+    parts = [hardware.get("device"), hardware.get("name"), cores, memory]
+    facts = {
+        "Model": str(model.get("path") or "built from the recipe")
+        + (f", {parameters:,} parameters" if parameters else ""),
+        "Mask": masked,
+        "Learning rate": short_float(optimizer["lr"]) if optimizer.get("lr") else None,
+        "Seed": run.recipe.get("seed"),
+        "Engine": environment.get("engine"),
+        "Precision": environment.get("precision"),
+        "Ranks": environment.get("ranks"),
+        "Hardware": ", ".join(str(part) for part in parts if part) or None,
+        "Started": environment.get("started"),
+        "Commit": commit,
+        "Command": environment.get("command"),
+    }
+    return [(key, str(value)) for key, value in facts.items() if value is not None]

@@ -1,0 +1,92 @@
+"""Publish a folder atomically, with a manifest that says whether it is whole."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+def publish(folder: Path, write: Callable[[Path], None], info: dict[str, Any]) -> None:
+    """Fill a temporary sibling of `folder`, then rename it: readers see all of it or nothing.
+
+    Args:
+        write: writes the files into the folder it is given.
+        info: goes into the manifest beside the SHA-256 of each file.
+
+    Raises:
+        UserError: the disk is full or not writable; nothing is left behind.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        files = sorted(p for p in temporary.rglob("*") if p.is_file())
+        manifest = {
+            **info,
+            "files": {str(p.relative_to(temporary)): _sha256(p) for p in files},
+        }
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        for path in [*files, temporary / MANIFEST, temporary]:
+            _fsync(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+        _fsync(folder.parent)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        # safetensors wraps the system's error in one of its own.
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            free = shutil.disk_usage(folder.parent).free
+            raise UserError(
+                f"cannot publish {folder}: {error} ({free / 1e6:,.0f} MB free there). Free some "
+                "space and run the same command again: it continues after the last finished stage."
+            ) from None
+        raise
+
+
+def is_published(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+def verify(folder: Path) -> None:
+    """Raises UserError where a file is missing or differs from the manifest."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for name, digest in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: missing, but listed in {MANIFEST}; the checkpoint is damaged")
+        if _sha256(path) != digest:
+            raise UserError(f"{path}: differs from its SHA-256 in {MANIFEST}; it is damaged")
+
+
+def require_space(folder: Path, size: int) -> None:
+    """Raises UserError where `size` bytes do not fit beside what is there."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise UserError(
+            f"{folder}: a checkpoint takes about {size / 1e9:.2f} GB, only {free / 1e9:.2f} GB are "
+            "free. Free some space, or set another run folder with --runs."
+        )
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,101 @@
+"""Examples for masked and causal language models: which tokens to predict, and batches of them."""
+
+from collections.abc import Sequence as Items
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data.stream import Sequence
+
+IGNORED = -100  # the label that the loss leaves out
+
+Row = tuple[np.ndarray, np.ndarray, np.ndarray]  # input_ids int64, labels int64, segments: [length]
+
+
+def mask_tokens(
+    seq: Sequence,
+    rng: np.random.Generator,
+    *,
+    probability: float,
+    whole_word: bool,
+    mask_id: int,
+    vocab_size: int,
+    special_ids: Items[int],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choose the tokens to predict, as BERT and RoBERTa do.
+
+    Exactly `round(probability * n)` of the n tokens that are neither special nor padding are
+    chosen, at least one; with `whole_word`, whole words until there are that many. Of them 80%
+    become `mask_id`, 10% a random token that is not special, and 10% stay.
+
+    Returns (input_ids, labels), int64 [length]; labels are -100 where nothing is predicted. All
+    draws come from `rng`.
+    """
+    ids = seq.ids.astype(np.int64)
+    labels = np.full_like(ids, IGNORED)
+    special = np.array(sorted(set(special_ids)), np.int64)
+    places = np.flatnonzero((seq.segments >= 0) & ~np.isin(ids, special))
+    if not len(places):
+        return ids, labels
+    wanted = max(1, round(probability * len(places)))
+    if whole_word:
+        _, word = np.unique(seq.words[places], return_inverse=True)
+        sizes = np.bincount(word)
+        order = rng.permutation(len(sizes))
+        chosen = order[: np.searchsorted(np.cumsum(sizes[order]), wanted) + 1]
+        places = places[np.isin(word, chosen)]
+    else:
+        places = np.sort(rng.permutation(places)[:wanted])
+    labels[places] = ids[places]
+
+    dice = rng.random(len(places))
+    ids[places[dice < 0.8]] = mask_id
+    swapped = places[(dice >= 0.8) & (dice < 0.9)]
+    special = special[special < vocab_size]
+    tokens = rng.integers(vocab_size - len(special), size=len(swapped))
+    for token in special:  # ascending, so that each step over one leaves no gap
+        tokens += tokens >= token
+    ids[swapped] = tokens
+    return ids, labels
+
+
+def collate_mlm(rows: Items[Row], cross_document: bool = False) -> dict[str, Tensor]:
+    """A batch for a masked language model.
+
+    Returns input_ids and labels, int64 [B, L], and attention_mask: bool [B, 1, L, L], True where
+    one token may look at another, which is within its document; a padding token looks at itself
+    only (a row without any True would give NaN). With `cross_document`, documents that share a
+    sequence see each other: attention_mask is then the usual int64 [B, L] with 0 on padding.
+    """
+    batch, segments = _stack(rows)
+    batch["attention_mask"] = _padding_mask(segments) if cross_document else _same(segments)
+    return batch
+
+
+def collate_causal(rows: Items[Row], cross_document: bool = False) -> dict[str, Tensor]:
+    """A batch for a causal language model, as `collate_mlm`; a token looks at itself and back.
+
+    The labels are not shifted: the models of the transformers library do that.
+    """
+    batch, segments = _stack(rows)
+    length = segments.shape[1]
+    past = torch.ones(length, length, dtype=torch.bool).tril()
+    mask = _padding_mask(segments) if cross_document else _same(segments) & past
+    batch["attention_mask"] = mask
+    return batch
+
+
+def _stack(rows: Items[Row]) -> tuple[dict[str, Tensor], Tensor]:
+    ids, labels, segments = (torch.from_numpy(np.stack(c)) for c in zip(*rows, strict=True))
+    return {"input_ids": ids.long(), "labels": labels.long()}, segments
+
+
+def _padding_mask(segments: Tensor) -> Tensor:
+    return (segments >= 0).long()
+
+
+def _same(segments: Tensor) -> Tensor:
+    same = segments[:, :, None] == segments[:, None, :]
+    mask = same & (segments >= 0)[:, None, :]
+    return (mask | torch.eye(segments.shape[1], dtype=torch.bool))[:, None]

@@ -1,0 +1,320 @@
+"""Documents packed to sequences of one length, the same for every number of ranks.
+
+The documents of all epochs, shuffled within windows, form one endless numbered list. Document i
+belongs to virtual stream i % V, where V is the number of sequences of a step. Every stream packs
+its own documents and gives one sequence a step; rank r owns the streams v with v % ranks == r and
+tokenizes only those. So what a step consists of does not depend on the number of ranks, and the
+place where a stream stands is two numbers: its document and the token in it.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import count, islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SMALLEST_PIECE = 8  # tokens of a document cut at the end of a sequence; below that, pad instead
+BATCH = 16  # documents that are tokenized in one call
+
+
+@dataclass
+class Sequence:
+    """One packed sequence of `length` tokens.
+
+    ids: int32 [length], padded with the pad token (or, where there is none, end of text).
+    words: int32 [length], which whole word of the sequence a token belongs to, counted from 0;
+        -1 on special tokens and padding, and everywhere for causal models.
+    segments: int16 [length], which document of the pack a token belongs to; -1 on padding.
+    """
+
+    ids: np.ndarray
+    words: np.ndarray
+    segments: np.ndarray
+
+
+class PackedStream(IterableDataset):
+    """Per step, this rank's sequences in the order of their streams, and the state after the step.
+
+    Iterating never ends: epochs repeat with new shuffles. `documents(e)` gives the documents of
+    epoch e = 0, 1, ... in a fixed order. For masked models every piece of a document is
+    `<s> ... </s>`, and a sequence may hold several pieces; for causal models (`masked=False`) the
+    documents, each `bos? ... eos`, are concatenated and cut.
+
+    A state is a small JSON-able dict. It speaks for this rank's streams only: to go on with
+    another number of ranks, gather the states of all ranks and `merge_states` them.
+
+    Raises:
+        UserError: a tokenizer without the special tokens needed, an epoch without any document, a
+            state of other settings.
+        ValueError: `streams` is not a multiple of `world_size`.
+    """
+
+    def __init__(
+        self,
+        documents: Callable[[int], Iterable[str]],
+        tokenizer: "PreTrainedTokenizerFast",
+        length: int,
+        streams: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle_window: int = 1024,
+        masked: bool = True,
+    ):
+        if streams % world_size:
+            raise ValueError(f"{streams} streams cannot be shared evenly by {world_size} ranks")
+        self.documents = documents
+        self.encoder = _Encoder.of(tokenizer, length, masked)
+        self.length, self.streams = length, streams
+        self.owned = range(rank, streams, world_size)
+        self.seed, self.shuffle_window = seed, shuffle_window
+        self._start = {
+            "settings": {
+                "length": length,
+                "streams": streams,
+                "seed": seed,
+                "shuffle_window": shuffle_window,
+                "masked": masked,
+            },
+            "step": 0,
+            "epoch": 0,
+            "first": 0,
+            "positions": {str(v): [0, 0] for v in self.owned},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration start behind the step that `state` was yielded with."""
+        for key, value in self._start["settings"].items():
+            if state["settings"].get(key) != value:
+                raise UserError(
+                    f"cannot resume in the middle of the data: {key} was "
+                    f"{state['settings'].get(key)} and is now {value}; set it back, or start anew"
+                )
+        missing = [v for v in self.owned if str(v) not in state["positions"]]
+        if missing:
+            raise ValueError(f"the state lacks the streams {missing}: merge those of all ranks")
+        self._start = state
+
+    def __iter__(self) -> Iterator[tuple[list[Sequence], dict[str, Any]]]:
+        worker = get_worker_info()
+        if worker is not None and worker.num_workers > 1:
+            raise UserError("packing is sequential: use at most one worker (data.workers=1)")
+        start = self._start
+        positions = {v: start["positions"][str(v)] for v in self.owned}
+        texts: dict[int, deque[str]] = {v: deque() for v in self.owned}
+        windows = self._windows(start["epoch"], start["first"])
+        # (epoch, number of its first document), of every epoch that a stream may still stand in
+        epochs = deque([(start["epoch"], start["first"])])
+
+        def puller(stream: int) -> Callable[[], list[str]]:
+            def pull() -> list[str]:
+                waiting = texts[stream]
+                while not waiting:
+                    epoch, first, window = next(windows)
+                    if epoch != epochs[-1][0]:
+                        epochs.append((epoch, first))
+                    for number, text in enumerate(window, first):
+                        owner = number % self.streams
+                        # those before were packed already, before the state was taken
+                        if owner in texts and number // self.streams >= positions[owner][0]:
+                            texts[owner].append(text)
+                return [waiting.popleft() for _ in range(min(BATCH, len(waiting)))]
+
+            return pull
+
+        cursors = {v: _Cursor(puller(v), self.encoder, *positions[v]) for v in self.owned}
+        for step in count(start["step"] + 1):
+            sequences = []
+            for cursor in cursors.values():
+                sequence = self.encoder.pack(cursor, self.length)
+                assert sequence is not None  # the windows never end
+                sequences.append(sequence)
+            earliest = min(v + self.streams * c.document for v, c in cursors.items())
+            while len(epochs) > 1 and epochs[1][1] <= earliest:
+                epochs.popleft()
+            state = {
+                "settings": self._start["settings"],
+                "step": step,
+                "epoch": epochs[0][0],
+                "first": epochs[0][1],
+                "positions": {str(v): [c.document, c.offset] for v, c in cursors.items()},
+            }
+            yield sequences, state
+
+    def _windows(self, epoch: int, first: int) -> Iterator[tuple[int, int, list[str]]]:
+        """(epoch, number of the first document, shuffled documents), window after window."""
+        for e in count(epoch):
+            documents = (text for text in self.documents(e) if text.strip())
+            start = first
+            for w in count():
+                window = list(islice(documents, self.shuffle_window))
+                if not window:
+                    break
+                order = np.random.default_rng([self.seed, e, w]).permutation(len(window))
+                yield e, first, [window[i] for i in order]
+                first += len(window)
+            if first == start:
+                raise UserError("the corpus has no document to train on")
+
+
+def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """One state of all streams from the states of all ranks after the same step."""
+    states = list(states)
+    if len({state["step"] for state in states}) != 1:
+        raise ValueError("the states are of different steps")
+    earliest = min(states, key=lambda state: state["epoch"])
+    positions = {k: v for state in states for k, v in state["positions"].items()}
+    return {**earliest, "positions": positions}
+
+
+def heldout_sequences(
+    documents: Iterable[str],
+    tokenizer: "PreTrainedTokenizerFast",
+    length: int,
+    count: int,
+    masked: bool,
+) -> list[Sequence]:
+    """The first `count` sequences of the documents packed in order, fewer if the text ends before.
+
+    The last one may be padded. Raises UserError if there is no text.
+    """
+    encoder = _Encoder.of(tokenizer, length, masked)
+    texts = (text for text in documents if text.strip())
+    cursor = _Cursor(lambda: list(islice(texts, BATCH)), encoder)
+    packed = iter(lambda: encoder.pack(cursor, length), None)
+    sequences = list(islice(packed, count))
+    if not sequences:
+        raise UserError("the corpus has no held-out document")
+    return sequences
+
+
+@dataclass
+class _Encoder:
+    """Text to tokens, and tokens to sequences, for one kind of model."""
+
+    backend: Any  # tokenizers.Tokenizer
+    masked: bool
+    before: list[int]  # special tokens before a piece (masked) or document (causal)
+    after: list[int]
+    pad: int
+
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerFast", length: int, masked: bool) -> "_Encoder":
+        from tokenizers import Tokenizer
+
+        needed = ["mask_token", "pad_token", "cls_token", "sep_token"] if masked else ["eos_token"]
+        missing = [name for name in needed if getattr(tokenizer, name) is None]
+        if missing:
+            kind = "masked" if masked else "causal"
+            raise UserError(
+                f"the tokenizer has no {' and no '.join(missing)}, which a {kind} language model "
+                "needs; choose another tokenizer, or another model.objective"
+            )
+        if length < 16:
+            raise ValueError(f"a length of {length} tokens is below 16")
+        # a copy, as the settings would change what the caller's tokenizer does
+        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = True  # "</s>" in a document is text
+        before = tokenizer.cls_token_id if masked else tokenizer.bos_token_id
+        # many causal tokenizers name one token as both ends; once is enough
+        if not masked and before == tokenizer.eos_token_id:
+            before = None
+        after = tokenizer.sep_token_id if masked else tokenizer.eos_token_id
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else after
+        return cls(backend, masked, [] if before is None else [before], [after], pad)
+
+    def encode(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids, words) of each text, int32; without special tokens for masked models."""
+        if self.masked:
+            encoded = self.backend.encode_batch(texts, add_special_tokens=False)
+            return [(np.array(e.ids, np.int32), _words(e.word_ids)) for e in encoded]
+        encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        ids = [np.array(self.before + e.ids + self.after, np.int32) for e in encoded]
+        return [(i, np.full_like(i, -1)) for i in ids]
+
+    def pack(self, cursor: "_Cursor", length: int) -> Sequence | None:
+        """The next sequence, or None at the end of the text."""
+        ids = np.full(length, self.pad, np.int32)
+        words = np.full(length, -1, np.int32)
+        segments = np.full(length, -1, np.int16)
+        ends = [self.before, self.after] if self.masked else [[], []]
+        used = segment = next_word = 0
+        while tokens := cursor.tokens():
+            rest, rest_words = (part[cursor.offset :] for part in tokens)
+            room = length - used - len(ends[0]) - len(ends[1])
+            take = self._piece(len(rest), room, first=used == 0)
+            if take == 0:
+                break
+            start, stop = used + len(ends[0]), used + len(ends[0]) + take
+            end = stop + len(ends[1])
+            ids[used:start], ids[start:stop], ids[stop:end] = ends[0], rest[:take], ends[1]
+            segments[used:end] = segment
+            if self.masked:
+                # a word cut by the end of a piece counts as two
+                words[start:stop] = rest_words[:take] - rest_words[0] + next_word
+                next_word = int(words[stop - 1]) + 1
+            used, segment = end, segment + 1
+            cursor.advance(take)
+            if used == length:
+                break
+        return Sequence(ids, words, segments) if used else None
+
+    def _piece(self, rest: int, room: int, first: bool) -> int:
+        """How many of the `rest` tokens of a document to put into `room`; 0: pad instead."""
+        take = max(0, min(rest, room))
+        if not self.masked or take == rest:
+            return take
+        if rest - take < SMALLEST_PIECE:  # leave a whole piece for the next sequence
+            take = rest - SMALLEST_PIECE
+        if take < SMALLEST_PIECE:
+            return room if first else 0
+        return take
+
+
+@dataclass
+class _Cursor:
+    """Where a stream stands: `document` counts those used up, `offset` the tokens of the next."""
+
+    pull: Callable[[], list[str]]  # more texts, or none at the end
+    encoder: _Encoder
+    document: int = 0
+    offset: int = 0
+    encoded: deque[tuple[np.ndarray, np.ndarray]] = field(default_factory=deque)
+
+    def tokens(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """(ids, words) of the whole current document, or None at the end of the text."""
+        while not self.encoded:
+            texts = self.pull()
+            if not texts:
+                return None
+            self.encoded.extend(self.encoder.encode(texts))
+            self._skip_used()
+        return self.encoded[0]
+
+    def advance(self, count: int) -> None:
+        self.offset += count
+        self._skip_used()
+
+    def _skip_used(self) -> None:
+        """Go on to a document with tokens left (a tokenizer may give none for odd text)."""
+        while self.encoded and self.offset >= len(self.encoded[0][0]):
+            self.encoded.popleft()
+            self.document, self.offset = self.document + 1, 0
+
+
+def _words(word_ids: list[int | None]) -> np.ndarray:
+    """Word numbers from 0; a token outside of every word is a word of its own."""
+    words = np.array([-1 if w is None else w for w in word_ids], np.int32)
+    begins = (words[1:] != words[:-1]) | (words[1:] < 0)
+    return np.concatenate([[0], np.cumsum(begins)]).astype(np.int32)[: len(words)]

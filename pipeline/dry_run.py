@@ -1,0 +1,78 @@
+"""`--dry-run`: what a recipe would do and take, without loading weights or training."""
+
+from typing import Any
+
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.batches import stage_steps
+from pipeline.engine.config import describe, memory_per_rank, precision_of
+from pipeline.migu.targets import count_rows, find_targets
+from pipeline.model.load import check_model, empty_model, load_config
+from pipeline.recipe import Recipe
+
+
+def describe_run(recipe: Recipe, ds_config: dict[str, Any], ranks: int) -> str:
+    """The resolved recipe, the mask, the stages and the memory per rank, as text.
+
+    Raises:
+        UserError: what the run itself would refuse.
+    """
+    m = recipe.model
+    if m.train_tokenizer is None:
+        tokenizer = load_tokenizer(m.tokenizer or m.path, m.revision)
+        vocabulary = len(tokenizer)
+    else:
+        tokenizer, vocabulary = None, m.train_tokenizer
+    config = load_config(m, vocabulary)
+    check_model(config, recipe, vocabulary)
+    model = empty_model(m, config)
+    parameters = sum(p.numel() for p in model.parameters())
+    lines = [recipe.to_yaml()]
+    lines += [f"model      {type(model).__name__}, {parameters:,} parameters, "
+              f"vocabulary {vocabulary:,}"]
+    lines += [f"engine     {describe(ds_config)}, {precision_of(ds_config)}, {ranks} rank(s), "
+              f"batch {recipe.train.batch_size} = {ranks} x {recipe.train.micro_batch_size} x "
+              f"{ds_config['gradient_accumulation_steps']} (ranks x micro-batch x accumulation)"]
+    lines += _mask_lines(recipe, model)
+    lines += _stage_lines(recipe, tokenizer)
+    lines += _memory_lines(parameters, ds_config, ranks)
+    return "\n".join(lines)
+
+
+def _mask_lines(recipe: Recipe, model: Any) -> list[str]:
+    k = recipe.mask
+    if not k.enabled:
+        return ["mask       off: every row is updated"]
+    counts = count_rows(find_targets(model, k.components), k.threshold, k.rule)
+    total = {key: sum(c[key] for c in counts.values()) for key in ("linears", "rows", "kept")}
+    lines = [f"mask       criterion {k.criterion}, T = {k.threshold}, from stage {k.from_stage}:"]
+    for name, c in [*counts.items(), ("all", total)]:
+        lines.append(
+            f"  {name:<9}{c['linears']:>4} linears {c['rows']:>9,} rows, {c['kept']:>9,} kept "
+            f"({c['kept'] / c['rows']:.1%})"
+        )
+    return lines
+
+
+def _stage_lines(recipe: Recipe, tokenizer: Any) -> list[str]:
+    lines = ["stages"]
+    per_step = recipe.train.batch_size * recipe.data.sequence_length
+    for i, stage in enumerate(recipe.stages, start=1):
+        if tokenizer is None and stage.epochs is not None:
+            lines.append(f"  {i} {stage.name}: {stage.epochs} epochs (steps are known once the "
+                         "tokenizer is trained)")
+            continue
+        steps = stage_steps(recipe, i, tokenizer)
+        lr = stage.lr or recipe.optimizer.lr
+        lines.append(f"  {i} {stage.name}: {steps:,} steps, {steps * per_step:,} tokens, lr {lr:g}")
+    return lines
+
+
+def _memory_lines(parameters: int, ds_config: dict[str, Any], ranks: int) -> list[str]:
+    sizes = memory_per_rank(parameters, ds_config, ranks)
+    device, host = (sum(s[i] for s in sizes.values()) for i in (0, 1))
+    lines = ["memory per rank (model state; activations and buffers come on top)"]
+    for name, (on_device, on_host) in sizes.items():
+        where = "on the GPU" if on_device else "on the host"
+        lines.append(f"  {name:<10}{(on_device or on_host) / 1e9:9.3f} GB {where}")
+    lines.append(f"  {'total':<10}{device / 1e9:9.3f} GB on the GPU, {host / 1e9:.3f} GB on the host")
+    return lines

@@ -1,0 +1,1 @@
+"""Engines: what shards and steps the model."""

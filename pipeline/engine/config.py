@@ -1,0 +1,300 @@
+"""The DeepSpeed JSON: checked (DeepSpeed accepts misspelt top-level keys without a word), filled
+from the recipe where it says "auto", and held against the recipe where it says something else."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe
+
+# Top-level keys that take effect here, and keys of DeepSpeed that do not, with the reason.
+USED = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+    "gradient_clipping", "optimizer", "fp16", "bf16", "zero_optimization", "communication_data_type",
+    "prescale_gradients", "gradient_predivide_factor", "data_types", "steps_per_print",
+    "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler", "comms_logger",
+    "tensorboard", "wandb", "comet", "csv_monitor", "aio", "timers",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+}
+UNUSED = {
+    "scheduler": "the learning-rate schedule is the recipe's (optimizer.schedule, optimizer.warmup)",
+    "activation_checkpointing": "set model.gradient_checkpointing in the recipe",
+    "amp": "use bf16 or fp16",
+    "torch_autocast": "use bf16 or fp16",
+    "curriculum_learning": "the order of the data is the recipe's (stages)",
+    "data_efficiency": "the order of the data is the recipe's (stages)",
+    "elasticity": "the batch size is the recipe's (train.batch_size)",
+    "autotuning": "it starts runs of its own",
+    "checkpoint": "checkpoints are published in Hugging Face format",
+    "compression_training": "compressed layers are not masked",
+    "sparse_gradients": "sparse embedding gradients are not sharded by ZeRO",
+    "pipeline": "pipeline parallelism is not supported",
+    "tensor_parallel": "tensor parallelism is not supported",
+    "managed_gradient_accumulation": "the training loop relies on the default",
+}
+# Settings inside zero_optimization under which the gradient is not where the mask looks for it.
+UNSUPPORTED_ZERO = {
+    "round_robin_gradients": "DeepSpeed then maps parameters to the wrong master weights at export",
+    "zero_quantized_gradients": "ZeRO++ gradients are not tested with the mask",
+    "zero_quantized_weights": "ZeRO++ weights are not tested with the mask",
+    "zenflow": "ZenFlow selects gradients by itself",
+    "mics_shard_size": "MiCS is not tested with the mask",
+}
+PRECISIONS = ("bf16", "fp16")
+
+
+def load_ds_config(path: str | Path) -> dict[str, Any]:
+    """Read a DeepSpeed JSON file.
+
+    Raises:
+        UserError: no such file, or not a JSON object.
+    """
+    try:
+        config = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        here = sorted(p.name for p in Path(path).parent.glob("*.json"))
+        near = f"; the folder has {', '.join(here)}" if here else ""
+        raise UserError(f"--config {path}: no such file{near}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: {error}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: a DeepSpeed configuration is a JSON object")
+    return config
+
+
+def resolve_ds_config(
+    config: dict[str, Any], recipe: Recipe, ranks: int, device: str, name: str = "ds_config"
+) -> dict[str, Any]:
+    """The configuration that DeepSpeed gets: complete, without "auto".
+
+    Args:
+        config: as read from the file; not changed.
+        ranks: number of processes; device: "cpu" or "cuda"; name: the file, for messages.
+
+    Raises:
+        UserError: lists every problem: unknown keys, contradictions with the recipe, an "auto"
+            that nothing fills.
+    """
+    config = json.loads(json.dumps(config))
+    problems: list[str] = []
+    _check_keys(config, problems)
+    _check_zero(config, problems)
+    precision = _resolve_precision(config, recipe, device, problems)
+    _resolve_batch(config, recipe, ranks, problems)
+    _agree(config, "gradient_clipping", recipe.train.gradient_clipping, "train", problems)
+    _check_optimizer(config, recipe, problems)
+    for key in _autos(config):
+        problems.append(f'{key}: "auto" is not filled here; write a value or remove the key')
+    if problems:
+        noun = "problem" if len(problems) == 1 else "problems"
+        lines = [f"{name}: {len(problems)} {noun}", *(f"  {p}" for p in problems)]
+        raise UserError("\n".join(lines))
+    for other in PRECISIONS:
+        config[other] = config.get(other, {}) if other == precision else {"enabled": False}
+    if precision in PRECISIONS:
+        config[precision]["enabled"] = True
+    config.pop("optimizer", None)  # built by the engine, from the recipe
+    if device == "cpu" or not offloads(config, "optimizer"):
+        config["zero_force_ds_cpu_optimizer"] = False  # no compiled CPU Adam: start at once
+    config.setdefault("steps_per_print", 10**9)
+    return config
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def offloads(config: dict[str, Any], what: str) -> bool:
+    """Whether "optimizer" or "param" is offloaded to the CPU."""
+    block = config.get("zero_optimization", {}).get(f"offload_{what}") or {}
+    return block.get("device", "none") != "none"
+
+
+def precision_of(config: dict[str, Any]) -> str:
+    return next((p for p in PRECISIONS if config.get(p, {}).get("enabled")), "fp32")
+
+
+def describe(config: dict[str, Any]) -> str:
+    text = f"DeepSpeed ZeRO-{zero_stage(config)}"
+    offloaded = [w for w in ("optimizer", "param") if offloads(config, w)]
+    return text + (f" + {' and '.join(offloaded)} offload" if offloaded else "")
+
+
+def memory_per_rank(parameters: int, config: dict[str, Any], ranks: int) -> dict[str, tuple[int, int]]:
+    """Bytes of model state per rank, (device, host), without activations and buffers.
+
+    Weights and gradients in the training precision; AdamW keeps two fp32 moments, and an fp32
+    master copy where the precision is lower. ZeRO-1 shards the optimizer, 2 the gradients too,
+    3 the weights too (Rajbhandari et al. 2020).
+    """
+    stage = zero_stage(config)
+    size = 4 if precision_of(config) == "fp32" else 2
+    host_only = not torch.cuda.is_available()
+    adam = 8 if size == 4 else 12
+    sizes = {}
+    for part, total, sharded_from, offloaded in (
+        ("weights", parameters * size, 3, "param"),
+        ("gradients", parameters * size, 2, "optimizer"),
+        ("optimizer", parameters * adam, 1, "optimizer"),
+    ):
+        local = -(-total // ranks) if stage >= sharded_from else total
+        sizes[part] = (0, local) if host_only or offloads(config, offloaded) else (local, 0)
+    return sizes
+
+
+def _check_keys(config: dict[str, Any], problems: list[str]) -> None:
+    for key in config:
+        if key in UNUSED:
+            problems.append(f"{key}: takes no effect here: {UNUSED[key]}. Remove it.")
+        elif key not in USED:
+            close = difflib.get_close_matches(key, USED, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else "; remove it"
+            problems.append(f"{key}: unknown key (DeepSpeed would ignore it){hint}")
+
+
+def _check_zero(config: dict[str, Any], problems: list[str]) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    block = config.get("zero_optimization", {})
+    if not isinstance(block, dict):
+        problems.append(f"zero_optimization: must be an object, got {block!r}")
+        config["zero_optimization"] = {}
+        return
+    fields = DeepSpeedZeroConfig.model_fields
+    known = {*fields, *(f.alias for f in fields.values() if f.alias), "mics_shard_size"}
+    for key in block:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            problems.append(f"zero_optimization.{key}: unknown key{hint}")
+        elif key in UNSUPPORTED_ZERO and block[key]:
+            problems.append(f"zero_optimization.{key}: not supported: {UNSUPPORTED_ZERO[key]}")
+    try:
+        DeepSpeedZeroConfig(**{k: v for k, v in block.items() if k in known and v != "auto"})
+    except ValidationError as error:
+        for e in error.errors():
+            key = ".".join(["zero_optimization", *map(str, e["loc"])])
+            problems.append(f"{key}: {e['msg']}, got {e['input']!r}")
+        return
+    stage = block.get("stage", 0)
+    for what, least in (("optimizer", 1), ("param", 3)):
+        offload = block.get(f"offload_{what}") or {}
+        if offload.get("device") == "nvme":
+            problems.append(f"zero_optimization.offload_{what}.device: nvme is not supported; use cpu")
+        if offload.get("device", "none") != "none" and stage < least:
+            problems.append(
+                f"zero_optimization.offload_{what}: needs stage {least} or more, got {stage}"
+            )
+        if offload.get("ratio", 1) != 1:
+            problems.append(f"zero_optimization.offload_{what}.ratio: only 1 is supported")
+
+
+def _resolve_precision(
+    config: dict[str, Any], recipe: Recipe, device: str, problems: list[str]
+) -> str:
+    wanted = recipe.train.precision
+    state = {}
+    for p in PRECISIONS:
+        if not isinstance(config.get(p, {}), dict):
+            problems.append(f'{p}: must be an object such as {{"enabled": true}}')
+            config[p] = {}
+        state[p] = config.get(p, {}).get("enabled", False)
+        config.get(p, {}).pop("enabled", None)
+    explicit = [p for p, enabled in state.items() if enabled is True]
+    if len(explicit) > 1:
+        problems.append("bf16 and fp16 are both enabled; choose one")
+        return "fp32"
+    for p in PRECISIONS:
+        if wanted == p and state[p] is False and p in config:
+            problems.append(f"{p}.enabled: false, but the recipe's train.precision is {p}")
+    if explicit and wanted not in ("auto", explicit[0]):
+        problems.append(
+            f"{explicit[0]}.enabled: true, but the recipe's train.precision is {wanted}; "
+            "change one of them"
+        )
+    if explicit:
+        precision = explicit[0]
+    elif wanted != "auto":
+        precision = wanted
+    elif state["bf16"] == "auto" and device == "cuda" and torch.cuda.is_bf16_supported():
+        precision = "bf16"
+    else:
+        precision = "fp32"
+    if precision == "fp16" and device == "cpu":
+        problems.append("fp16: a CPU cannot train in fp16; use bf16 or fp32")
+    return precision
+
+
+def _resolve_batch(
+    config: dict[str, Any], recipe: Recipe, ranks: int, problems: list[str]
+) -> None:
+    """batch_size = ranks x micro-batch x accumulation: the recipe gives the first, and maybe the
+    micro-batch; numbers in the JSON must agree."""
+    total, where = recipe.train.batch_size, "train.batch_size"
+    micro = recipe.train.micro_batch_size
+    given = {
+        key: config.get(key, "auto")
+        for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    }
+    in_json = given["train_micro_batch_size_per_gpu"]
+    if micro is None and in_json != "auto":
+        micro, where = in_json, "train_micro_batch_size_per_gpu"
+    if micro is None and given["gradient_accumulation_steps"] != "auto":
+        micro = max(1, total // (ranks * given["gradient_accumulation_steps"]))
+    if micro is None:
+        micro = max(1, total // ranks)
+    if total % (ranks * micro):
+        problems.append(
+            f"{where}: {total} sequences do not divide into {ranks} rank(s) x micro-batches of "
+            f"{micro}; choose train.batch_size a multiple of {ranks * micro}"
+        )
+        return
+    accumulation = total // (ranks * micro)
+    recipe.train.micro_batch_size = micro
+    _agree(config, "train_batch_size", total, "train.batch_size", problems)
+    _agree(config, "train_micro_batch_size_per_gpu", micro, "train.micro_batch_size", problems)
+    _agree(config, "gradient_accumulation_steps", accumulation,
+           f"train.batch_size / (ranks x micro-batch) = {total} / ({ranks} x {micro})", problems)
+
+
+def _agree(config: dict[str, Any], key: str, value: Any, source: str, problems: list[str]) -> None:
+    if config.get(key, "auto") not in ("auto", value):
+        problems.append(
+            f"{key}: {config[key]}, but the recipe's {source} gives {value}; "
+            'write "auto" here or change the recipe'
+        )
+    config[key] = value
+
+
+def _check_optimizer(config: dict[str, Any], recipe: Recipe, problems: list[str]) -> None:
+    block = config.get("optimizer")
+    if block is None:
+        return
+    if not isinstance(block, dict) or str(block.get("type", "AdamW")).lower() != "adamw":
+        problems.append('optimizer.type: only "AdamW"; its settings are the recipe\'s `optimizer`')
+        return
+    o = recipe.optimizer
+    values = {"lr": o.lr, "betas": list(o.betas), "eps": o.eps, "weight_decay": o.weight_decay}
+    for key, value in block.pop("params", {}).items():
+        if key not in values:
+            problems.append(f"optimizer.params.{key}: takes no effect here; remove it")
+        elif value != "auto" and value != values[key]:
+            problems.append(
+                f"optimizer.params.{key}: {value}, but the recipe's optimizer.{key} is "
+                f'{values[key]}; write "auto" here or change the recipe'
+            )
+
+
+def _autos(node: Any, path: str = "") -> list[str]:
+    if node == "auto":
+        return [path]
+    if isinstance(node, dict):
+        return [x for k, v in node.items() for x in _autos(v, f"{path}.{k}".lstrip("."))]
+    return []

@@ -1,0 +1,228 @@
+"""The DeepSpeed engine, ZeRO stages 0 to 3.
+
+Where ZeRO keeps the reduced gradient between the last backward and the step is not public API: it
+is read in one place, `ZeroEngine.gradient_shards`, and docs/engines.md says which version that is.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.utils import get_norm_dtype
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+
+from pipeline.engine.config import offloads, precision_of, zero_stage
+from pipeline.errors import UserError
+from pipeline.migu.shard import Shard
+
+
+def start_distributed() -> None:
+    """Join the process group of the launcher (one rank if there is none)."""
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    if deepspeed.get_accelerator().device_name() == "cpu":
+        # The op is compiled for two minutes at the first start and used by inference only.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        deepspeed.init_distributed(verbose=False)
+
+
+def weight_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: no weight decay on biases, norms and other vectors."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() >= 2]
+    vectors = [p for p in trained if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [g for g in groups if g["params"]]
+
+
+class ZeroEngine:
+    """One stage's model under DeepSpeed: forward, backward, masked step, export."""
+
+    def __init__(self, model: nn.Module, ds_config: dict[str, Any], optimizer: Any):
+        """
+        Args:
+            model: on the CPU, fp32, in train mode.
+            ds_config: from `resolve_ds_config`.
+            optimizer: has the fields of `recipe.Optimizer`.
+        """
+        start_distributed()
+        self.config = ds_config
+        self.stage = zero_stage(ds_config)
+        groups = weight_groups(model, optimizer.weight_decay)
+        adam = self._optimizer_class()
+        kwargs = {"lr": optimizer.lr, "betas": tuple(optimizer.betas), "eps": optimizer.eps}
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=adam(groups, **kwargs), config=ds_config
+        )
+        self._parameters = dict(self._engine.module.named_parameters())
+        self._norm = float("nan")
+
+    def _optimizer_class(self):
+        if deepspeed.get_accelerator().device_name() == "cpu" or not offloads(self.config, "optimizer"):
+            return torch.optim.AdamW
+        return deepspeed.ops.adam.DeepSpeedCPUAdam
+
+    @property
+    def module(self) -> nn.Module:
+        return self._engine.module
+
+    @property
+    def device(self) -> torch.device:
+        return self._engine.device
+
+    @property
+    def monitor(self):
+        """DeepSpeed's TensorBoard / W&B / Comet / CSV writers, as the JSON asks."""
+        return self._engine.monitor
+
+    def forward(self, **inputs: Tensor) -> Any:
+        return self._engine(**inputs)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Accumulate; the `last` micro-batch of a step also reduces the gradient over the ranks.
+
+        loss: this micro-batch's mean; the step's gradient is the mean over micro-batches and ranks.
+        """
+        self._engine.backward(loss)
+        if not last:
+            self._engine.step()  # steps nothing: this is where DeepSpeed counts micro-batches
+
+    def step(self, lr: float) -> bool:
+        """Clip and step with learning rate `lr`; False where fp16 loss scaling skipped the step."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        clip = self._engine.gradient_clipping()
+        if self.stage == 0 and precision_of(self.config) == "fp32":
+            # DeepSpeed keeps no norm here; clip_grad_norm_ does what its own clipping would do.
+            norm = nn.utils.clip_grad_norm_(
+                [p for p in self._parameters.values() if p.grad is not None], clip or float("inf")
+            )
+            self._norm = float(norm)
+        self._engine.step()
+        if self._engine.get_global_grad_norm() is not None:
+            self._norm = float(self._engine.get_global_grad_norm())
+        return self._engine.was_step_applied()
+
+    @property
+    def gradient_norm(self) -> float:
+        """L2 norm of the last step's (masked) gradient, before clipping."""
+        return self._norm
+
+    def gradient_shards(self, names: list[str]) -> Iterator[Shard]:
+        """The local live pieces of the named weights' reduced gradients.
+
+        To be called between the last backward and `step`. Together the ranks hold every element
+        (at stage 0, and where ZeRO-1 accumulates bf16 in fp32, each rank holds all of them). What
+        is cached about a gradient (the norms of ZeRO-Offload) is refreshed when the iteration goes
+        on, so that clipping sees the masked gradient.
+        """
+        optimizer = self._engine.optimizer
+        if self.stage in (1, 2) and offloads(self.config, "optimizer"):
+            optimizer._wait_for_offload_copies()
+        if self.stage in (1, 2) and type(optimizer).__name__ != "BF16_Optimizer":
+            yield from self._zero12_gradients(names)
+            return
+        for name in names:
+            p = self._parameters[name]
+            if self.stage == 3:
+                yield from self._zero3_gradient(name, p)
+            elif self.stage == 0:
+                if p.grad is not None:
+                    yield Shard(name, p.grad.view(-1), 0, tuple(p.shape))
+            else:  # ZeRO-1 with bf16 weights and fp32 accumulation: whole on every rank
+                yield Shard(name, p._hp_grad.view(-1), 0, tuple(p.shape))
+
+    def _zero12_gradients(self, names: list[str]) -> Iterator[Shard]:
+        opt = self._engine.optimizer
+        group_of = {id(p): g for g, params in enumerate(opt.params_in_partition) for p in params}
+        pieces = {g: _pieces_at(opt, g) for g in set(group_of.values())}
+        for name in names:
+            p = self._parameters[name]
+            if id(p) not in group_of:  # nothing of it lives on this rank
+                continue
+            group, pid = group_of[id(p)], opt.get_param_id(p)
+            rank = dist.get_rank(group=opt.real_dp_process_group[group])
+            start = int(opt.grad_start_offset[group][rank][pid])  # inside the parameter
+            offset = int(opt.grad_partition_insertion_offset[group][rank][pid])  # in the partition
+            size = min(p.numel() - start, int(opt.partition_size[group]) - offset)
+            piece = pieces[group](offset, size)
+            yield Shard(name, piece, start, tuple(p.shape))
+            if opt.cpu_offload and pid in opt.norm_for_param_grads:
+                opt.norm_for_param_grads[pid] = piece.to(get_norm_dtype()).norm(2)
+
+    def _zero3_gradient(self, name: str, p: Any) -> Iterator[Shard]:
+        opt = self._engine.optimizer
+        gradient, _ = opt._get_fp32_grad_state_partition(p, release_swap_buffers=True)
+        yield from _partition(name, gradient, p, opt._get_param_partition_rank(p))
+        pid = opt.get_param_id(p)
+        if opt.offload_optimizer and pid in opt.norm_for_param_grads:
+            opt.norm_for_param_grads[pid] = opt._constant_buffered_norm2(gradient)
+
+    def weight_shards(self, names: list[str]) -> Iterator[Shard]:
+        """The local pieces of the named weights; whole ones where ZeRO does not shard them."""
+        for name in names:
+            p = self._parameters[name]
+            if self.stage == 3:
+                rank = self._engine.optimizer._get_param_partition_rank(p)
+                yield from _partition(name, p.ds_tensor, p, rank)
+            else:
+                yield Shard(name, p.detach().view(-1), 0, tuple(p.shape))
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter whole, fp32 on the CPU where the optimizer keeps fp32; all ranks call it."""
+        for name, p in self._parameters.items():
+            full = safe_get_full_fp32_param(p) if p.requires_grad else None
+            if full is None:
+                with deepspeed.zero.GatheredParameters([p], enabled=self.stage == 3):
+                    full = p.detach().clone()
+            yield name, full.detach().to("cpu").reshape(getattr(p, "ds_shape", p.shape))
+
+    def close(self) -> None:
+        """Free the engine's buffers and hooks."""
+        self._engine.destroy()
+
+
+def _pieces_at(opt: Any, group: int) -> Callable[[int, int], Tensor]:
+    """How to get elements [offset, offset + size) of ZeRO-1/2's local gradient partition, live.
+
+    The partition is one flat tensor with offload and with fp32 accumulation; otherwise it is a list
+    of tensors whose concatenation is the partition.
+    """
+    if opt.cpu_offload:
+        flat = opt.single_partition_of_fp32_groups[group].grad.view(-1)
+        return lambda offset, size: flat.narrow(0, offset, size)
+    gradients = opt.averaged_gradients[group]
+    if hasattr(gradients, "flat_partition"):
+        flat = gradients.flat_partition.view(-1)
+        return lambda offset, size: flat.narrow(0, offset, size)
+    tensors, at = {}, 0
+    for tensor in gradients:
+        tensors[at] = tensor
+        at += tensor.numel()
+
+    def piece(offset: int, size: int) -> Tensor:
+        tensor = tensors.get(offset)
+        if tensor is None or tensor.numel() != size or not tensor.is_contiguous():
+            raise UserError(
+                f"DeepSpeed {deepspeed.__version__} lays ZeRO gradients out in another way than the "
+                "tested version; install the versions in constraints.txt"
+            )
+        return tensor.view(-1)
+
+    return piece
+
+
+def _partition(name: str, tensor: Tensor, p: Any, rank: int) -> Iterator[Shard]:
+    """ZeRO-3: rank r holds elements [r * n, (r + 1) * n); the last partition is padded."""
+    size = p.partition_numel()
+    start = rank * size
+    length = min(size, p.ds_numel - start)
+    if length > 0:
+        yield Shard(name, tensor.view(-1)[:length], start, tuple(p.ds_shape))

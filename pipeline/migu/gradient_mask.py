@@ -1,0 +1,107 @@
+"""The mask of a training run: record, select, apply."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline.migu.magnitude import MagnitudeRecorder
+from pipeline.migu.mask import select_rows
+from pipeline.migu.shard import Shard
+from pipeline.migu.targets import find_targets
+
+
+class ShardedModel(Protocol):
+    """What the mask needs of an engine."""
+
+    def gradient_shards(self, names: list[str]) -> Iterator[Shard]: ...
+    def weight_shards(self, names: list[str]) -> Iterator[Shard]: ...
+
+
+class NonFiniteMagnitude(RuntimeError):
+    """An output was NaN or infinite. Raised on every rank alike, before the optimizer step."""
+
+
+class GradientMask:
+    """Keeps, in each target's gradient, the rows that the criterion ranks highest.
+
+    settings has the fields of `recipe.Mask`. Used as:
+
+        with mask.recording():
+            loss = forward(micro_batch)
+        backward(loss)
+        ...
+        mask.apply(engine, step)    # after the last micro-batch, before clipping and the step
+    """
+
+    def __init__(self, model: nn.Module, settings: Any, seed: int):
+        self.settings = settings
+        self.seed = seed
+        self.targets = find_targets(model, settings.components)
+        self.sizes = [t.rows for t in self.targets]
+        self.recorder = (
+            MagnitudeRecorder(self.targets, settings.normalize)
+            if settings.criterion == "output"
+            else None
+        )
+        self.keep: Tensor | None = None  # bool [sum of rows], the last step's selection
+
+    def recording(self) -> AbstractContextManager[None]:
+        return self.recorder.recording() if self.recorder else nullcontext()
+
+    @torch.no_grad()
+    def apply(self, engine: ShardedModel, step: int) -> float:
+        """Mask the reduced gradients of this step in place; returns the fraction of kept rows.
+
+        Raises:
+            NonFiniteMagnitude: the scores cannot be ranked; on every rank alike.
+        """
+        scores = self._scores(engine, step)
+        finite = torch.isfinite(scores)
+        if not finite.all():
+            layer = self._layer_of(int((~finite).nonzero()[0]))
+            raise NonFiniteMagnitude(f"non-finite {self.settings.criterion} magnitude in {layer}")
+        self.keep = select_rows(scores, self.sizes, self.settings.threshold, self.settings.rule)
+        rows = self.rows_by_name(self.keep)
+        for shard in engine.gradient_shards([t.name for t in self.targets]):
+            keep, output_dim = rows[shard.name]
+            shard.mask(keep.to(shard.tensor.device), output_dim)
+        return float(self.keep.sum()) / self.keep.numel()
+
+    def rows_by_name(self, flat: Tensor) -> dict[str, tuple[Tensor, int]]:
+        """Per target, its part of a flat [sum of rows] tensor (a view) and its output dimension."""
+        parts = flat.split(self.sizes)
+        return {t.name: (p, t.output_dim) for t, p in zip(self.targets, parts, strict=True)}
+
+    def close(self) -> None:
+        if self.recorder:
+            self.recorder.close()
+
+    def _scores(self, engine: ShardedModel, step: int) -> Tensor:
+        criterion = self.settings.criterion
+        if self.recorder:
+            return self.recorder.reduce()
+        device = self.targets[0].weight.device
+        if criterion == "random":  # drawn on the CPU: the same rows on every rank and device
+            seed = self.seed * 1_000_003 + (step if self.settings.random_redraw == "step" else 0)
+            generator = torch.Generator().manual_seed(seed)
+            return torch.rand(sum(self.sizes), generator=generator).to(device)
+        scores = torch.zeros(sum(self.sizes), device=device)
+        rows = self.rows_by_name(scores)
+        names = [t.name for t in self.targets]
+        weights = criterion == "weight"
+        for shard in engine.weight_shards(names) if weights else engine.gradient_shards(names):
+            shard.add_magnitudes(*rows[shard.name])
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(scores)
+        return scores
+
+    def _layer_of(self, row: int) -> str:
+        for target in self.targets:
+            if row < target.rows:
+                return target.name
+            row -= target.rows
+        raise IndexError(row)

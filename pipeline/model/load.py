@@ -1,0 +1,125 @@
+"""Load a model (hub, folder, or built from a config) and trim its head to the predicted tokens."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig
+
+from pipeline.errors import UserError
+from pipeline.recipe import Model, Recipe
+
+AUTO = {"masked": AutoModelForMaskedLM, "causal": AutoModelForCausalLM}
+
+
+def load_config(model: Model, vocab_size: int | None = None) -> PretrainedConfig:
+    """The model's configuration; `vocab_size` sizes a model that is built from scratch.
+
+    Raises:
+        UserError: unknown model type or attribute, no such model.
+    """
+    if model.config is not None:
+        values = dict(model.config)
+        model_type = values.pop("model_type", None)
+        if vocab_size is not None:
+            values.setdefault("vocab_size", vocab_size)
+        try:
+            config = AutoConfig.for_model(model_type, **values)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"model.config: {error}") from None
+    else:
+        try:
+            config = AutoConfig.from_pretrained(model.path, revision=model.revision)
+        except (OSError, ValueError) as error:
+            raise UserError(f"model.path: cannot load {model.path!r}: {error}") from None
+    for key, value in model.overrides.items():
+        if not hasattr(config, key):
+            raise UserError(f"model.overrides.{key}: {type(config).__name__} has no such attribute")
+        setattr(config, key, value)
+    return config
+
+
+def check_model(config: PretrainedConfig, recipe: Recipe, vocabulary: int) -> None:
+    """Raises UserError where the sequences or the tokenizer do not fit the model."""
+    length = recipe.data.sequence_length
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None:
+        # RoBERTa's positions start behind the padding index.
+        offset = config.pad_token_id + 1 if config.model_type in OFFSET_POSITIONS else 0
+        if length > limit - offset:
+            raise UserError(
+                f"data.sequence_length: {length} is over the {limit - offset} tokens that "
+                f"{config.model_type} can take; lower it"
+            )
+    if vocabulary > config.vocab_size:
+        raise UserError(
+            f"model: the tokenizer has {vocabulary} tokens, the model only {config.vocab_size} "
+            "embeddings; use the model's own tokenizer"
+        )
+
+
+OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "data2vec-text", "longformer")
+
+
+def build_model(
+    model: Model, config: PretrainedConfig, checkpoint: str | Path | None, seed: int
+) -> nn.Module:
+    """The model in fp32 on the CPU, in train mode.
+
+    checkpoint: a published folder; None takes `model.path`, or random weights from `seed`.
+    """
+    auto = AUTO[model.objective]
+    source = checkpoint or model.path
+    kwargs: dict[str, Any] = {"attn_implementation": model.attention, "dtype": torch.float32}
+    try:
+        if source is None:
+            torch.manual_seed(seed)
+            net = auto.from_config(config, **kwargs)
+        else:
+            revision = model.revision if checkpoint is None else None
+            net = auto.from_pretrained(source, config=config, revision=revision, **kwargs)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model: cannot build {source or config.model_type}: {error}") from None
+    if model.gradient_checkpointing:
+        if not net.supports_gradient_checkpointing:
+            raise UserError(
+                f"model.gradient_checkpointing: {type(net).__name__} does not support it; "
+                "set it to false"
+            )
+        net.gradient_checkpointing_enable({"use_reentrant": False})
+    return net.train()
+
+
+def empty_model(model: Model, config: PretrainedConfig) -> nn.Module:
+    """The model without memory for its weights: for a dry run."""
+    with torch.device("meta"):
+        return AUTO[model.objective].from_config(config)
+
+
+class PredictedPositions:
+    """Makes the output head see only the positions that have a target.
+
+    With 15% of the tokens masked, most of the head's work (hidden x vocabulary) is for logits that
+    no loss reads. The hook replaces the head's input [batch, length, hidden] by the selected
+    positions [n, hidden]; the model then returns logits [n, vocabulary].
+    """
+
+    def __init__(self, net: nn.Module):
+        output = net.get_output_embeddings()  # type: ignore[operator]
+        head = next(m for m in net.children() if output in m.modules())
+        self._selected: Tensor | None = None
+        self._hook = head.register_forward_pre_hook(self._select)
+
+    def _select(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if self._selected is None:
+            return inputs
+        hidden, *rest = inputs
+        return (hidden.reshape(-1, hidden.shape[-1])[self._selected.reshape(-1)], *rest)
+
+    def select(self, positions: Tensor | None) -> None:
+        """positions: bool [batch, length], or None for all."""
+        self._selected = positions
+
+    def close(self) -> None:
+        self._hook.remove()

@@ -1,0 +1,73 @@
+"""What a person sees of a stage while it trains: a bar on a terminal, lines in a log file."""
+
+import json
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def say(text: str) -> None:
+    """A line for the user; standard output is theirs, not the libraries'."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+class EventLog:
+    """`log.jsonl`: one JSON object a line, flushed line by line."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("a")
+
+    def write(self, event: str, **values: Any) -> None:
+        self._file.write(json.dumps({"event": event, **values, "time": now()}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class StageProgress:
+    """One live line per stage: steps, time left, tokens/s, loss, gradient norm, kept rows.
+
+    Without a terminal the same numbers come as at most `lines` plain lines.
+    """
+
+    def __init__(self, title: str, steps: int, lines: int = 10):
+        self._title = title
+        self._steps = steps
+        self._every = max(1, steps // lines)
+        self._start = time.perf_counter()
+        self._tokens = 0
+        self._bar = (
+            tqdm(total=steps, desc=title, unit="step", dynamic_ncols=True)
+            if sys.stderr.isatty()
+            else None
+        )
+
+    def update(self, step: int, tokens: int, loss: float, norm: float, kept: float) -> None:
+        self._tokens += tokens
+        seconds = time.perf_counter() - self._start
+        speed = self._tokens / seconds
+        numbers = {
+            "loss": f"{loss:.3f}", "norm": f"{norm:.2f}", "kept": f"{kept:.0%}",
+            "tok/s": f"{speed:,.0f}",
+        }
+        if self._bar is not None:
+            self._bar.set_postfix(numbers, refresh=False)
+            self._bar.update()
+        elif step % self._every == 0 or step == self._steps:
+            left = tqdm.format_interval(seconds / step * (self._steps - step))
+            text = "  ".join(f"{k} {v}" for k, v in numbers.items())
+            say(f"{self._title}: step {step}/{self._steps}  {text}  left {left}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,140 @@
+"""The folder of a run: who may write it, and what it says about itself (docs/runs.md)."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
+
+from pipeline.engine.config import describe, precision_of
+from pipeline.errors import UserError
+from pipeline.progress import now
+from pipeline.ranks import on_rank0, rank, world_size
+from pipeline.recipe import Recipe
+
+PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy", "safetensors")
+
+
+def stage_folder(run: Path, stage: int, name: str) -> Path:
+    return run / "stages" / f"{stage:02d}_{name}"
+
+
+@contextmanager
+def open_run(folder: Path, recipe: Recipe, ds_config: dict[str, Any]) -> Iterator[None]:
+    """Hold the run folder's lock and write what the run is. All ranks enter; rank 0 does it.
+
+    Raises:
+        UserError: another process holds the folder, or it is another recipe's.
+    """
+    lock = FileLock(folder / ".lock")
+    on_rank0(lambda: _claim(folder, lock, recipe, ds_config))
+    try:
+        yield
+    finally:
+        if rank() == 0:
+            lock.release()
+
+
+def _claim(folder: Path, lock: FileLock, recipe: Recipe, ds_config: dict[str, Any]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the run folder {folder}: {error}") from None
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"{folder} is in use by another process. Wait for it, or give this run a name of its "
+            "own (name=...)."
+        ) from None
+    stored = folder / "recipe.yaml"
+    if stored.is_file():
+        different = _differences(OmegaConf.load(stored), OmegaConf.create(recipe.to_yaml()))
+        if different:
+            lock.release()
+            raise UserError(
+                f"{folder} holds a run of another recipe ({'; '.join(different)}). Give this run a "
+                "name of its own (name=...), or delete the old one with --restart."
+            )
+    stored.write_text(recipe.to_yaml())
+    for name, content in (
+        ("ds_config.json", ds_config), ("environment.json", _environment(ds_config)),
+    ):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def restart(runs: Path, recipe: Recipe) -> None:
+    """Delete the folder of an earlier run of this name (not while another process uses it)."""
+    folder = runs / recipe.name
+    if not folder.exists():
+        return
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"--restart: {folder} is not a run folder; delete it by hand")
+    try:
+        with FileLock(folder / ".lock").acquire(timeout=0):
+            shutil.rmtree(folder)
+    except Timeout:
+        raise UserError(f"--restart: {folder} is in use by another process") from None
+
+
+def _differences(old: Any, new: Any) -> list[str]:
+    """Keys whose values differ, but for the micro-batch, which follows the number of ranks."""
+
+    def flat(node: Any, path: str = "") -> dict[str, Any]:
+        if isinstance(node, dict):
+            return {k: v for key, n in node.items() for k, v in flat(n, f"{path}.{key}").items()}
+        return {path.lstrip("."): node}
+
+    a, b = (flat(OmegaConf.to_container(x)) for x in (old, new))
+    return [
+        f"{key}: {a.get(key)!r} there, {b.get(key)!r} now"
+        for key in sorted({*a, *b} - {"train.micro_batch_size"})
+        if a.get(key) != b.get(key)
+    ][:5]
+
+
+def _environment(ds_config: dict[str, Any]) -> dict[str, Any]:
+    cuda = torch.cuda.is_available()
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    commit = _git("rev-parse", "HEAD")
+    return {
+        "started": now(),
+        "command": " ".join(sys.argv),
+        "commit": commit,
+        "dirty": bool(_git("status", "--porcelain")) if commit else False,
+        "versions": versions,
+        "hardware": {
+            "device": "cuda" if cuda else "cpu",
+            "name": torch.cuda.get_device_name() if cuda else platform.machine(),
+            "cores": os.cpu_count(),
+            "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
+        },
+        "ranks": world_size(),
+        "engine": describe(ds_config),
+        "precision": precision_of(ds_config),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of git in this project's own checkout; None outside one."""
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

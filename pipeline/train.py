@@ -1,0 +1,182 @@
+"""The training loop of one stage."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.migu.gradient_mask import GradientMask, NonFiniteMagnitude
+from pipeline.model.load import PredictedPositions
+from pipeline.progress import EventLog, StageProgress
+from pipeline.ranks import rank, total, world_size
+from pipeline.recipe import Optimizer, Recipe
+
+Batch = dict[str, Tensor]
+
+
+class TrainingStopped(Exception):
+    """Training cannot go on (the loss or a magnitude is not finite). Raised on all ranks alike."""
+
+
+@dataclass
+class StageResult:
+    steps: int
+    tokens: int
+    seconds: float
+
+
+def train_stage(
+    engine: Any,
+    mask: GradientMask | None,
+    batches: Iterator[list[Batch]],
+    recipe: Recipe,
+    stage: int,
+    steps: int,
+    log: EventLog | None,
+) -> StageResult:
+    """Train `steps` steps; the model, the optimizer and the schedule start fresh with the stage.
+
+    Args:
+        mask: None trains dense.
+        batches: per step, this rank's micro-batches.
+        stage: from 1.
+        log: None on every rank but 0.
+
+    Raises:
+        TrainingStopped: before the optimizer step, so the weights are those of the last good step.
+    """
+    name = recipe.stages[stage - 1].name
+    objective = recipe.model.objective
+    peak_lr = recipe.stages[stage - 1].lr or recipe.optimizer.lr
+    head = PredictedPositions(engine.module) if _trims_head(recipe, mask) else None
+    progress = StageProgress(f"stage {stage} {name}", steps) if rank() == 0 else None
+    timer = Stopwatch(engine.device)
+    tokens_per_step = recipe.train.batch_size * recipe.data.sequence_length
+    start = time.perf_counter()
+    for step in range(1, steps + 1):
+        timer.start("step")
+        micro_batches = [_to(batch, engine.device) for batch in next(batches)]
+        shifted = [_targets(batch, objective) for batch in micro_batches]
+        # Every predicted token of the step weighs the same, however the batch is split.
+        predicted = total(sum(int((t >= 0).sum()) for t in shifted), engine.device)
+        scale = len(micro_batches) * world_size() / max(predicted, 1)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
+        for i, (batch, targets) in enumerate(zip(micro_batches, shifted, strict=True), start=1):
+            with mask.recording() if mask else nullcontext():
+                loss = _summed_loss(engine, head, batch, targets)
+            engine.backward(loss * scale, last=i == len(micro_batches))
+            loss_sum += loss.detach()
+        mean_loss = total(loss_sum.item(), engine.device) / max(predicted, 1)
+        if not math.isfinite(mean_loss):
+            raise TrainingStopped(f"stage {stage} ({name}), step {step}: the loss is {mean_loss}")
+        timer.start("mask")
+        try:
+            kept = mask.apply(engine, step) if mask else 1.0
+        except NonFiniteMagnitude as error:
+            raise TrainingStopped(f"stage {stage} ({name}), step {step}: {error}") from None
+        timer.stop("mask")
+        lr = learning_rate(recipe.optimizer, peak_lr, step, steps)
+        applied = engine.step(lr)
+        timer.stop("step")
+        if progress is not None and log is not None:
+            norm = engine.gradient_norm
+            progress.update(step, tokens_per_step, mean_loss, norm, kept)
+            log.write(
+                "step", stage=stage, domain=name, step=step, steps=steps, loss=mean_loss,
+                grad_norm=norm, lr=lr, kept=kept, applied=applied, tokens=tokens_per_step,
+                seconds=timer.seconds("step"), mask_seconds=timer.seconds("mask"),
+            )
+            _monitor(engine, recipe, stage, step, mean_loss, norm, lr, kept)
+    if progress is not None:
+        progress.close()
+    if head is not None:
+        head.close()
+    return StageResult(steps, steps * tokens_per_step, time.perf_counter() - start)
+
+
+def learning_rate(optimizer: Optimizer, peak: float, step: int, steps: int) -> float:
+    """The rate of step 1..steps: linear warm-up to `peak`, then the schedule, to 0 at the end."""
+    warmup = math.ceil(optimizer.warmup * steps)
+    if step <= warmup:
+        return peak * step / warmup
+    done = (step - 1 - warmup) / max(1, steps - warmup)
+    if optimizer.schedule == "linear":
+        return peak * (1 - done)
+    if optimizer.schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
+    return peak
+
+
+def _summed_loss(
+    engine: Any, head: PredictedPositions | None, batch: Batch, targets: Tensor
+) -> Tensor:
+    """Sum of the cross-entropies (nats) over the positions with a target, fp32."""
+    if head is not None:
+        head.select(targets >= 0)
+    logits = engine.forward(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    if head is not None:
+        head.select(None)
+        targets = targets[targets >= 0]
+    logits = logits.reshape(-1, logits.shape[-1]).float()
+    return F.cross_entropy(logits, targets.reshape(-1), ignore_index=-100, reduction="sum")
+
+
+def _targets(batch: Batch, objective: str) -> Tensor:
+    """[batch, length], -100 where nothing is predicted; a causal LM predicts the next token."""
+    labels = batch["labels"]
+    if objective == "masked":
+        return labels
+    return F.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def _trims_head(recipe: Recipe, mask: GradientMask | None) -> bool:
+    """Not where the mask covers the head: its magnitudes are taken over all tokens."""
+    return mask is None or all(t.component != "head" for t in mask.targets)
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+
+
+def _monitor(
+    engine: Any, recipe: Recipe, stage: int, step: int, loss: float, norm: float, lr: float, kept: float
+) -> None:
+    """TensorBoard, W&B, ...: whatever the DeepSpeed JSON switches on."""
+    if engine.monitor.enabled:
+        values = {"loss": loss, "gradient_norm": norm, "lr": lr, "kept_rows": kept}
+        prefix = f"stage_{stage:02d}_{recipe.stages[stage - 1].name}"
+        engine.monitor.write_events([(f"{prefix}/{k}", v, step) for k, v in values.items()])
+
+
+class Stopwatch:
+    """Named durations in seconds; on a GPU measured by events on the stream, not by the host."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._marks: dict[str, list[Any]] = {}
+
+    def start(self, name: str) -> None:
+        self._marks[name] = [self._now()]
+
+    def stop(self, name: str) -> None:
+        self._marks[name].append(self._now())
+
+    def seconds(self, name: str) -> float:
+        start, stop = self._marks[name]
+        if self._cuda:
+            stop.synchronize()
+            return start.elapsed_time(stop) / 1000
+        return stop - start
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

@@ -1,0 +1,114 @@
+"""MIGU in one process, straight from the paper's equations, and the small models it is tried on."""
+
+import math
+from fractions import Fraction
+
+import torch
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForMaskedLM
+
+THRESHOLD = 0.7
+LR, BETAS, EPS, WEIGHT_DECAY, CLIP = 1e-2, (0.9, 0.99), 1e-3, 0.1, 0.05
+
+
+def tiny_roberta() -> RobertaForMaskedLM:
+    """Odd sizes: ZeRO's partitions cut rows."""
+    torch.manual_seed(0)
+    return RobertaForMaskedLM(
+        RobertaConfig(
+            vocab_size=53, hidden_size=21, num_hidden_layers=2, num_attention_heads=3,
+            intermediate_size=37, max_position_embeddings=20, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0, type_vocab_size=1,
+        )
+    )
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    """Grouped-query attention and odd sizes."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=53, hidden_size=30, num_hidden_layers=2, num_attention_heads=3,
+            num_key_value_heads=1, intermediate_size=41, max_position_embeddings=20,
+        )
+    )
+
+
+MODELS = {"roberta": tiny_roberta, "llama": tiny_llama}
+MASKED_LAYERS = {
+    "roberta": ("query", "key", "value", "attention.output.dense", "intermediate.dense",
+                "output.dense"),
+    "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
+
+
+def micro_batches(model: str, steps: int, per_step: int, sequences: int = 2) -> list[list[dict]]:
+    """[steps][per_step] micro-batches of random tokens; each predicts another number of tokens."""
+    generator = torch.Generator().manual_seed(1)
+    out = []
+    for _ in range(steps):
+        step = []
+        for _ in range(per_step):
+            ids = torch.randint(5, 53, (sequences, 12), generator=generator)
+            predicted = torch.rand(ids.shape, generator=generator) < 0.4
+            predicted[:, 1] = True
+            step.append(
+                {
+                    "input_ids": ids,
+                    "attention_mask": torch.ones_like(ids),
+                    "labels": ids.masked_fill(~predicted, -100),
+                }
+            )
+        out.append(step)
+    return out
+
+
+def train_reference(name: str, steps: list[list[dict]]) -> tuple[dict, list[dict]]:
+    """Returns (weights, per step the kept rows of each layer)."""
+    model = MODELS[name]()
+    linears = {
+        n: m for n, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and n.endswith(MASKED_LAYERS[name]) and "lm_head" not in n
+    }
+    magnitude: dict[str, torch.Tensor] = {}
+
+    def cache(layer):
+        def hook(_module, _inputs, output):  # n_i = ||h_i||_1, over the tokens of the batch (Eq. 2)
+            n = output.detach().abs().flatten(0, -2).sum(0)
+            magnitude[layer] = magnitude.get(layer, 0) + n
+        return hook
+
+    for layer, module in linears.items():
+        module.register_forward_hook(cache(layer))
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0}],
+        lr=LR, betas=BETAS, eps=EPS,
+    )
+    kept = []
+    for batches in steps:
+        magnitude.clear()
+        total = 0.0
+        count = 0
+        for batch in batches:
+            labels = batch["labels"]
+            if name == "llama":
+                labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+            inputs = {k: v for k, v in batch.items() if k != "labels"}
+            logits = model(**inputs).logits
+            total = total + F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+            count += int((labels >= 0).sum())
+        optimizer.zero_grad()
+        (total / count).backward()
+        masks = {}
+        for layer, module in linears.items():
+            d_out = module.out_features
+            t = math.floor(Fraction(str(THRESHOLD)) * d_out)  # Eq. 3
+            top = magnitude[layer].argsort(descending=True)[: d_out - t]  # Eq. 4, 5
+            masks[layer] = torch.zeros(d_out, dtype=torch.bool).index_fill(0, top, True)
+            module.weight.grad *= masks[layer][:, None]  # Eq. 6
+        kept.append(masks)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+    return {n: p.detach().clone() for n, p in model.named_parameters()}, kept

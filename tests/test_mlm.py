@@ -1,0 +1,157 @@
+"""Which tokens are masked, and that documents of one sequence do not see each other."""
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.data.mlm import collate_causal, collate_mlm, mask_tokens
+from pipeline.data.stream import Sequence
+
+VOCABULARY, MASK, SPECIAL = 60, 4, [0, 1, 2, 3, 4]
+
+
+def pack(*lengths, total=32, seed=0):
+    """A sequence of documents of these lengths, each <s> ... </s>, with words of two tokens."""
+    rng = np.random.default_rng(seed)
+    ids, words = np.full(total, 1, np.int32), np.full(total, -1, np.int32)
+    segments = np.full(total, -1, np.int16)
+    start = word = 0
+    for segment, length in enumerate(lengths):
+        stop = start + length
+        ids[start:stop] = [0, *rng.integers(5, VOCABULARY, length - 2), 2]
+        words[start + 1 : stop - 1] = word + np.arange(length - 2) // 2
+        segments[start:stop] = segment
+        start, word = stop, word + length
+    return Sequence(ids, words, segments)
+
+
+def mask(sequence, rng, probability=0.15, whole_word=False):
+    return mask_tokens(
+        sequence,
+        rng,
+        probability=probability,
+        whole_word=whole_word,
+        mask_id=MASK,
+        vocab_size=VOCABULARY,
+        special_ids=SPECIAL,
+    )
+
+
+@pytest.mark.parametrize("probability", [0.001, 0.15, 0.4])
+def test_the_exact_number_of_ordinary_tokens_is_chosen(probability):
+    sequence = pack(12, 15)
+    ids, labels = mask(sequence, np.random.default_rng(0), probability)
+    chosen = labels != -100
+    assert ids.dtype == labels.dtype == np.int64
+    assert chosen.sum() == max(1, round(probability * 23))
+    assert (sequence.words[chosen] >= 0).all()
+    assert (labels[chosen] == sequence.ids[chosen]).all()
+    assert (ids[~chosen] == sequence.ids[~chosen]).all()
+
+
+def test_whole_words_are_chosen_until_the_budget_is_reached():
+    sequence = pack(12, 16)
+    for seed in range(20):
+        _, labels = mask(sequence, np.random.default_rng(seed), 0.2, whole_word=True)
+        chosen = np.flatnonzero(labels != -100)
+        assert len(chosen) == 6  # five would do, words have two tokens
+        assert (np.bincount(sequence.words[chosen])[np.unique(sequence.words[chosen])] == 2).all()
+
+
+def test_of_the_chosen_tokens_80_are_masked_10_random_and_10_kept():
+    sequence = pack(20_002, total=20_002)
+    ids, labels = mask(sequence, np.random.default_rng(0), 0.999)
+    chosen = labels != -100
+    masked = ids[chosen] == MASK
+    other = ids[chosen][~masked]
+    assert masked.mean() == pytest.approx(0.8, abs=0.01)
+    assert (other != labels[chosen][~masked]).mean() == pytest.approx(0.5 * 54 / 55, abs=0.02)
+    assert set(other) == set(range(5, VOCABULARY))  # every token but the special ones
+
+
+def test_random_tokens_avoid_special_ids_anywhere_in_the_vocabulary():
+    sequence = pack(5_002, total=5_002)
+    ids, _ = mask_tokens(
+        sequence,
+        np.random.default_rng(0),
+        probability=0.5,
+        whole_word=False,
+        mask_id=59,
+        vocab_size=60,
+        special_ids=[59, 0, 2, 30, 1, 1],
+    )
+    swapped = (ids != sequence.ids) & (ids != 59)
+    assert set(ids[swapped]) == set(range(60)) - {59, 0, 2, 30, 1}
+
+
+def test_a_mask_is_a_function_of_its_generator():
+    sequence = pack(30)
+    first, again, other = (
+        mask(sequence, np.random.default_rng(s)) for s in ((1, 2), (1, 2), (1, 3))
+    )
+    assert (first[0] == again[0]).all()
+    assert (first[1] == again[1]).all()
+    assert (first[1] != other[1]).any()
+
+
+def row(sequence):
+    ids = sequence.ids.astype(np.int64)
+    return ids, np.where(sequence.segments >= 0, ids, -100), sequence.segments
+
+
+def test_masks_of_a_batch():
+    batch = collate_mlm([row(pack(4, 3, total=8))])
+    blocks = torch.block_diag(*(torch.ones(n, n) for n in (4, 3, 1))).bool()
+    assert batch["attention_mask"].dtype == torch.bool
+    assert torch.equal(batch["attention_mask"], blocks[None, None])
+    causal = collate_causal([row(pack(4, 3, total=8))])
+    assert torch.equal(causal["attention_mask"], blocks.tril()[None, None])
+    for collate in (collate_mlm, collate_causal):
+        plain = collate([row(pack(4, 3, total=8))], cross_document=True)
+        assert plain["attention_mask"].tolist() == [[1] * 7 + [0]]
+        assert plain["input_ids"].dtype == plain["labels"].dtype == torch.int64
+
+
+def models():
+    from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForMaskedLM
+
+    torch.manual_seed(0)
+    size = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": 40,
+        "pad_token_id": 1,
+        "attn_implementation": "sdpa",
+    }
+    config = RobertaConfig(**size, initializer_range=0.5, type_vocab_size=1)
+    return [
+        (RobertaForMaskedLM(config).eval(), collate_mlm),
+        (LlamaForCausalLM(LlamaConfig(**size, initializer_range=0.5)).eval(), collate_causal),
+    ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [0, 1], ids=["roberta", "llama"])
+def test_a_document_in_a_pack_does_not_see_its_neighbours(kind):
+    model, collate = models()[kind]
+    assert model.config._attn_implementation == "sdpa"
+    one, two = pack(10, 12, 7), pack(10, 12, 7, seed=1)
+    two.ids[10:22] = one.ids[10:22]  # the same document between others
+
+    def logits(**options):
+        return model(**collate([row(one), row(two)], **options)).logits[:, 10:22]
+
+    apart = logits()
+    assert torch.isfinite(apart).all()
+    torch.testing.assert_close(apart[0], apart[1], rtol=0, atol=1e-5)
+    together = logits(cross_document=True)
+    assert (together[0] - together[1]).abs().max() > 1e-2
+    # the batch of one document alone, without a mask, at the same positions
+    first = row(pack(10, total=10))
+    alone = model(**collate([first], cross_document=True)).logits
+    torch.testing.assert_close(
+        model(**collate([row(one)])).logits[:, :10], alone, rtol=0, atol=1e-5
+    )
