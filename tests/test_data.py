@@ -209,6 +209,8 @@ def test_a_hub_folder_has_the_same_rules(tmp_path):
     domain = Domain(hub=str(tmp_path), heldout_split="test")
     assert read(domain) == TEXTS
     assert read(domain, "heldout") == ["held out"]
+    domain.max_documents = 7
+    assert read(domain) == TEXTS[:7]
     domain.text_field = "content"
     with pytest.raises(UserError, match=r"'content'; fields seen: 'text'"):
         read(domain)
@@ -336,6 +338,20 @@ def test_steps_do_not_depend_on_the_number_of_ranks_and_resume_exactly(tokenizer
         assert len(json.dumps(state)) < 1000
 
 
+def test_resuming_where_one_rank_is_in_the_next_epoch_already(tokenizer):
+    whole, _ = global_steps([stream(tokenizer)], 160)
+    ranks = zip(*(stream(tokenizer, r, 2) for r in range(2)), strict=True)
+    cut, states = next(
+        (cut, [state for _, state in parts])
+        for cut, parts in enumerate(ranks, 1)
+        if len({state["epoch"] for _, state in parts}) == 2
+    )
+    assert cut < 150
+    resumed = stream(tokenizer)
+    resumed.load_state_dict(merge_states(states))
+    assert global_steps([resumed], 160 - cut)[0] == whole[cut:]
+
+
 def test_every_token_of_an_epoch_is_packed_once(tokenizer):
     """The pieces of a document, put together again, are the document; padding is rare."""
     sequences = heldout_sequences(TEXTS, tokenizer, 32, 10**6, True)
@@ -393,6 +409,12 @@ def test_epochs_are_shuffled_anew_by_the_seed(tokenizer):
 
     assert first() == first()
     assert first(seed=4) != first()
+
+    windows = stream(tokenizer, shuffle_window=200)._windows(0, 0)
+    (_, _, one), _, (_, start, three) = itertools.islice(windows, 3)
+    assert one != three
+    assert sorted(one) == sorted(three) == sorted(TEXTS)
+    assert start == 261
 
 
 def test_an_epoch_without_documents_and_short_corpora(tokenizer):

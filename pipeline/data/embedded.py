@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import io
 import json
 import os
@@ -22,6 +21,7 @@ import tempfile
 import tokenize
 import warnings
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -143,9 +143,10 @@ def _write(path: Path, documents: list[str]) -> None:
 def _extract(name: str) -> list[str]:
     """Read the sources until the cap is reached; the order of files is fixed by a hash."""
     stdlib = Path(sysconfig.get_path("stdlib"))
+    texts: Iterable[str]
     if name == "prose":
-        texts = (*_topics(stdlib), *_readmes(READMES))
-        texts = [*texts, *map(_docstrings, _files(stdlib, ".py"))]
+        docstrings = map(_docstrings, _files(stdlib, ".py"))
+        texts = chain(_topics(stdlib), _readmes(READMES), docstrings)
     elif name == "python":
         texts = map(_bare_python, _files(stdlib, ".py"))
     elif name == "cpp":
@@ -201,8 +202,7 @@ def _readmes(packages: list[str]) -> Iterator[str]:
     for package in packages:
         if _version(package):
             metadata = importlib.metadata.metadata(package)
-            text = metadata.get_payload() or metadata["Description"] or ""
-            lines = text.splitlines()
+            lines = (metadata["Description"] if "Description" in metadata else "").splitlines()
             # badges, pictures and HTML are not prose
             yield "\n".join(x for x in lines if not re.match(r"\s*(<|\[?!\[)", x))
 
@@ -218,18 +218,24 @@ def _parse(path: Path) -> tuple[str, ast.Module] | None:
         return None
 
 
-def _documented(tree: ast.Module) -> Iterator[ast.AST]:
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _documented(tree: ast.Module) -> list[Documented]:
     """Module, classes and functions that have a docstring, in the order of the source."""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [n for n in ast.walk(tree) if isinstance(n, kinds) and ast.get_docstring(n, False)]
-    return iter(sorted(nodes, key=lambda node: node.body[0].lineno))
+    nodes = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, Documented) and ast.get_docstring(node, clean=False)
+    ]
+    return sorted(nodes, key=lambda node: node.body[0].lineno)
 
 
 def _docstrings(path: Path) -> str:
     parsed = _parse(path)
     if parsed is None:
         return ""
-    texts = (inspect.cleandoc(node.body[0].value.value) for node in _documented(parsed[1]))
+    texts = (ast.get_docstring(node) or "" for node in _documented(parsed[1]))
     return "\n\n".join(text for text in texts if len(text) > 80)
 
 
@@ -240,10 +246,10 @@ def _bare_python(path: Path) -> str:
         return ""
     source, tree = parsed
     lines = source.splitlines()
-    dropped = set()
+    dropped: set[int] = set()
     for node in _documented(tree):
         docstring = node.body[0]
-        rows = range(docstring.lineno - 1, docstring.end_lineno)
+        rows = range(docstring.lineno - 1, docstring.end_lineno or 0)
         dropped.update(rows)
         if len(node.body) == 1 and not isinstance(node, ast.Module):
             lines[rows[0]] = " " * docstring.col_offset + "pass"
@@ -273,7 +279,8 @@ def _bare_cpp(path: Path) -> str:
 
 def _pieces(text: str) -> Iterator[str]:
     """Cut a file between paragraphs, where possible before one that is not indented."""
-    piece, size = [], 0
+    piece: list[str] = []
+    size = 0
     for paragraph in re.split(r"\n\s*\n(?=[ \t]*\S)", text.strip()):
         if size >= (MAX_PIECE if paragraph[:1].isspace() else PIECE):
             yield "\n\n".join(piece)
@@ -285,7 +292,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 def _without_repeats(documents: Iterable[str]) -> Iterator[str]:
     """Leave out paragraphs seen before (in any document), then documents with little left."""
-    seen = set()
+    seen: set[str] = set()
     for document in documents:
         kept = []
         for paragraph in document.split("\n\n"):

@@ -13,8 +13,9 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.data.embedded import EMBEDDED, choices, embedded_documents
 from pipeline.errors import UserError
@@ -125,27 +126,26 @@ def read_documents(
             a document, a text field that no row of a file has, and too many bad rows.
     """
     heldout = split == "heldout"
+    keep, files = _side(heldout, domain.heldout_fraction), domain.files
+    if domain.heldout_files or domain.heldout_split:
+        keep = _everything
     if heldout and domain.heldout_files:
-        keep, files = _everything, domain.heldout_files
-    else:
-        if domain.heldout_files or domain.heldout_split:
-            keep = _everything
-        else:
-            keep = _side(heldout, domain.heldout_fraction)
-        files = domain.files
-        if domain.hub:
-            part = domain.heldout_split if heldout and domain.heldout_split else domain.split
-            return _from_hub(domain, part, keep, bad)
+        files = domain.heldout_files
+    elif domain.hub:
+        part = domain.heldout_split if heldout and domain.heldout_split else domain.split
+        return _from_hub(domain, part, keep, bad)
 
     if files:
         paths = _resolve(files)
-        read = lambda: itertools.chain.from_iterable(  # noqa: E731
-            read_file(path, domain.text_field, bad) for path in paths
-        )
         where = f"{paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
     else:
         texts = embedded_documents(domain.embedded or "")
-        read, where = lambda: iter(texts), f"the embedded corpus {domain.embedded!r}"
+        where = f"the embedded corpus {domain.embedded!r}"
+
+    def read() -> Iterator[str]:
+        if not files:
+            return iter(texts)
+        return (text for path in paths for text in read_file(path, domain.text_field, bad))
 
     def rows() -> Iterator[dict[str, str]]:
         seen = kept = 0
@@ -246,8 +246,9 @@ def _chunks(path: str) -> Iterator[bytes]:
     except OSError as error:
         raise UserError(f"{path}: cannot be opened: {error.strerror}") from None
     with file:
+        new: Callable[[], Any]
         if path.endswith(".gz"):
-            new = lambda: zlib.decompressobj(wbits=31)  # noqa: E731
+            new = partial(zlib.decompressobj, wbits=31)
         elif path.endswith(".zst"):
             import zstandard
 
@@ -291,7 +292,8 @@ def _lines(path: str, bad: BadLines) -> Iterator[tuple[int, bytes]]:
 
 
 def _read_jsonl(path: str, text_field: str, bad: BadLines) -> Iterator[str]:
-    found, fields = False, set()
+    found = False
+    fields: set[str] = set()
     for number, line in _lines(path, bad):
         if not line.strip():
             continue

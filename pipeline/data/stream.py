@@ -77,7 +77,7 @@ class PackedStream(IterableDataset):
         self.length, self.streams = length, streams
         self.owned = range(rank, streams, world_size)
         self.seed, self.shuffle_window = seed, shuffle_window
-        self._start = {
+        self._start: dict[str, Any] = {
             "settings": {
                 "length": length,
                 "streams": streams,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # RoBERTa's order, without its ids for pairs
 # "a <mask>" takes the blank before it along, as the words of such a vocabulary do
-MASK = {"content": "<mask>", "lstrip": True, "special": True}
+MASK: dict[str, Any] = {"content": "<mask>", "lstrip": True, "special": True}
 SMALLEST = 100  # entries; fewer means that the vocabulary file was not understood
 
 
@@ -84,7 +84,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
     return _roberta(backend)
 
 
-def _checked(tokenizer: "PreTrainedTokenizerFast", name: str) -> "PreTrainedTokenizerFast":
+def _checked(tokenizer: Any, name: str) -> "PreTrainedTokenizerFast":
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UserError(
             f"tokenizer {name}: has no fast version; save one as tokenizer.json in the folder"
