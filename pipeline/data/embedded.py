@@ -201,8 +201,8 @@ def _topics(stdlib: Path) -> list[str]:
 def _readmes(packages: list[str]) -> Iterator[str]:
     for package in packages:
         if _version(package):
-            metadata = importlib.metadata.metadata(package)
-            lines = (metadata["Description"] if "Description" in metadata else "").splitlines()
+            fields = importlib.metadata.metadata(package).json
+            lines = str(fields.get("description", "")).splitlines()
             # badges, pictures and HTML are not prose
             yield "\n".join(x for x in lines if not re.match(r"\s*(<|\[?!\[)", x))
 
