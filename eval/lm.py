@@ -53,8 +53,13 @@ def evaluate_share(
     collate = collate_mlm if masked else collate_causal
     arrays: dict[str, np.ndarray] = {}
     count = sum(-(-len(d["labels"]) // batch_size) for d in domains.values())
-    bar = tqdm(total=count, desc="evaluate", unit="batch", disable=None if share[0] == 0 else True,
-               leave=False)
+    bar = tqdm(
+        total=count,
+        desc="evaluate",
+        unit="batch",
+        disable=None if share[0] == 0 else True,
+        leave=False,
+    )
     for name, data in domains.items():
         losses = np.zeros(len(data["labels"]))
         starts = range(0, len(losses), batch_size)
@@ -108,17 +113,24 @@ def merge_shares(
         mean = losses.sum() / tokens.sum()
         # A ratio of sums over sequences: the linearised standard error.
         residuals = losses - mean * tokens
-        stderr = np.sqrt((residuals**2).sum() * len(losses) / max(1, len(losses) - 1)) / tokens.sum()
+        stderr = (
+            np.sqrt((residuals**2).sum() * len(losses) / max(1, len(losses) - 1)) / tokens.sum()
+        )
         with safe_open(heldout / f"{name}.safetensors", "np") as file:
             unigram = float(file.metadata()["unigram_loss"])
         result["domains"][name] = {
-            "loss": float(mean), "stderr": float(stderr), "tokens": int(tokens.sum()),
-            "sequences": len(losses), "unigram_loss": unigram,
+            "loss": float(mean),
+            "stderr": float(stderr),
+            "tokens": int(tokens.sum()),
+            "sequences": len(losses),
+            "unigram_loss": unigram,
         }
     if "rows" in shares[0]:
         result["overlap"] = _overlap(
             {n: summed[f"magnitude/{n}"] for n in domains},
-            shares[0]["rows"].tolist(), shares[0]["components"].tolist(), threshold,
+            shares[0]["rows"].tolist(),
+            shares[0]["components"].tolist(),
+            threshold,
         )
     result["seconds"] = round(time.time() - start, 2)
     temporary = output.with_name(f".{output.name}.tmp")
@@ -147,9 +159,11 @@ def _overlap(
         layers = [i for i, c in enumerate(components) if c == kind]
         kinds[kind] = [
             [
-                float(np.mean([
-                    float((keep[a][i] & keep[b][i]).sum() / keep[a][i].sum()) for i in layers
-                ]))
+                float(
+                    np.mean(
+                        [float((keep[a][i] & keep[b][i]).sum() / keep[a][i].sum()) for i in layers]
+                    )
+                )
                 for b in magnitudes
             ]
             for a in magnitudes

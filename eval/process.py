@@ -29,10 +29,20 @@ def evaluate_in_processes(task: Evaluation, recipe: Recipe) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     parts = [folder / f"share-{r}.npz" for r in range(world_size())]
     command = [
-        sys.executable, str(SCRIPT),
-        "--checkpoint", task.checkpoint, "--heldout", str(task.run / "heldout"),
-        "--output", str(parts[rank()]), "--share", f"{rank()}/{world_size()}",
-        "--batch-size", str(recipe.evaluate.batch_size), "--attention", recipe.model.attention,
+        sys.executable,
+        str(SCRIPT),
+        "--checkpoint",
+        task.checkpoint,
+        "--heldout",
+        str(task.run / "heldout"),
+        "--output",
+        str(parts[rank()]),
+        "--share",
+        f"{rank()}/{world_size()}",
+        "--batch-size",
+        str(recipe.evaluate.batch_size),
+        "--attention",
+        recipe.model.attention,
     ]
     if task.revision:
         command += ["--revision", task.revision]
@@ -48,10 +58,11 @@ def evaluate_in_processes(task: Evaluation, recipe: Recipe) -> None:
     if failures:
         raise RuntimeError(f"{failures:.0f} of {world_size()} evaluation processes failed")
     info = {
-        "stage": task.stage, "name": task.name, "checkpoint": task.checkpoint, "started": started,
+        "stage": task.stage,
+        "name": task.name,
+        "checkpoint": task.checkpoint,
+        "started": started,
     }
     on_rank0(
-        lambda: merge_shares(
-            parts, task.run / "heldout", task.result, recipe.mask.threshold, info
-        )
+        lambda: merge_shares(parts, task.run / "heldout", task.result, recipe.mask.threshold, info)
     )

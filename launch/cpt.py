@@ -1,6 +1,6 @@
 """Continual pretraining: one domain after the other, measured after every stage.
 
-    deepspeed launch/cpt.py --config ds_configs/zero2.json
+deepspeed launch/cpt.py --config ds_configs/zero2.json
 """
 
 import os
@@ -25,7 +25,7 @@ def main() -> None:
     from pipeline.engine.zero import start_distributed
     from pipeline.ranks import on_rank0, rank, world_size
     from pipeline.recipe import load_recipe
-    from pipeline.run import run
+    from pipeline.run import run_recipe
     from pipeline.run_folder import restart
 
     recipe = load_recipe(args.recipe, args.overrides)
@@ -40,7 +40,7 @@ def main() -> None:
     start_distributed()
     if args.restart:
         on_rank0(lambda: restart(Path(args.runs), recipe))
-    page = run(recipe, ds_config, Path(args.runs), evaluate_in_processes, write_report)
+    page = run_recipe(recipe, ds_config, Path(args.runs), evaluate_in_processes, write_report)
     if rank() == 0:
         print_summary(page)
 

@@ -16,18 +16,37 @@ def main() -> None:
     )
     parser.add_argument("--checkpoint", required=True, help="folder or hub id of the model")
     parser.add_argument("--revision", help="of a hub model")
-    parser.add_argument("--heldout", type=Path, required=True, metavar="DIR",
-                        help="a run's heldout folder: text and masks")
-    parser.add_argument("--output", type=Path, metavar="FILE",
-                        help="write this process' share here (.npz) instead of printing the result")
-    parser.add_argument("--share", default="0/1", metavar="R/N",
-                        help="evaluate batches R, R + N, ... only (default: all)")
+    parser.add_argument(
+        "--heldout",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a run's heldout folder: text and masks",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="write this process' share here (.npz) instead of printing the result",
+    )
+    parser.add_argument(
+        "--share",
+        default="0/1",
+        metavar="R/N",
+        help="evaluate batches R, R + N, ... only (default: all)",
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="sequences (default: 32)")
-    parser.add_argument("--attention", default="sdpa", choices=("sdpa", "eager", "flash_attention_2"))
+    parser.add_argument(
+        "--attention", default="sdpa", choices=("sdpa", "eager", "flash_attention_2")
+    )
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--no-overlap", action="store_true", help="do not compare kept rows")
-    parser.add_argument("--threshold", type=float, default=0.7,
-                        help="of the kept rows that are compared (default: 0.7)")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=0.7,
+        help="of the kept rows that are compared (default: 0.7)",
+    )
     args = parser.parse_args()
 
     import json
@@ -47,8 +66,15 @@ def main() -> None:
         started = time.time()
         output = args.output or Path(folder) / "share.npz"
         evaluate_share(
-            args.checkpoint, args.heldout, output, share, args.batch_size, not args.no_overlap,
-            args.attention, device, args.revision,
+            args.checkpoint,
+            args.heldout,
+            output,
+            share,
+            args.batch_size,
+            not args.no_overlap,
+            args.attention,
+            device,
+            args.revision,
         )
         if args.output is None:
             result = Path(folder) / "eval.json"

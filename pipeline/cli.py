@@ -17,25 +17,43 @@ def training_parser(description: str, recipe: str) -> argparse.ArgumentParser:
         epilog="examples:\n"
         "  deepspeed launch/cpt.py --config ds_configs/zero2.json\n"
         "  deepspeed launch/cpt.py --config ds_configs/zero3.json --recipe roberta_das --dry-run\n"
-        "  deepspeed launch/cpt.py --config ds_configs/zero2.json name=ft mask.enabled=false seed=1",
+        "  deepspeed launch/cpt.py --config ds_configs/zero2.json name=ft mask.enabled=false",
     )
     parser.add_argument(
-        "--config", default="ds_configs/zero2.json", metavar="JSON",
+        "--config",
+        default="ds_configs/zero2.json",
+        metavar="JSON",
         help='DeepSpeed configuration; "auto" is filled from the recipe (default: %(default)s)',
     )
     parser.add_argument(
-        "--recipe", default=recipe, metavar="YAML",
+        "--recipe",
+        default=recipe,
+        metavar="YAML",
         help="what to train: a file, or a name from launch/recipes (default: %(default)s)",
     )
-    parser.add_argument("--runs", default="runs", metavar="DIR",
-                        help="where run folders go: DIR/<name> (default: %(default)s)")
-    parser.add_argument("--dry-run", action="store_true",
-                        help="check everything, print what would be done and the memory, and stop")
-    parser.add_argument("--restart", action="store_true",
-                        help="delete an earlier run of this name instead of continuing it")
+    parser.add_argument(
+        "--runs",
+        default="runs",
+        metavar="DIR",
+        help="where run folders go: DIR/<name> (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, print what would be done and the memory, and stop",
+    )
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="delete an earlier run of this name instead of continuing it",
+    )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="key=value",
-                        help="recipe settings, e.g. mask.threshold=0.5 stages[0].steps=50")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="recipe settings, e.g. mask.threshold=0.5 stages[0].steps=50",
+    )
     return parser
 
 

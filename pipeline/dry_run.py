@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from pipeline.data.tokenizer import load_tokenizer
 from pipeline.data.batches import stage_steps
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.engine.config import describe, memory_per_rank, precision_of
 from pipeline.migu.targets import count_rows, find_targets
 from pipeline.model.load import check_model, empty_model, load_config
@@ -18,7 +18,7 @@ def describe_run(recipe: Recipe, ds_config: dict[str, Any], ranks: int) -> str:
     """
     m = recipe.model
     if m.train_tokenizer is None:
-        tokenizer = load_tokenizer(m.tokenizer or m.path, m.revision)
+        tokenizer = load_tokenizer(m.tokenizer or str(m.path), m.revision)
         vocabulary = len(tokenizer)
     else:
         tokenizer, vocabulary = None, m.train_tokenizer
@@ -27,11 +27,14 @@ def describe_run(recipe: Recipe, ds_config: dict[str, Any], ranks: int) -> str:
     model = empty_model(m, config)
     parameters = sum(p.numel() for p in model.parameters())
     lines = [recipe.to_yaml()]
-    lines += [f"model      {type(model).__name__}, {parameters:,} parameters, "
-              f"vocabulary {vocabulary:,}"]
-    lines += [f"engine     {describe(ds_config)}, {precision_of(ds_config)}, {ranks} rank(s), "
-              f"batch {recipe.train.batch_size} = {ranks} x {recipe.train.micro_batch_size} x "
-              f"{ds_config['gradient_accumulation_steps']} (ranks x micro-batch x accumulation)"]
+    lines += [
+        f"model      {type(model).__name__}, {parameters:,} parameters, vocabulary {vocabulary:,}"
+    ]
+    lines += [
+        f"engine     {describe(ds_config)}, {precision_of(ds_config)}, {ranks} rank(s), "
+        f"batch {recipe.train.batch_size} = {ranks} x {recipe.train.micro_batch_size} x "
+        f"{ds_config['gradient_accumulation_steps']} (ranks x micro-batch x accumulation)"
+    ]
     lines += _mask_lines(recipe, model)
     lines += _stage_lines(recipe, tokenizer)
     lines += _memory_lines(parameters, ds_config, ranks)
@@ -58,8 +61,10 @@ def _stage_lines(recipe: Recipe, tokenizer: Any) -> list[str]:
     per_step = recipe.train.batch_size * recipe.data.sequence_length
     for i, stage in enumerate(recipe.stages, start=1):
         if tokenizer is None and stage.epochs is not None:
-            lines.append(f"  {i} {stage.name}: {stage.epochs} epochs (steps are known once the "
-                         "tokenizer is trained)")
+            lines.append(
+                f"  {i} {stage.name}: {stage.epochs} epochs (steps are known once the "
+                "tokenizer is trained)"
+            )
             continue
         steps = stage_steps(recipe, i, tokenizer)
         lr = stage.lr or recipe.optimizer.lr
@@ -74,5 +79,7 @@ def _memory_lines(parameters: int, ds_config: dict[str, Any], ranks: int) -> lis
     for name, (on_device, on_host) in sizes.items():
         where = "on the GPU" if on_device else "on the host"
         lines.append(f"  {name:<10}{(on_device or on_host) / 1e9:9.3f} GB {where}")
-    lines.append(f"  {'total':<10}{device / 1e9:9.3f} GB on the GPU, {host / 1e9:.3f} GB on the host")
+    lines.append(
+        f"  {'total':<10}{device / 1e9:9.3f} GB on the GPU, {host / 1e9:.3f} GB on the host"
+    )
     return lines

@@ -57,7 +57,9 @@ class StageProgress:
         seconds = time.perf_counter() - self._start
         speed = self._tokens / seconds
         numbers = {
-            "loss": f"{loss:.3f}", "norm": f"{norm:.2f}", "kept": f"{kept:.0%}",
+            "loss": f"{loss:.3f}",
+            "norm": f"{norm:.2f}",
+            "kept": f"{kept:.0%}",
             "tok/s": f"{speed:,.0f}",
         }
         if self._bar is not None:

@@ -32,7 +32,9 @@ def on_rank0(function: Callable[[], T]) -> T:
         try:
             outcome[0] = function()
         except Exception as error:
-            outcome[1] = error if isinstance(error, (UserError, OSError)) else RuntimeError(repr(error))
+            outcome[1] = (
+                error if isinstance(error, (UserError, OSError)) else RuntimeError(repr(error))
+            )
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]

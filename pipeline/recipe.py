@@ -7,6 +7,8 @@ Engine settings (ZeRO stage, offload, precision) live in a DeepSpeed JSON: see `
 
 import dataclasses
 import difflib
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -30,7 +32,9 @@ class Model:
     overrides: dict[str, Any] = field(default_factory=dict)  # config attributes, e.g. dropout
     revision: str | None = None
     tokenizer: str | None = None  # hub id or folder; default: the model's own
-    train_tokenizer: int | None = None  # vocabulary of a byte-level BPE trained on the first corpora
+    train_tokenizer: int | None = (
+        None  # vocabulary of a byte-level BPE trained on the first corpora
+    )
     objective: Literal["masked", "causal"] = "masked"
     gradient_checkpointing: bool = False
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -66,7 +70,7 @@ class Data:
     shuffle_window: int = 1024  # documents
     bad_lines: int = 100  # broken rows to skip in a corpus before giving up
     heldout_sequences: int = 128  # per domain
-    workers: int | None = None  # tokenizing processes per rank; default 1 on a GPU, 0 on a CPU
+    prefetch: int = 2  # steps that a thread prepares ahead; 0: none
 
 
 @dataclass
@@ -90,7 +94,7 @@ class Stage:
 
 @dataclass
 class Mask:
-    """MIGU (paper, section 3.2): which rows of the gradient are kept. docs/mask.md has the table."""
+    """MIGU (paper, section 3.2): which rows of the gradient are kept (docs/mask.md)."""
 
     enabled: bool = True
     threshold: float = 0.7  # T: fraction of the rows that is masked
@@ -149,7 +153,7 @@ class Recipe:
         return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(self)))
 
 
-def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, lay `key=value` overrides over it, check everything.
 
     Relative paths inside a recipe are relative to the working directory; a model or tokenizer path
@@ -220,20 +224,33 @@ def _contradictions(r: Recipe) -> list[str]:
 
     m, d, k, o, t = r.model, r.data, r.mask, r.optimizer, r.train
     need((m.path is None) != (m.config is None), "model: give exactly one of `path` and `config`")
-    need(not (m.path is None and m.tokenizer is None and m.train_tokenizer is None),
-         "model.tokenizer: a model built from `config` needs `tokenizer` or `train_tokenizer`")
-    need(not (m.tokenizer and m.train_tokenizer),
-         "model: give at most one of `tokenizer` and `train_tokenizer`")
-    need(not (m.path and m.train_tokenizer),
-         "model.train_tokenizer: a pretrained model comes with its own vocabulary; remove it")
-    need(m.train_tokenizer is None or m.train_tokenizer >= 300,
-         f"model.train_tokenizer: {m.train_tokenizer} is too small; byte-level BPE needs 300 or more")
+    need(
+        not (m.path is None and m.tokenizer is None and m.train_tokenizer is None),
+        "model.tokenizer: a model built from `config` needs `tokenizer` or `train_tokenizer`",
+    )
+    need(
+        not (m.tokenizer and m.train_tokenizer),
+        "model: give at most one of `tokenizer` and `train_tokenizer`",
+    )
+    need(
+        not (m.path and m.train_tokenizer),
+        "model.train_tokenizer: a pretrained model comes with its own vocabulary; remove it",
+    )
+    need(
+        m.train_tokenizer is None or m.train_tokenizer >= 300,
+        f"model.train_tokenizer: {m.train_tokenizer} is too small; byte-level BPE needs 300",
+    )
     for key in ("path", "tokenizer"):
         value = getattr(m, key)
         if value and (value.startswith((".", "/")) or value.count("/") > 1):
             need(Path(value).exists(), f"model.{key}: no such folder: {value}")
     need(bool(d.domains), "data.domains: name at least one corpus")
     for name, domain in d.domains.items():
+        need(
+            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None,
+            f"data.domains.{name}: a name is made of letters, digits, '.', '_' and '-' (it names "
+            "files)",
+        )
         found += check_domain(name, domain)
     need(d.sequence_length >= 16, f"data.sequence_length: {d.sequence_length} is below 16 tokens")
     for key in ("masking", "heldout_masking"):
@@ -241,42 +258,62 @@ def _contradictions(r: Recipe) -> list[str]:
     for key in ("heldout_sequences", "shuffle_window"):
         need(getattr(d, key) >= 1, f"data.{key}: must be at least 1")
     need(d.bad_lines >= 0, "data.bad_lines: must be at least 0")
-    need(d.workers is None or d.workers >= 0, "data.workers: must be at least 0")
+    need(d.prefetch >= 0, "data.prefetch: must be at least 0")
     need(bool(r.stages), "stages: list at least one domain to train on")
     for i, stage in enumerate(r.stages):
         for name in stage.domains:
-            need(name in d.domains,
-                 f"stages[{i}].domain: {name!r} is not in data.domains{_near(name, d.domains)}")
+            need(
+                name in d.domains,
+                f"stages[{i}].domain: {name!r} is not in data.domains{_near(name, d.domains)}",
+            )
         lengths = [x for x in (stage.steps, stage.epochs, stage.tokens) if x is not None]
         need(len(lengths) == 1, f"stages[{i}]: give exactly one of `steps`, `epochs`, `tokens`")
         need(all(x > 0 for x in lengths), f"stages[{i}]: `steps`, `epochs`, `tokens` are positive")
         need(stage.lr is None or stage.lr > 0, f"stages[{i}].lr: must be positive")
     for name in r.evaluate.domains or []:
-        need(name in d.domains,
-             f"evaluate.domains: {name!r} is not in data.domains{_near(name, d.domains)}")
+        need(
+            name in d.domains,
+            f"evaluate.domains: {name!r} is not in data.domains{_near(name, d.domains)}",
+        )
     need(r.evaluate.batch_size >= 1, "evaluate.batch_size: must be at least 1")
-    need(0 <= k.threshold < 1,
-         f"mask.threshold: {k.threshold} is outside [0, 1); the paper uses 0.7 (70% masked)")
+    need(
+        0 <= k.threshold < 1,
+        f"mask.threshold: {k.threshold} is outside [0, 1); the paper uses 0.7 (70% masked)",
+    )
     if k.enabled:
-        need(not (k.normalize != "none" and k.criterion != "output"),
-             f"mask.normalize: has no effect with criterion {k.criterion!r}; remove it")
-        need(not (k.random_redraw != "stage" and k.criterion != "random"),
-             f"mask.random_redraw: has no effect with criterion {k.criterion!r}; remove it")
-        need(1 <= k.from_stage <= max(1, len(r.stages)),
-             f"mask.from_stage: {k.from_stage} is not one of the stages 1 to {len(r.stages)}")
-        need(k.components is None or len(k.components) > 0,
-             "mask.components: the list is empty; name components, or leave it out for all")
+        need(
+            not (k.normalize != "none" and k.criterion != "output"),
+            f"mask.normalize: has no effect with criterion {k.criterion!r}; remove it",
+        )
+        need(
+            not (k.random_redraw != "stage" and k.criterion != "random"),
+            f"mask.random_redraw: has no effect with criterion {k.criterion!r}; remove it",
+        )
+        need(
+            1 <= k.from_stage <= max(1, len(r.stages)),
+            f"mask.from_stage: {k.from_stage} is not one of the stages 1 to {len(r.stages)}",
+        )
+        need(
+            k.components is None or len(k.components) > 0,
+            "mask.components: the list is empty; name components, or leave it out for all",
+        )
     need(o.lr > 0, f"optimizer.lr: {o.lr} must be positive")
     need(all(0 <= b < 1 for b in o.betas), f"optimizer.betas: {o.betas} are outside [0, 1)")
-    need(0 <= o.warmup < 1, f"optimizer.warmup: {o.warmup} is outside [0, 1): a fraction of a stage")
+    need(
+        0 <= o.warmup < 1, f"optimizer.warmup: {o.warmup} is outside [0, 1): a fraction of a stage"
+    )
     need(o.weight_decay >= 0, "optimizer.weight_decay: must be at least 0")
     need(o.eps > 0, "optimizer.eps: must be positive")
     need(t.batch_size >= 1, "train.batch_size: must be at least 1")
-    need(t.micro_batch_size is None or t.micro_batch_size >= 1,
-         "train.micro_batch_size: must be at least 1")
+    need(
+        t.micro_batch_size is None or t.micro_batch_size >= 1,
+        "train.micro_batch_size: must be at least 1",
+    )
     need(t.gradient_clipping >= 0, "train.gradient_clipping: must be at least 0 (0 is off)")
-    need(m.objective == "causal" or not (m.config or {}).get("is_decoder"),
-         "model.config.is_decoder: a masked LM is an encoder; set model.objective=causal")
+    need(
+        m.objective == "causal" or not (m.config or {}).get("is_decoder"),
+        "model.config.is_decoder: a masked LM is an encoder; set model.objective=causal",
+    )
     return found
 
 
@@ -308,7 +345,7 @@ def _dataclass_at(loc: list[Any]) -> type | None:
         else:
             hint = get_type_hints(owner).get(part)
             owner = Stage if part == "stages" else hint
-    return owner if dataclasses.is_dataclass(owner) else None
+    return owner if isinstance(owner, type) and dataclasses.is_dataclass(owner) else None
 
 
 def _near(word: str, known: Any) -> str:
@@ -326,5 +363,5 @@ def _all(path: Path, problems: list[str]) -> UserError:
 
 
 for _cls in (Model, Domain, Data, Stage, Mask, Optimizer, Train, Evaluation, Recipe):
-    _cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+    _cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[union-attr]
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)

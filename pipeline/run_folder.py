@@ -15,9 +15,12 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
+from transformers import PretrainedConfig
 
 from pipeline.engine.config import describe, precision_of
 from pipeline.errors import UserError
+from pipeline.migu.targets import count_rows, find_targets
+from pipeline.model.load import empty_model
 from pipeline.progress import now
 from pipeline.ranks import on_rank0, rank, world_size
 from pipeline.recipe import Recipe
@@ -68,7 +71,8 @@ def _claim(folder: Path, lock: FileLock, recipe: Recipe, ds_config: dict[str, An
             )
     stored.write_text(recipe.to_yaml())
     for name, content in (
-        ("ds_config.json", ds_config), ("environment.json", _environment(ds_config)),
+        ("ds_config.json", ds_config),
+        ("environment.json", _environment(ds_config)),
     ):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
@@ -134,7 +138,26 @@ def _git(*arguments: str) -> str | None:
     """Output of git in this project's own checkout; None outside one."""
     here = Path(__file__).resolve().parent
     try:
-        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def describe_model(folder: Path, recipe: Recipe, config: PretrainedConfig) -> None:
+    """Add to environment.json what is known once the model's configuration is."""
+    model = empty_model(recipe.model, config)
+    known = json.loads((folder / "environment.json").read_text())
+    known["model"] = type(model).__name__
+    known["parameters"] = sum(p.numel() for p in model.parameters())
+    if recipe.mask.enabled:
+        k = recipe.mask
+        counts = count_rows(find_targets(model, k.components), k.threshold, k.rule)
+        known["masked_linears"] = sum(c["linears"] for c in counts.values())
+        known["masked_rows"] = {
+            "total": sum(c["rows"] for c in counts.values()),
+            "kept": sum(c["kept"] for c in counts.values()),
+        }
+    (folder / "environment.json").write_text(json.dumps(known, indent=2) + "\n")

@@ -88,9 +88,19 @@ def train_stage(
             norm = engine.gradient_norm
             progress.update(step, tokens_per_step, mean_loss, norm, kept)
             log.write(
-                "step", stage=stage, domain=name, step=step, steps=steps, loss=mean_loss,
-                grad_norm=norm, lr=lr, kept=kept, applied=applied, tokens=tokens_per_step,
-                seconds=timer.seconds("step"), mask_seconds=timer.seconds("mask"),
+                "step",
+                stage=stage,
+                domain=name,
+                step=step,
+                steps=steps,
+                loss=mean_loss,
+                grad_norm=norm,
+                lr=lr,
+                kept=kept,
+                applied=applied,
+                tokens=tokens_per_step,
+                seconds=timer.seconds("step"),
+                mask_seconds=timer.seconds("mask"),
             )
             _monitor(engine, recipe, stage, step, mean_loss, norm, lr, kept)
     if progress is not None:
@@ -145,7 +155,14 @@ def _to(batch: Batch, device: torch.device) -> Batch:
 
 
 def _monitor(
-    engine: Any, recipe: Recipe, stage: int, step: int, loss: float, norm: float, lr: float, kept: float
+    engine: Any,
+    recipe: Recipe,
+    stage: int,
+    step: int,
+    loss: float,
+    norm: float,
+    lr: float,
+    kept: float,
 ) -> None:
     """TensorBoard, W&B, ...: whatever the DeepSpeed JSON switches on."""
     if engine.monitor.enabled:

@@ -16,9 +16,15 @@ def tiny_roberta() -> RobertaForMaskedLM:
     torch.manual_seed(0)
     return RobertaForMaskedLM(
         RobertaConfig(
-            vocab_size=53, hidden_size=21, num_hidden_layers=2, num_attention_heads=3,
-            intermediate_size=37, max_position_embeddings=20, hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0, type_vocab_size=1,
+            vocab_size=53,
+            hidden_size=21,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            intermediate_size=37,
+            max_position_embeddings=20,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            type_vocab_size=1,
         )
     )
 
@@ -28,16 +34,27 @@ def tiny_llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=53, hidden_size=30, num_hidden_layers=2, num_attention_heads=3,
-            num_key_value_heads=1, intermediate_size=41, max_position_embeddings=20,
+            vocab_size=53,
+            hidden_size=30,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            intermediate_size=41,
+            max_position_embeddings=20,
         )
     )
 
 
 MODELS = {"roberta": tiny_roberta, "llama": tiny_llama}
 MASKED_LAYERS = {
-    "roberta": ("query", "key", "value", "attention.output.dense", "intermediate.dense",
-                "output.dense"),
+    "roberta": (
+        "query",
+        "key",
+        "value",
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+    ),
     "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
 
@@ -67,7 +84,8 @@ def train_reference(name: str, steps: list[list[dict]]) -> tuple[dict, list[dict
     """Returns (weights, per step the kept rows of each layer)."""
     model = MODELS[name]()
     linears = {
-        n: m for n, m in model.named_modules()
+        n: m
+        for n, m in model.named_modules()
         if isinstance(m, torch.nn.Linear) and n.endswith(MASKED_LAYERS[name]) and "lm_head" not in n
     }
     magnitude: dict[str, torch.Tensor] = {}
@@ -76,6 +94,7 @@ def train_reference(name: str, steps: list[list[dict]]) -> tuple[dict, list[dict
         def hook(_module, _inputs, output):  # n_i = ||h_i||_1, over the tokens of the batch (Eq. 2)
             n = output.detach().abs().flatten(0, -2).sum(0)
             magnitude[layer] = magnitude.get(layer, 0) + n
+
         return hook
 
     for layer, module in linears.items():
@@ -83,8 +102,13 @@ def train_reference(name: str, steps: list[list[dict]]) -> tuple[dict, list[dict
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0}],
-        lr=LR, betas=BETAS, eps=EPS,
+        [
+            {"params": matrices, "weight_decay": WEIGHT_DECAY},
+            {"params": vectors, "weight_decay": 0},
+        ],
+        lr=LR,
+        betas=BETAS,
+        eps=EPS,
     )
     kept = []
     for batches in steps:

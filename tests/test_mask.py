@@ -1,6 +1,7 @@
 """Which linears, which rows, and the arithmetic of masking a slice."""
 
 from fractions import Fraction
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import (
-    AlbertConfig, AlbertForMaskedLM, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel,
-    MixtralConfig, MixtralForCausalLM,
+    AlbertConfig,
+    AlbertForMaskedLM,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 
 from pipeline.errors import UserError
@@ -24,20 +31,26 @@ from tests.reference import MASKED_LAYERS, MODELS
 
 
 @given(
-    rows=st.integers(1, 9), columns=st.integers(1, 9), output_dim=st.integers(0, 1),
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 9),
+    output_dim=st.integers(0, 1),
     data=st.data(),
 )
 @settings(max_examples=300, deadline=None)
 def test_masking_any_cut_of_a_matrix_equals_masking_the_whole(rows, columns, output_dim, data):
     weight = torch.randn(rows, columns)
-    keep = torch.tensor(data.draw(st.lists(
-        st.booleans(), min_size=weight.shape[output_dim], max_size=weight.shape[output_dim]
-    )))
+    keep = torch.tensor(
+        data.draw(
+            st.lists(
+                st.booleans(), min_size=weight.shape[output_dim], max_size=weight.shape[output_dim]
+            )
+        )
+    )
     cuts = data.draw(st.lists(st.integers(0, rows * columns), max_size=5))
     bounds = sorted({0, *cuts, rows * columns})
     flat = weight.clone().flatten()
     magnitudes = torch.zeros(weight.shape[output_dim])
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         shard = Shard("w", flat[start:end], start, (rows, columns))
         shard.add_magnitudes(magnitudes, output_dim)
         shard.mask(keep, output_dim)
@@ -88,7 +101,8 @@ def test_all_linears_of_the_blocks_are_targets(name):
     model = MODELS[name]()
     found = [t.name for t in find_targets(model)]
     expected = [
-        f"{n}.weight" for n, m in model.named_modules()
+        f"{n}.weight"
+        for n, m in model.named_modules()
         if isinstance(m, nn.Linear) and n.endswith(MASKED_LAYERS[name]) and "lm_head" not in n
     ]
     assert found == expected
@@ -97,7 +111,11 @@ def test_all_linears_of_the_blocks_are_targets(name):
 def test_components_choose_among_the_linears():
     model = MODELS["llama"]()
     assert {t.component for t in find_targets(model, ["attention", "ffn_out"])} == {
-        "q", "k", "v", "o", "ffn_out"
+        "q",
+        "k",
+        "v",
+        "o",
+        "ffn_out",
     }
     head = find_targets(model, ["head"])
     assert [t.name for t in head] == ["lm_head.weight"]
@@ -111,15 +129,25 @@ def test_conv1d_counts_its_columns_as_outputs():
     sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 11, "n_positions": 8}
     targets = find_targets(GPT2LMHeadModel(GPT2Config(**sizes)))
     assert {(t.component, t.rows, t.output_dim) for t in targets} == {
-        ("qkv", 24, 1), ("o", 8, 1), ("ffn_in", 32, 1), ("ffn_out", 8, 1)
+        ("qkv", 24, 1),
+        ("o", 8, 1),
+        ("ffn_in", 32, 1),
+        ("ffn_out", 8, 1),
     }
 
 
 def test_models_that_cannot_be_masked_are_refused():
     with pytest.raises(UserError, match="nothing to mask"):
         find_targets(nn.Sequential(nn.Embedding(3, 4), nn.LayerNorm(4)))
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 11,
-             "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "vocab_size": 11,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_local_experts": 2,
+    }
     with pytest.raises(UserError, match="experts"):
         find_targets(MixtralForCausalLM(MixtralConfig(**sizes)))
 
@@ -150,8 +178,13 @@ def test_magnitudes_are_sums_of_absolute_outputs():
 
 
 def test_a_module_called_twice_adds_up_and_a_recompute_does_not():
-    sizes = {"vocab_size": 20, "embedding_size": 4, "hidden_size": 8, "num_attention_heads": 2,
-             "intermediate_size": 12}
+    sizes = {
+        "vocab_size": 20,
+        "embedding_size": 4,
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "intermediate_size": 12,
+    }
     ids = torch.randint(5, 20, (2, 5))
     torch.manual_seed(0)
     albert = AlbertForMaskedLM(AlbertConfig(num_hidden_layers=3, **sizes)).eval()
@@ -161,9 +194,15 @@ def test_a_module_called_twice_adds_up_and_a_recompute_does_not():
     _, magnitudes = _recorded(albert, ids)
     torch.testing.assert_close(magnitudes[0], sum(calls[:3]))
 
-    sizes = {"vocab_size": 20, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 12,
-             "num_hidden_layers": 1, "hidden_dropout_prob": 0.0,
-             "attention_probs_dropout_prob": 0.0}
+    sizes = {
+        "vocab_size": 20,
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "intermediate_size": 12,
+        "num_hidden_layers": 1,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
     bert = BertForMaskedLM(BertConfig(**sizes)).train()
     results = []
     for checkpointing in (False, True):
@@ -201,7 +240,8 @@ def _masked_rows(model, settings, step=1, seed=0):
         loss = model(input_ids=torch.arange(5, 15)[None]).logits.square().sum()
     loss.backward()
     expected = {
-        "weight": lambda p: p.detach().abs().sum(1), "gradient": lambda p: p.grad.abs().sum(1)
+        "weight": lambda p: p.detach().abs().sum(1),
+        "gradient": lambda p: p.grad.abs().sum(1),
     }
     named = dict(model.named_parameters())
     scores = None
@@ -225,8 +265,10 @@ def test_rows_are_ranked_by_weight_or_gradient(criterion):
 def test_random_rows_stay_for_a_stage_or_are_drawn_each_step():
     model = MODELS["llama"]()
     per_stage = Mask(criterion="random")
-    rows = [_masked_rows(model, per_stage, step, seed)[0].keep
-            for step, seed in [(1, 0), (2, 0), (1, 1)]]
+    rows = [
+        _masked_rows(model, per_stage, step, seed)[0].keep
+        for step, seed in [(1, 0), (2, 0), (1, 1)]
+    ]
     assert torch.equal(rows[0], rows[1])
     assert not torch.equal(rows[0], rows[2])
     per_step = Mask(criterion="random", random_redraw="step")

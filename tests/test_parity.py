@@ -4,7 +4,6 @@ import itertools
 from dataclasses import replace
 
 import pytest
-import torch
 
 from pipeline.engine.config import resolve_ds_config
 from pipeline.engine.zero import ZeroEngine
@@ -13,7 +12,15 @@ from pipeline.ranks import rank, world_size
 from pipeline.recipe import Data, Domain, Mask, Model, Optimizer, Recipe, Stage, Train
 from pipeline.train import train_stage
 from tests.reference import (
-    BETAS, CLIP, EPS, LR, MODELS, THRESHOLD, WEIGHT_DECAY, micro_batches, train_reference,
+    BETAS,
+    CLIP,
+    EPS,
+    LR,
+    MODELS,
+    THRESHOLD,
+    WEIGHT_DECAY,
+    micro_batches,
+    train_reference,
 )
 from tests.spawn import run_ranks
 
@@ -25,21 +32,28 @@ ENGINES = {
     "zero3": {"stage": 3, "stage3_param_persistence_threshold": 0},
     "zero1 offload": {"stage": 1, "offload_optimizer": OFFLOAD},
     "zero2 offload": {"stage": 2, "offload_optimizer": OFFLOAD},
-    "zero3 offload": {"stage": 3, "offload_optimizer": OFFLOAD, "offload_param": OFFLOAD,
-                      "stage3_param_persistence_threshold": 0},
+    "zero3 offload": {
+        "stage": 3,
+        "offload_optimizer": OFFLOAD,
+        "offload_param": OFFLOAD,
+        "stage3_param_persistence_threshold": 0,
+    },
 }
 STEPS = 3
 
 
-def recipe_for(name: str, batch_size: int, micro_batch: int = 2, mask: Mask | None = None) -> Recipe:
+def recipe_for(
+    name: str, batch_size: int, micro_batch: int = 2, mask: Mask | None = None
+) -> Recipe:
     return Recipe(
         name="parity",
         model=Model(path="unused", objective="causal" if name == "llama" else "masked"),
         data=Data(domains={"x": Domain(embedded="prose")}, sequence_length=12),
         stages=[Stage("x", steps=STEPS)],
         mask=mask or Mask(threshold=THRESHOLD),
-        optimizer=Optimizer(lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY,
-                            schedule="constant"),
+        optimizer=Optimizer(
+            lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, schedule="constant"
+        ),
         train=Train(batch_size=batch_size, micro_batch_size=micro_batch, gradient_clipping=CLIP),
     )
 
@@ -53,7 +67,9 @@ class History(GradientMask):
         return kept
 
 
-def train(name, engine, steps, accumulation, mask_settings=None, precision="fp32", checkpoint=False):
+def train(
+    name, engine, steps, accumulation, mask_settings=None, precision="fp32", checkpoint=False
+):
     """Train on this rank's share of `steps`; returns (weights, kept rows per step)."""
     recipe = recipe_for(name, 2 * world_size() * accumulation, mask=mask_settings)
     recipe = replace(recipe, train=replace(recipe.train, precision=precision))

@@ -1,12 +1,14 @@
 """From a recipe's stage to micro-batches, the same for every number of ranks."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from itertools import chain, islice
+from queue import Full, Queue
+from threading import Event, Thread
+from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.data.mlm import collate_causal, collate_mlm, mask_tokens
@@ -16,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 
 Batch = dict[str, Tensor]
+T = TypeVar("T")
 SAMPLE = 2000  # documents
 
 
@@ -28,7 +31,7 @@ def stage_documents(
     """
 
     def documents(epoch: int) -> Iterator[str]:
-        streams = []
+        streams: list[Iterator[str]] = []
         for name in names:
             found = BadLines(budget=recipe.data.bad_lines)
             if bad is not None and epoch == 0:
@@ -76,7 +79,6 @@ def training_batches(
     tokenizer: PreTrainedTokenizerFast,
     rank: int,
     ranks: int,
-    workers: int,
     bad: dict[str, BadLines] | None = None,
 ) -> Iterator[list[Batch]]:
     """Without end: per step, this rank's micro-batches.
@@ -96,9 +98,8 @@ def training_batches(
         shuffle_window=recipe.data.shuffle_window,
         masked=masked,
     )
-    loader = DataLoader(stream, batch_size=None, num_workers=workers, collate_fn=_as_is)
     size = recipe.train.micro_batch_size or len(range(rank, recipe.train.batch_size, ranks))
-    for step, (sequences, _state) in enumerate(loader):
+    for step, (sequences, _state) in enumerate(stream):
         rows = [
             example(
                 sequence,
@@ -141,5 +142,43 @@ def example(
     return ids, np.where(sequence.segments >= 0, ids, -100), sequence.segments
 
 
-def _as_is(item):
-    return item
+def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
+    """The same items, made `depth` ahead by a thread; its exceptions are raised here.
+
+    A thread, not a process: tokenizing releases the interpreter's lock, and what the reader counts
+    (broken lines) stays in sight. Ends with the consumer.
+    """
+    if depth == 0:
+        yield from items
+        return
+    queue: Queue = Queue(maxsize=depth)
+    stop = Event()
+
+    def put(entry: tuple[T | None, BaseException | None, bool]) -> None:
+        while not stop.is_set():
+            try:
+                return queue.put(entry, timeout=0.1)
+            except Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in items:
+                put((item, None, False))
+                if stop.is_set():
+                    return
+            put((None, None, True))
+        except BaseException as error:
+            put((None, error, True))
+
+    Thread(target=work, daemon=True).start()
+    try:
+        while True:
+            item, error, end = queue.get()
+            if error is not None:
+                raise error
+            if end:
+                return
+            yield item
+    finally:
+        stop.set()

@@ -1,8 +1,9 @@
-"""Held-out text with its masks, made once per run, so that every evaluation sees the same tokens."""
+"""Held-out text with its masks, made once per run: every evaluation sees the same tokens."""
 
 import json
 import zlib
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.checkpoint import publish
-from pipeline.data.batches import SAMPLE, example, stage_documents
+from pipeline.data.batches import example, stage_documents
 from pipeline.data.reader import BadLines, read_documents
 from pipeline.data.stream import heldout_sequences
 from pipeline.recipe import Recipe
+
+UNIGRAM_DOCUMENTS = 300
 
 
 def prepare_heldout(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -83,8 +86,8 @@ def _unigram_loss(
     """Cross-entropy (nats) of the labels under the add-one token frequencies of training text:
     what a model reaches that knows the domain's words but ignores the context."""
     counts = np.ones(len(tokenizer))
-    documents = stage_documents(recipe, [name])(0)
-    for _, text in zip(range(SAMPLE), documents, strict=False):
-        np.add.at(counts, tokenizer(text, add_special_tokens=False)["input_ids"], 1)
+    texts = list(islice(stage_documents(recipe, [name])(0), UNIGRAM_DOCUMENTS))
+    for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []:
+        np.add.at(counts, ids, 1)
     targets = labels[labels >= 0]
     return float(-np.log(counts / counts.sum())[targets].mean())

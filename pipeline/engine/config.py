@@ -14,15 +14,35 @@ from pipeline.recipe import Recipe
 
 # Top-level keys that take effect here, and keys of DeepSpeed that do not, with the reason.
 USED = {
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-    "gradient_clipping", "optimizer", "fp16", "bf16", "zero_optimization", "communication_data_type",
-    "prescale_gradients", "gradient_predivide_factor", "data_types", "steps_per_print",
-    "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler", "comms_logger",
-    "tensorboard", "wandb", "comet", "csv_monitor", "aio", "timers",
-    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "fp16",
+    "bf16",
+    "zero_optimization",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "data_types",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "flops_profiler",
+    "comms_logger",
+    "tensorboard",
+    "wandb",
+    "comet",
+    "csv_monitor",
+    "aio",
+    "timers",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
 }
 UNUSED = {
-    "scheduler": "the learning-rate schedule is the recipe's (optimizer.schedule, optimizer.warmup)",
+    "scheduler": "the schedule is the recipe's (optimizer.schedule, optimizer.warmup)",
     "activation_checkpointing": "set model.gradient_checkpointing in the recipe",
     "amp": "use bf16 or fp16",
     "torch_autocast": "use bf16 or fp16",
@@ -127,7 +147,9 @@ def describe(config: dict[str, Any]) -> str:
     return text + (f" + {' and '.join(offloaded)} offload" if offloaded else "")
 
 
-def memory_per_rank(parameters: int, config: dict[str, Any], ranks: int) -> dict[str, tuple[int, int]]:
+def memory_per_rank(
+    parameters: int, config: dict[str, Any], ranks: int
+) -> dict[str, tuple[int, int]]:
     """Bytes of model state per rank, (device, host), without activations and buffers.
 
     Weights and gradients in the training precision; AdamW keeps two fp32 moments, and an fp32
@@ -187,7 +209,9 @@ def _check_zero(config: dict[str, Any], problems: list[str]) -> None:
     for what, least in (("optimizer", 1), ("param", 3)):
         offload = block.get(f"offload_{what}") or {}
         if offload.get("device") == "nvme":
-            problems.append(f"zero_optimization.offload_{what}.device: nvme is not supported; use cpu")
+            problems.append(
+                f"zero_optimization.offload_{what}.device: nvme is not supported; use cpu"
+            )
         if offload.get("device", "none") != "none" and stage < least:
             problems.append(
                 f"zero_optimization.offload_{what}: needs stage {least} or more, got {stage}"
@@ -232,9 +256,7 @@ def _resolve_precision(
     return precision
 
 
-def _resolve_batch(
-    config: dict[str, Any], recipe: Recipe, ranks: int, problems: list[str]
-) -> None:
+def _resolve_batch(config: dict[str, Any], recipe: Recipe, ranks: int, problems: list[str]) -> None:
     """batch_size = ranks x micro-batch x accumulation: the recipe gives the first, and maybe the
     micro-batch; numbers in the JSON must agree."""
     total, where = recipe.train.batch_size, "train.batch_size"
@@ -260,8 +282,13 @@ def _resolve_batch(
     recipe.train.micro_batch_size = micro
     _agree(config, "train_batch_size", total, "train.batch_size", problems)
     _agree(config, "train_micro_batch_size_per_gpu", micro, "train.micro_batch_size", problems)
-    _agree(config, "gradient_accumulation_steps", accumulation,
-           f"train.batch_size / (ranks x micro-batch) = {total} / ({ranks} x {micro})", problems)
+    _agree(
+        config,
+        "gradient_accumulation_steps",
+        accumulation,
+        f"train.batch_size / (ranks x micro-batch) = {total} / ({ranks} x {micro})",
+        problems,
+    )
 
 
 def _agree(config: dict[str, Any], key: str, value: Any, source: str, problems: list[str]) -> None:

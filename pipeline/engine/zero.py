@@ -65,7 +65,9 @@ class ZeroEngine:
         self._norm = float("nan")
 
     def _optimizer_class(self):
-        if deepspeed.get_accelerator().device_name() == "cpu" or not offloads(self.config, "optimizer"):
+        if deepspeed.get_accelerator().device_name() == "cpu" or not offloads(
+            self.config, "optimizer"
+        ):
             return torch.optim.AdamW
         return deepspeed.ops.adam.DeepSpeedCPUAdam
 
@@ -176,7 +178,7 @@ class ZeroEngine:
                 yield Shard(name, p.detach().view(-1), 0, tuple(p.shape))
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter whole, fp32 on the CPU where the optimizer keeps fp32; all ranks call it."""
+        """Every parameter whole, on the CPU, fp32 where the optimizer keeps that; all ranks call it."""
         for name, p in self._parameters.items():
             full = safe_get_full_fp32_param(p) if p.requires_grad else None
             if full is None:
@@ -211,8 +213,8 @@ def _pieces_at(opt: Any, group: int) -> Callable[[int, int], Tensor]:
         tensor = tensors.get(offset)
         if tensor is None or tensor.numel() != size or not tensor.is_contiguous():
             raise UserError(
-                f"DeepSpeed {deepspeed.__version__} lays ZeRO gradients out in another way than the "
-                "tested version; install the versions in constraints.txt"
+                f"DeepSpeed {deepspeed.__version__} lays ZeRO gradients out in another way than "
+                "the tested version; install the versions in constraints.txt"
             )
         return tensor.view(-1)
 

@@ -27,7 +27,9 @@ class MagnitudeRecorder:
         self._normalize = normalize == "token"
         self._open = False
         self._hooks = []
-        for target, view in zip(targets, self.magnitudes.split([t.rows for t in targets]), strict=True):
+        for target, view in zip(
+            targets, self.magnitudes.split([t.rows for t in targets]), strict=True
+        ):
             self._hooks.append(target.observed.register_forward_hook(self._hook(view)))
 
     def _hook(self, view: Tensor):

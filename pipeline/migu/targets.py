@@ -1,9 +1,9 @@
 """Which linear layers are masked (paper, section 3.3: Q, K, V, O and the FFN of every block)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -17,13 +17,44 @@ COMPONENTS = {
     "q": ("query", "q_proj", "q_lin", "query_proj", "q"),
     "k": ("key", "k_proj", "k_lin", "key_proj", "k"),
     "v": ("value", "v_proj", "v_lin", "value_proj", "v"),
-    "o": ("attention.output.dense", "attention.dense", "attn.c_proj", "self_attention.dense",
-          "o_proj", "out_proj", "out_lin", "attn.Wo", "o"),
-    "ffn_in": ("intermediate.dense", "up_proj", "gate_up_proj", "fc1", "lin1", "c_fc", "fc_in",
-               "dense_h_to_4h", "wi", "wi_1", "mlp.Wi", "ffn"),
+    "o": (
+        "attention.output.dense",
+        "attention.dense",
+        "attn.c_proj",
+        "self_attention.dense",
+        "o_proj",
+        "out_proj",
+        "out_lin",
+        "attn.Wo",
+        "o",
+    ),
+    "ffn_in": (
+        "intermediate.dense",
+        "up_proj",
+        "gate_up_proj",
+        "fc1",
+        "lin1",
+        "c_fc",
+        "fc_in",
+        "dense_h_to_4h",
+        "wi",
+        "wi_1",
+        "mlp.Wi",
+        "ffn",
+    ),
     "ffn_gate": ("gate_proj", "wi_0"),
-    "ffn_out": ("output.dense", "down_proj", "fc2", "lin2", "c_proj", "fc_out", "dense_4h_to_h",
-                "wo", "mlp.Wo", "ffn_output"),
+    "ffn_out": (
+        "output.dense",
+        "down_proj",
+        "fc2",
+        "lin2",
+        "c_proj",
+        "fc_out",
+        "dense_4h_to_h",
+        "wo",
+        "mlp.Wo",
+        "ffn_output",
+    ),
 }
 GROUPS = {"attention": ("q", "k", "v", "qkv", "o"), "ffn": ("ffn_in", "ffn_gate", "ffn_out")}
 
@@ -38,7 +69,7 @@ class Target:
     """
 
     name: str
-    weight: nn.Parameter
+    weight: Tensor
     observed: nn.Module
     component: str
     rows: int
@@ -69,8 +100,8 @@ def find_targets(model: nn.Module, components: list[str] | None = None) -> list[
                 found.append(Target(f"{name}.weight", module.weight, module, component, rows, dim))
         elif name.startswith(blocks) and any(p.dim() == 3 for p in module.parameters(False)):
             raise UserError(
-                f"{name}: the experts of this model are one 3-D parameter, whose outputs MIGU cannot "
-                "record. Set mask.enabled=false."
+                f"{name}: the experts of this model are one 3-D parameter, whose outputs MIGU "
+                "cannot record. Set mask.enabled=false."
             )
     if wanted and "head" in wanted:
         found.append(_head(model))
@@ -131,7 +162,8 @@ def _is_router(name: str, module: nn.Module) -> bool:
 
 
 def _head(model: nn.Module) -> Target:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = find()
     if not isinstance(head, nn.Linear):
         raise UserError("mask.components: this model has no linear output head to mask")
     if head.weight is model.get_input_embeddings().weight:  # type: ignore[operator]

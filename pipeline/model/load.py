@@ -30,7 +30,7 @@ def load_config(model: Model, vocab_size: int | None = None) -> PretrainedConfig
             raise UserError(f"model.config: {error}") from None
     else:
         try:
-            config = AutoConfig.from_pretrained(model.path, revision=model.revision)
+            config = AutoConfig.from_pretrained(str(model.path), revision=model.revision)
         except (OSError, ValueError) as error:
             raise UserError(f"model.path: cannot load {model.path!r}: {error}") from None
     for key, value in model.overrides.items():
