@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers.utils.logging import disable_progress_bar
 
 from pipeline.data.heldout import load_heldout
 from pipeline.data.mlm import collate_causal, collate_mlm
@@ -41,6 +42,7 @@ def evaluate_share(
     revision: str | None = None,
 ) -> None:
     """Evaluate blocks i with i % share[1] == share[0]; write the sums to `output` (.npz)."""
+    disable_progress_bar()
     manifest, domains = load_heldout(heldout)
     masked = manifest["objective"] == "masked"
     model = AUTO[manifest["objective"]].from_pretrained(

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from pipeline.errors import UserError
+from pipeline.errors import TrainingStopped, UserError
 
 
 def training_parser(description: str, recipe: str) -> argparse.ArgumentParser:
@@ -58,11 +58,16 @@ def training_parser(description: str, recipe: str) -> argparse.ArgumentParser:
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Call `main`; a UserError is a message on rank 0 and exit code 2, a Ctrl-C exit code 130."""
+    """Call `main`; what a user can do something about is a message on rank 0, not a traceback.
+
+    Exit codes: 2 for a UserError, 1 for TrainingStopped, 130 for Ctrl-C.
+    """
     try:
         main()
     except UserError as error:
         _leave(f"error: {error}", 2)
+    except TrainingStopped as error:
+        _leave(f"stopped: {error}. The stages that were published are unharmed.", 1)
     except KeyboardInterrupt:
         _leave("interrupted; run the same command again to continue", 130)
     sys.exit(0)

@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake of the user."""
+"""Exceptions whose message is all that the user sees."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
     The message is all that the user sees (no traceback, exit code 2), so it names what is wrong,
     where (key, file, line) and the fix.
     """
+
+
+class TrainingStopped(Exception):
+    """Training cannot go on (the loss or a magnitude is not finite). Raised on all ranks alike."""

@@ -61,7 +61,10 @@ def _claim(folder: Path, lock: FileLock, recipe: Recipe, ds_config: dict[str, An
             "own (name=...)."
         ) from None
     stored = folder / "recipe.yaml"
-    if stored.is_file():
+    if not (folder / "stages").exists():  # nothing measured yet: an attempt that failed early
+        for leftover in ("tokenizer", "heldout"):
+            shutil.rmtree(folder / leftover, ignore_errors=True)
+    elif stored.is_file():
         different = _differences(OmegaConf.load(stored), OmegaConf.create(recipe.to_yaml()))
         if different:
             lock.release()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.errors import TrainingStopped
 from pipeline.migu.gradient_mask import GradientMask, NonFiniteMagnitude
 from pipeline.model.load import PredictedPositions
 from pipeline.progress import EventLog, StageProgress
@@ -18,10 +19,6 @@ from pipeline.ranks import rank, total, world_size
 from pipeline.recipe import Optimizer, Recipe
 
 Batch = dict[str, Tensor]
-
-
-class TrainingStopped(Exception):
-    """Training cannot go on (the loss or a magnitude is not finite). Raised on all ranks alike."""
 
 
 @dataclass

@@ -5,12 +5,16 @@ is read in one place, `ZeroEngine.gradient_shards`, and docs/engines.md says whi
 """
 
 import logging
+import os
+import socket
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+import transformers
 from deepspeed.runtime.zero.utils import get_norm_dtype
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
@@ -21,13 +25,22 @@ from pipeline.migu.shard import Shard
 
 
 def start_distributed() -> None:
-    """Join the process group of the launcher (one rank if there is none)."""
+    """Join the launcher's process group; without a launcher, make one of a single rank."""
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    if "RANK" not in os.environ:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = str(s.getsockname()[1])
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+        )
     if deepspeed.get_accelerator().device_name() == "cpu":
         # The op is compiled for two minutes at the first start and used by inference only.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        deepspeed.init_distributed(verbose=False)
+        # Other ranks wait in a collective while an evaluation runs: hours, not gloo's 30 minutes.
+        deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=12))
 
 
 def weight_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -178,9 +191,16 @@ class ZeroEngine:
                 yield Shard(name, p.detach().view(-1), 0, tuple(p.shape))
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter whole, on the CPU, fp32 where the optimizer keeps that; all ranks call it."""
+        """Every parameter whole, on the CPU, in the optimizer's fp32; all ranks call it."""
+        masters = {}
+        if self.stage == 0 and precision_of(self.config) != "fp32":
+            opt = self._engine.optimizer
+            for low, high in zip(opt.fp16_groups, opt.fp32_groups, strict=True):
+                masters.update({id(p): m for p, m in zip(low, high, strict=True)})
         for name, p in self._parameters.items():
-            full = safe_get_full_fp32_param(p) if p.requires_grad else None
+            full = masters.get(id(p))
+            if full is None and p.requires_grad:
+                full = safe_get_full_fp32_param(p)
             if full is None:
                 with deepspeed.zero.GatheredParameters([p], enabled=self.stage == 3):
                     full = p.detach().clone()

@@ -1,0 +1,55 @@
+"""Write the page of a run, or the comparison of several.
+
+    python launch/report.py runs/demo
+    python launch/report.py runs/ft runs/migu runs/random --out comparison
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, uninstalled
+
+from eval.report import compare, terminal_summary, write_comparison, write_report  # noqa: E402
+from pipeline.errors import UserError  # noqa: E402
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Return the exit status: 0, or 2 for a mistake of the user."""
+    parser = argparse.ArgumentParser(
+        prog="launch/report.py",
+        description="Write the report page of one run, or a page that compares several runs at "
+        "equal learning.",
+        epilog="One run: RUN/report/index.html. Several: a comparison, in the order given; speeds "
+        "are relative to the first run, so name the baseline first. Runs may be unfinished. The "
+        "pages are single files that need no network.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, e.g. runs/demo")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of the comparison (default: 'comparison' beside the first run)",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        if len(options.runs) == 1:
+            if options.out:
+                parser.error("--out is for comparisons; the page of one run lies in its folder")
+            page = write_report(options.runs[0])
+        else:
+            out = options.out or options.runs[0].resolve().parent / "comparison"
+            page = write_comparison(options.runs, out)
+            print(terminal_summary(compare(options.runs)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: cannot write the report: {error}", file=sys.stderr)
+        return 2
+    print(f"page: {page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""Mistakes in a recipe, a DeepSpeed JSON or an override are reported together, before any work."""
+
+import json
+
+import pytest
+
+from pipeline.engine.config import load_ds_config, memory_per_rank, resolve_ds_config
+from pipeline.errors import UserError
+from pipeline.recipe import RECIPES, load_recipe
+
+GOOD = """
+name: tiny
+model: {config: {model_type: roberta}, train_tokenizer: 300}
+data: {domains: {prose: {embedded: prose}, math: {embedded: math}}}
+stages: [math]
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="recipe.yaml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def problems(path, *overrides):
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, overrides)
+    return str(caught.value)
+
+
+def test_every_recipe_of_the_project_is_valid():
+    for path in sorted(RECIPES.glob("*.yaml")):
+        load_recipe(path.stem)
+
+
+def test_overrides_lie_over_the_file(write):
+    path = write(GOOD.replace("[math]", "[{domain: math, steps: 5}]"))
+    recipe = load_recipe(
+        path,
+        [
+            "stages[0].steps=7",
+            "optimizer.lr=1e-4",
+            "data.domains.math.max_documents=3",
+            "mask.components=[q, k]",
+        ],
+    )
+    assert recipe.stages[0].steps == 7
+    assert recipe.optimizer.lr == 1e-4
+    assert recipe.data.domains["math"].max_documents == 3
+    assert recipe.mask.components == ["q", "k"]
+
+
+def test_all_problems_come_together_with_key_place_and_suggestion(write):
+    path = write(GOOD + "mask: {treshold: 0.5}\noptimizer: {lr: fast}\ntrain: {batch_sise: 3}\n")
+    message = problems(path, "seed=x", "model.config.model_type=roberta")
+    assert "4 problems" in message
+    assert f"mask.treshold: unknown key, in {path}; did you mean 'threshold'?" in message
+    assert "train.batch_sise: unknown key" in message
+    assert "'batch_size'" in message
+    assert "optimizer.lr:" in message
+    assert "got 'fast'" in message
+    assert "seed:" in message
+    assert "on the command line" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("mask.threshold=1.0", "outside [0, 1)"),
+        ("mask.threshold=-0.1", "outside [0, 1)"),
+        ("mask.criterion=weight mask.normalize=token", "mask.normalize: has no effect"),
+        ("mask.random_redraw=step", "mask.random_redraw: has no effect"),
+        ("mask.from_stage=2", "not one of the stages 1 to 1"),
+        ("stages=[{domain: mth, steps: 1}]", "did you mean 'math'?"),
+        ("stages=[{domain: math, steps: 1, epochs: 1}]", "exactly one of"),
+        ("data.domains.math={files: [/no/such/file.jsonl]}", "/no/such/file.jsonl"),
+        ("data.domains.math={embedded: maths}", "math"),
+        ("data.domains.math={embedded: math, hub: a/b}", "exactly one of"),
+        ("data.domains.a/b={embedded: math}", "data.domains.a/b: a name is made of"),
+        ("model.path=x/y", "exactly one of `path` and `config`"),
+        ("optimizer.warmup=1.5", "outside [0, 1)"),
+        ("notakeyvalue", "written key=value"),
+    ],
+)
+def test_contradictions_are_explained(write, override, expected):
+    assert expected in problems(
+        write(GOOD.replace("[math]", "[{domain: math, steps: 1}]")),
+        *(
+            override.split(" mask.")
+            if " mask." not in override
+            else [override.split()[0], override.split()[1]]
+        ),
+    )
+
+
+def test_a_missing_recipe_names_the_ones_there_are():
+    assert "demo" in problems("no_such_recipe")
+
+
+def recipe(write, *overrides):
+    return load_recipe(write(GOOD.replace("[math]", "[{domain: math, steps: 1}]")), overrides)
+
+
+def ds_problems(config, r, ranks=1):
+    with pytest.raises(UserError) as caught:
+        resolve_ds_config(config, r, ranks, "cpu")
+    return str(caught.value)
+
+
+def test_auto_is_filled_from_the_recipe(write):
+    config = {
+        "train_batch_size": "auto",
+        "gradient_accumulation_steps": 4,
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {"stage": 1},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
+    }
+    r = recipe(write, "train.batch_size=48", "train.gradient_clipping=0.5")
+    filled = resolve_ds_config(config, r, 3, "cpu")
+    assert filled["train_batch_size"] == 48
+    assert filled["train_micro_batch_size_per_gpu"] == 4
+    assert filled["gradient_accumulation_steps"] == 4
+    assert filled["gradient_clipping"] == 0.5
+    assert not filled["bf16"]["enabled"]  # a CPU trains in fp32 where nothing else is asked
+    explicit = resolve_ds_config(
+        config, recipe(write, "train.precision=bf16", "train.batch_size=48"), 3, "cpu"
+    )
+    assert explicit["bf16"]["enabled"] is True
+
+
+def test_mistakes_in_the_json_come_together(write):
+    config = {
+        "train_batch_sise": 3,
+        "scheduler": {},
+        "train_batch_size": 7,
+        "bf16": {"enabled": True},
+        "steps_per_print": "auto",
+        "zero_optimization": {
+            "stage": 2,
+            "overlap_com": True,
+            "round_robin_gradients": True,
+            "offload_param": {"device": "cpu"},
+        },
+    }
+    message = ds_problems(config, recipe(write, "train.precision=fp32"))
+    for part in (
+        "train_batch_sise: unknown key (DeepSpeed would ignore it); did you mean 'train_batch_size'?",
+        "scheduler: takes no effect here",
+        "train_batch_size: 7, but the recipe's train.batch_size gives 32",
+        "bf16.enabled: true, but the recipe's train.precision is fp32",
+        "zero_optimization.overlap_com: unknown key; did you mean 'overlap_comm'?",
+        "zero_optimization.round_robin_gradients: not supported",
+        "zero_optimization.offload_param: needs stage 3 or more, got 2",
+        'steps_per_print: "auto" is not filled here',
+    ):
+        assert part in message
+
+
+def test_a_batch_that_does_not_divide_is_refused(write):
+    message = ds_problems({}, recipe(write, "train.batch_size=32"), ranks=3)
+    assert "choose train.batch_size a multiple of 30" in message
+
+
+def test_fp16_on_a_cpu_is_refused(write):
+    assert "a CPU cannot train in fp16" in ds_problems({"fp16": {"enabled": True}}, recipe(write))
+
+
+def test_broken_or_missing_json_names_file_and_line(write):
+    path = write('{"a": 1,\n "b": }', "ds.json")
+    with pytest.raises(UserError, match="ds.json:2: not JSON"):
+        load_ds_config(path)
+    with pytest.raises(UserError, match=r"no such file; the folder has ds\.json"):
+        load_ds_config(path.with_name("dz.json"))
+
+
+def test_memory_follows_the_zero_stage():
+    sizes = {}
+    for stage in range(4):
+        config = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
+        sizes[stage] = sum(sum(s) for s in memory_per_rank(1000, config, 4).values())
+    # bf16 weights and gradients, fp32 master copy and two moments (Rajbhandari et al. 2020, 3.1)
+    assert sizes == {0: 16_000, 1: 4_000 + 3_000, 2: 2_000 + 500 + 3_000, 3: 500 + 500 + 3_000}
+
+
+def test_the_project_configurations_resolve(write):
+    for path in sorted((RECIPES.parent.parent / "ds_configs").glob("*.json")):
+        resolved = resolve_ds_config(load_ds_config(path), recipe(write), 2, "cpu", path.name)
+        assert json.dumps(resolved).count("auto") == 0
