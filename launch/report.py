@@ -1,7 +1,7 @@
 """Write the page of a run, or the comparison of several.
 
-    python launch/report.py runs/demo
-    python launch/report.py runs/ft runs/migu runs/random --out comparison
+python launch/report.py runs/demo
+python launch/report.py runs/ft runs/migu runs/random --out comparison
 """
 
 import argparse
@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, uninstalled
 
-from eval.report import compare, terminal_summary, write_comparison, write_report  # noqa: E402
-from pipeline.errors import UserError  # noqa: E402
+from eval.report import compare, terminal_summary, write_comparison, write_report
+from pipeline.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,7 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
         "are relative to the first run, so name the baseline first. Runs may be unfinished. The "
         "pages are single files that need no network.",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, e.g. runs/demo")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run folder, e.g. runs/demo"
+    )
     parser.add_argument(
         "--out",
         type=Path,

@@ -21,8 +21,8 @@ from pipeline.run_folder import open_run
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = {
-    "a": ["river", "stone", "cloud", "winter", "morning", "light", "forest", "garden", "silver", "quiet"],
-    "b": ["matrix", "vector", "kernel", "tensor", "gradient", "scalar", "integral", "theorem", "lemma", "proof"],
+    "a": ["river", "stone", "cloud", "winter", "morning", "light", "forest", "garden", "silver"],
+    "b": ["matrix", "vector", "kernel", "tensor", "gradient", "scalar", "integral", "theorem"],
 }
 
 
@@ -148,7 +148,7 @@ def test_the_same_recipe_gives_the_same_bits(recipe):
         (["data.sequence_length=64"], "over the 32 tokens"),
         (["mask.components=[qkv]"], "nothing to mask"),
         (["model.config.model_type=robberta"], "robberta"),
-        (["model.config.hidden_sise=3", "model.overrides={dropout: 0}"], "no such attribute"),
+        (["model.config.hidden_sise=3"], "hidden_sise: roberta has no such attribute"),
     ],
 )
 def test_mistakes_are_found_before_training(recipe, overrides, expected):

@@ -5,6 +5,7 @@ mask as much as a smaller learning rate, also forgets less. The verdict is compu
 "within the noise" wherever a difference is smaller than twice its standard error.
 """
 
+import json
 import math
 import statistics
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from pipeline.errors import UserError
 
 NOISE = 2.0  # standard errors; a smaller difference is called noise
 
+CROWDED = 8  # runs; beyond it the figure labels methods instead of runs
+
 CRITERIA = {
     "output": "migu",
     "random": "random rows",
@@ -31,7 +34,12 @@ CRITERIA = {
 FREE = ("mask", "optimizer", "seed", "name")
 """What compared runs may differ in; with the learning rate of single stages, and with how (not on
 what) the evaluation ran."""
-ALSO_FREE = ("evaluate.batch_size", "evaluate.overlap", "train.publish_dtype")
+ALSO_FREE = (
+    "evaluate.batch_size",
+    "evaluate.overlap",
+    "train.micro_batch_size",
+    "train.publish_dtype",
+)
 
 
 @dataclass
@@ -91,6 +99,7 @@ class Comparison:
     level: float | None
     reach: list[float] | None
     readings: list[Reading]
+    headline: str
     verdict: list[str]
     warnings: list[str] = field(default_factory=list)
 
@@ -119,6 +128,7 @@ def compare(run_dirs: list[Path | str]) -> Comparison:
         level=equal["level"],
         reach=equal["range"],
         readings=readings,
+        headline=_headline(groups, readings),
         verdict=_verdict(groups, rows, equal["level"], readings),
         warnings=_warnings(rows),
     )
@@ -132,29 +142,28 @@ def write_comparison(run_dirs: list[Path | str], out_dir: Path | str) -> Path:
     comparison = compare(run_dirs)
     rows, groups = comparison.rows, comparison.groups
     colours = _colours(rows)
-    crowded = len(rows) > 8
     figures = {}
     if any(row.curve for row in rows):
         figures["trade_off"] = plots.trade_off(
             {str(row.number): row.curve for row in rows},
             colours,
-            {
-                str(row.number): str(row.number) if crowded else f"{row.number}  {row.label}"
-                for row in rows
-            },
+            _plot_labels(rows),
             comparison.level,
             comparison.reach,
+            numbered=len(rows) > CROWDED,
         )
     if comparison.readings:
         points: dict[str, list[tuple[float, float, str]]] = {}
         for group in groups:
             point = (group.learned, group.forgotten, short_float(group.lr))
             points.setdefault(group.method, []).append(point)
-        figures["methods"] = plots.methods(points, plots.colours_of(points))
+        by_method = {row.method: colours[str(row.number)] for row in rows}
+        figures["methods"] = plots.methods(points, by_method)
     page = render(
         "compare.html.j2",
         title="Comparison: " + ", ".join(row.run.name for row in rows),
         comparison=comparison,
+        crowded=len(rows) > CROWDED,
         rows=[_table_row(row, colours[str(row.number)]) for row in rows],
         groups=[_group_cells(group) for group in groups] if len(groups) < len(rows) else [],
         readings=[_reading_cells(reading) for reading in comparison.readings],
@@ -163,8 +172,7 @@ def write_comparison(run_dirs: list[Path | str], out_dir: Path | str) -> Path:
         level=number(comparison.level),
         reach=[number(end) for end in comparison.reach] if comparison.reach else None,
         definitions={
-            key: DEFINITIONS[key]
-            for key in ("learned", "forgotten", "forgotten_at_equal_learning")
+            key: DEFINITIONS[key] for key in ("learned", "forgotten", "forgotten_at_equal_learning")
         },
     )
     return write_folder(Path(out_dir), page, _as_json(comparison), figures)
@@ -176,9 +184,7 @@ def terminal_summary(comparison: Comparison) -> str:
     table = [head]
     for row in comparison.rows:
         equal = number(row.forgotten_equal) + (f" ({row.reason})" if row.reason else "")
-        table.append(
-            (row.run.name, row.label, number(row.learned), number(row.forgotten), equal)
-        )
+        table.append((row.run.name, row.label, number(row.learned), number(row.forgotten), equal))
     widths = [max(len(line[i]) for line in table) for i in range(4)]
     lines = []
     for line in table:
@@ -300,7 +306,7 @@ def _readings(groups: list[Group]) -> list[Reading]:
             if other.method == method:
                 continue
             read = between([(g.learned, g.forgotten) for g in own], other.learned)
-            noises = [_noise(g, other, "forgotten") for g in own]
+            noises = [_noise(g, other, "forgotten", read=True) for g in own]
             readings.append(
                 Reading(
                     method=method,
@@ -317,11 +323,11 @@ def _readings(groups: list[Group]) -> list[Reading]:
     return readings
 
 
-def _noise(a: Group, b: Group, what: str) -> float | None:
+def _noise(a: Group, b: Group, what: str, read: bool = False) -> float | None:
     """Twice the standard error of the difference of two settings, None if it is not known.
 
-    Held-out text and, where there are repetitions, seeds. A reading at equal learning inherits the
-    error of what was learned too, through the slope of forgetting against learning.
+    Held-out text and, where there are repetitions, seeds. What is `read` at equal learning
+    inherits the error of what was learned too, through the slope of forgetting against learning.
     """
     if a.errors is None or b.errors is None:
         return None
@@ -332,7 +338,7 @@ def _noise(a: Group, b: Group, what: str) -> float | None:
             squares += learned_error**2
         else:
             squares += forgotten_error**2
-        if what == "forgotten_equal" and group.learned > 0:
+        if read and group.learned > 0:
             squares += (group.forgotten / group.learned * learned_error) ** 2
         squares += group.spread.get(what, 0.0) ** 2 / group.runs
     return NOISE * math.sqrt(squares)
@@ -369,22 +375,77 @@ def _verdict(
         )
     if any(not row.run.finished for row in rows):
         said.append("Some runs are unfinished: their numbers are those of the stages so far.")
-    pairs = list(combinations(groups, 2)) if len(groups) <= 4 else [
-        (groups[0], group) for group in groups[1:]
-    ]
-    for first, second in pairs:
-        said.append(_pair(first, second, level))
+    said += [_pair(*pair, level) for pair in _pairs(groups)]
     for reading in readings:
         if reading.forgotten_read is None:
             continue
-        difference = reading.forgotten_measured - reading.forgotten_read
         said.append(
-            f"At what {reading.at} learned ({reading.learned:.3f}), runs of {reading.method} at "
-            f"other learning rates forget {reading.forgotten_read:.3f}, read between them; "
-            f"{reading.at} forgot {reading.forgotten_measured:.3f}: "
-            f"{_difference(difference, reading.noise)}."
+            f"Between learning rates: at what {reading.at} learned ({reading.learned:.3f}), "
+            f"{reading.method} forgets {reading.forgotten_read:.3f}, and {reading.at} forgot "
+            f"{reading.forgotten_measured:.3f}: {_difference(_gap(reading), reading.noise)}."
         )
     return said
+
+
+def _headline(groups: list[Group], readings: list[Reading]) -> str:
+    """What is decided at equal learning, by the reading between learning rates where there is one
+    (it compares ends of whole sequences), else by the reading along the curves."""
+    told = []
+    for reading in readings:
+        if reading.forgotten_read is not None:
+            told.append((reading.at, reading.method, _gap(reading), reading.noise))
+    how = "read between learning rates"
+    if not told:
+        how = "read along each run"
+        for first, second in _pairs(groups):
+            gap = _equal_gap(first, second)
+            if gap is not None:
+                noise = _noise(first, second, "forgotten_equal", read=True)
+                told.append((second.setting, first.setting, gap, noise))
+    if not told:
+        return "No two of these settings can be read at equal learning."
+    decided = [
+        f"{a} forgot {_difference(gap, noise, bare=True)} than {b}"
+        for a, b, gap, noise in told
+        if noise is not None and not _within(gap, noise)
+    ]
+    unknown = sum(noise is None for *_, noise in told)
+    rest = len(told) - len(decided) - unknown
+    parts = []
+    if decided:
+        parts.append(f"At equal learning ({how}), beyond the noise: {'; '.join(decided)}.")
+        if rest:
+            parts.append(f"{_count(rest, 'other comparison')} within the noise.")
+    elif rest:
+        parts.append(
+            f"At equal learning ({how}), no difference in forgetting exceeds the noise of the "
+            f"evaluation ({_count(rest, 'comparison', verb=False)})."
+        )
+    if unknown:
+        parts.append(f"{_count(unknown, 'comparison')} of unknown noise.")
+    return " ".join(parts)
+
+
+def _count(number: int, noun: str, verb: bool = True) -> str:
+    words = f"{number} {noun}" + ("" if number == 1 else "s")
+    return words + (" is" if number == 1 else " are") * verb
+
+
+def _pairs(groups: list[Group]) -> list[tuple[Group, Group]]:
+    """The comparisons to tell: different methods at one learning rate; if there is no such pair,
+    every setting against the first."""
+    pairs = [(a, b) for a, b in combinations(groups, 2) if a.method != b.method and a.lr == b.lr]
+    return pairs or [(groups[0], group) for group in groups[1:]]
+
+
+def _gap(reading: Reading) -> float:
+    return reading.forgotten_measured - reading.forgotten_read
+
+
+def _equal_gap(first: Group, second: Group) -> float | None:
+    if first.forgotten_equal is None or second.forgotten_equal is None:
+        return None
+    return second.forgotten_equal - first.forgotten_equal
 
 
 def _pair(first: Group, second: Group, level: float | None) -> str:
@@ -392,32 +453,33 @@ def _pair(first: Group, second: Group, level: float | None) -> str:
     forgot = second.forgotten - first.forgotten
     learned_noise = _noise(first, second, "learned")
     forgot_noise = _noise(first, second, "forgotten")
+    a, b = first.setting, second.setting
+    if first.lr == second.lr:
+        a, b = first.method, f"{second.method} (both lr {short_float(first.lr)})"
     text = (
-        f"{second.setting}, against {first.setting}: learned "
-        f"{_difference(learned, learned_noise)}, and forgot {_difference(forgot, forgot_noise)}"
+        f"Against {a}, {b} learned {_difference(learned, learned_noise)}, and forgot "
+        f"{_difference(forgot, forgot_noise)}."
     )
-    if learned * forgot > 0 and not _within(forgot, forgot_noise):
-        text += (
-            " (learning and forgetting less together is what a smaller learning rate does too)"
-            if learned < 0
-            else " (learning and forgetting more together is what a larger learning rate does too)"
-        )
-    if first.forgotten_equal is None or second.forgotten_equal is None:
-        return text + ". They cannot be read at equal learning."
-    equal = second.forgotten_equal - first.forgotten_equal
-    noise = _noise(first, second, "forgotten_equal")
-    return text + (
-        f". At equal learning ({level:.3f}), {second.setting} forgot {_difference(equal, noise)}."
-    )
+    both = not _within(learned, learned_noise) and not _within(forgot, forgot_noise)
+    if both and learned * forgot > 0:
+        size = "smaller" if learned < 0 else "larger"
+        text += f" A {size} learning rate moves both the same way."
+    gap = _equal_gap(first, second)
+    if gap is None:
+        return text + " They cannot be read at equal learning."
+    noise = _noise(first, second, "forgotten_equal", read=True)
+    return text + f" At equal learning ({level:.3f}) it forgot {_difference(gap, noise)}."
 
 
 def _within(difference: float, noise: float | None) -> bool:
     return noise is not None and abs(difference) < noise
 
 
-def _difference(difference: float, noise: float | None) -> str:
+def _difference(difference: float, noise: float | None, bare: bool = False) -> str:
     size = f"{abs(difference):.3f}"
     word = "less" if difference < 0 else "more"
+    if bare:
+        return f"{size} {word}"
     if float(size) == 0:
         return "the same"
     if noise is None:
@@ -486,8 +548,12 @@ def _why_not(row: Row, level: float | None) -> str:
 
 
 def _heldout(run: Run) -> str | None:
-    manifest = run.path / "heldout" / "manifest.json"
-    return manifest.read_text(errors="replace") if manifest.is_file() else None
+    """The digests of the held-out text, as one string."""
+    try:
+        manifest = json.loads((run.path / "heldout" / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return json.dumps(manifest.get("files", manifest), sort_keys=True)
 
 
 def _is_free(key: str) -> bool:
@@ -529,27 +595,42 @@ def _step_seconds(run: Run) -> float | None:
 
 
 def _colours(rows: list[Row]) -> dict[str, str]:
-    """A colour per run; where that would be too many, one per method."""
-    if len(rows) <= len(plots.COLOURS):
-        return plots.colours_of(str(row.number) for row in rows)
-    by_method = plots.colours_of(dict.fromkeys(row.method for row in rows))
-    return {str(row.number): by_method[row.method] for row in rows}
+    """A colour per run, or per method where methods have several runs each."""
+    methods = list(dict.fromkeys(row.method for row in rows))
+    if 1 < len(methods) < len(rows) or len(rows) > len(plots.COLOURS):
+        by_method = plots.colours_of(methods)
+        return {str(row.number): by_method[row.method] for row in rows}
+    return plots.colours_of(str(row.number) for row in rows)
+
+
+def _plot_labels(rows: list[Row]) -> dict[str, str]:
+    """What stands beside the end of each run's line; if they are many, one label per method (at
+    its run that learned most) and the runs' numbers in their dots."""
+    if len(rows) <= CROWDED:
+        return {str(row.number): f"{row.number}  {row.label}" for row in rows}
+    best: dict[str, Row] = {}
+    for row in rows:
+        if row.learned is not None:
+            known = best.get(row.method)
+            if known is None or row.learned > known.learned:
+                best[row.method] = row
+    return {str(row.number): method for method, row in best.items()}
 
 
 def _table_row(row: Row, colour: str) -> dict:
-    state = "" if row.run.finished else f", {max(row.run.evaluated, 0)}/{row.run.matrix.last} stages"
+    done = f", {max(row.run.evaluated, 0)} of {row.run.matrix.last} stages"
     return {
         "number": row.number,
         "colour": colour,
         "label": row.label,
-        "name": row.run.name + state,
+        "name": row.run.name + ("" if row.run.finished else done),
         "learned": signed(row.learned),
         "forgotten": signed(row.forgotten),
         "equal": signed(row.forgotten_equal),
         "reason": row.reason,
         "final_loss": number(row.final_loss),
         "tokens_per_second": number(row.tokens_per_second, 0),
-        "step_ratio": "—" if row.step_ratio is None else f"{row.step_ratio:.2f}×",
+        "step_ratio": "—" if row.step_ratio is None else f"{row.step_ratio:.2f} x",
     }
 
 
@@ -584,6 +665,7 @@ def _as_json(comparison: Comparison) -> dict:
         "settings": [vars(group) for group in comparison.groups],
         "equal_learning": {"level": comparison.level, "range": comparison.reach},
         "between_learning_rates": [vars(reading) for reading in comparison.readings],
+        "headline": comparison.headline,
         "verdict": comparison.verdict,
         "warnings": comparison.warnings,
         "definitions": DEFINITIONS,

@@ -121,7 +121,8 @@ def _json(path: Path, warnings: list[str]) -> dict | None:
     try:
         content = json.loads(path.read_text())
     except (ValueError, OSError) as error:
-        warnings.append(f"{path.name} in {path.parent.name} cannot be read and is left out: {error}")
+        where = f"{path.parent.name}/{path.name}"
+        warnings.append(f"{where} cannot be read and is left out: {error}")
         return None
     return content if isinstance(content, dict) else None
 

@@ -116,7 +116,7 @@ def summary(run: Run) -> str:
     gains = {d: matrix.gain(d, 0, own) for d, own in matrix.trained.items() if own <= stage}
     gains = {d: gain for d, gain in gains.items() if gain is not None}
     if gains:
-        each = ", ".join(f"{d} {signed(-gain)}" for d, gain in gains.items())
+        each = _each({d: -gain for d, gain in gains.items()})
         mean = sum(gains.values()) / len(gains)
         direction = "lower" if mean >= 0 else "higher"
         words.append(
@@ -131,13 +131,22 @@ def summary(run: Run) -> str:
             lost[domain] = -gain
     if lost:
         mean = sum(lost.values()) / len(lost)
-        each = ", ".join(f"{d} {signed(loss)}" for d, loss in lost.items())
+        each = _each(lost)
         direction = "higher" if mean >= 0 else "lower"
         words.append(
             f"What the model knew before the latest stage is now on average {abs(mean):.3f} nats "
             f"{direction} than at its best ({each})."
         )
     return " ".join(words)
+
+
+def _each(changes: dict[str, float]) -> str:
+    """Every domain's change; of more than five, the least and the greatest."""
+    said = {domain: f"{domain} {signed(change)}" for domain, change in changes.items()}
+    if len(said) <= 5:
+        return ", ".join(said.values())
+    ordered = sorted(changes, key=lambda domain: changes[domain])
+    return f"from {said[ordered[0]]} to {said[ordered[-1]]}"
 
 
 def render(template: str, **content: object) -> str:
@@ -183,9 +192,13 @@ def _missing(run: Run) -> list[str]:
     found = []
     for domain, record in run.bad_lines.items():
         example = next(iter(record.get("examples") or []), None)
-        first = "" if not example else (
-            f", the first in {example.get('file')}, line {example.get('line')}: "
-            f"{example.get('reason')}"
+        first = (
+            ""
+            if not example
+            else (
+                f", the first in {example.get('file')}, line {example.get('line')}: "
+                f"{example.get('reason')}"
+            )
         )
         found.append(f"{record.get('count')} unreadable line(s) of {domain} were skipped{first}.")
     missing = [
@@ -252,7 +265,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
             masked += f", {environment['masked_linears']} linear layers"
         if rows.get("total"):
             masked += f", {rows.get('kept', 0):,} of {rows['total']:,} rows kept each step"
-    commit = environment.get("commit")
+    commit = str(environment.get("commit") or "")[:12]
     if commit and environment.get("dirty"):
         commit += ", with uncommitted changes"
     memory = f"{hardware['memory_gb']} GB" if "memory_gb" in hardware else None
@@ -269,7 +282,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         "Ranks": environment.get("ranks"),
         "Hardware": ", ".join(str(part) for part in parts if part) or None,
         "Started": environment.get("started"),
-        "Commit": commit,
+        "Commit": commit or None,
         "Command": environment.get("command"),
     }
     return [(key, str(value)) for key, value in facts.items() if value is not None]

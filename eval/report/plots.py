@@ -18,12 +18,23 @@ from matplotlib.patches import Rectangle
 from eval.matrix import Curve, Matrix
 from eval.report.load import Run
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B07D00", "#3A9BD9", "#6A3D9A", "#555555")
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#B07D00",
+    "#3A9BD9",
+    "#6A3D9A",
+    "#555555",
+    "#882255",
+    "#7A8B00",
+)
 """Okabe and Ito's colour-blind safe palette, its yellow and sky blue darkened for thin lines."""
 
 INK, GREY, PALE = "#222222", "#6b6b6b", "#e4e4e4"
 CHANGE = LinearSegmentedColormap.from_list("change", ["#5aa5d6", "#f7f7f5", "#e8955f"])
-SHRINK = 0.6  # on a narrow screen a figure shrinks to this share of its size, then scrolls
+SHRINK, GROW = 0.6, 1.1  # a figure follows the screen's width between these shares of its size
 STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -91,7 +102,7 @@ def heat_map(run: Run) -> str:
             box = Rectangle((x + 0.035, stage + 0.05), 0.93, 0.9, fc="none", ec=INK, lw=2)
             axes.add_patch(box)
     axes.set(xlim=(0, size), ylim=(len(rows) + (0.12 if run.unigram else 0), 0))
-    axes.set_xticks([x + 0.5 for x in range(size)], [_short(d, 12) for d in matrix.domains])
+    axes.set_xticks([x + 0.5 for x in range(size)], [_short(d, 10) for d in matrix.domains])
     labels = [f"{t}  {_short(name, 14)}" for t, name in enumerate(matrix.stages)]
     centres = [y + 0.5 for y in range(len(labels))]
     if run.unigram:
@@ -122,9 +133,14 @@ def domain_curves(matrix: Matrix) -> str:
         ends.append((*points[-1], domain, colour))
     last = matrix.last
     axes.set(ylabel="change of loss, nats", xlim=(-0.15, last + 0.15))
-    axes.set_xticks(
-        range(last + 1), [f"{t}\n{_short(name, 10)}" for t, name in enumerate(matrix.stages)]
-    )
+    ticks = [f"{t}\n{_short(name, 10)}" for t, name in enumerate(matrix.stages)]
+    if last > 4:  # no room side by side
+        ticks = [f"{t} {_short(name, 16)}" for t, name in enumerate(matrix.stages)]
+        axes.tick_params(axis="x", rotation=40)
+    axes.set_xticks(range(last + 1), ticks)
+    if last > 4:
+        for label in axes.get_xticklabels():
+            label.set(ha="right", rotation_mode="anchor")
     axes.grid(axis="y")
     _end_labels(axes, ends, at=last + 0.22)
     return _svg(figure, "domain_curves", "Change of the loss of each domain over the stages")
@@ -141,7 +157,7 @@ def overlaps(run: Run) -> list[tuple[str, str, dict[int, float]]]:
         return []
     stages = sorted({min(run.overlap), max(run.overlap)})
     size = len(run.overlap[stages[0]]["domains"])
-    panel = max(1.75, 0.5 * size)
+    panel = 1.7 if size <= 4 else 2.2
     figures = []
     for kind in run.overlap[stages[-1]]["kinds"]:
         shown = [stage for stage in stages if kind in run.overlap[stage]["kinds"]]
@@ -154,15 +170,15 @@ def overlaps(run: Run) -> list[tuple[str, str, dict[int, float]]]:
                 continue
             values = np.array(run.overlap[stage]["kinds"][kind], dtype=float)
             names = [_short(d, 9) for d in run.overlap[stage]["domains"]]
-            axes.imshow(values, cmap="Blues", vmin=0, vmax=1.15)
+            axes.imshow(values, cmap="Blues", vmin=0, vmax=1.3)
             if size <= 6:
                 for (y, x), value in np.ndenumerate(values):
-                    colour = "white" if value > 0.72 else INK
-                    axes.text(x, y, _two(value), ha="center", va="center", color=colour, size=9)
+                    colour = "white" if value > 0.85 else INK
+                    axes.text(x, y, _two(value), ha="center", va="center", color=colour, size=10)
             axes.set_xticks(range(size), names, rotation=45, ha="right", rotation_mode="anchor")
             axes.set_yticks(range(size), names)
-            axes.set_title(f"stage {stage}" + (", before training" if stage == 0 else ""), size=10)
-            axes.tick_params(labelsize=9)
+            axes.set_title(f"stage {stage}" + (" (before)" if stage == 0 else ""), size=10)
+            axes.tick_params(labelsize=10 if size <= 6 else 100 / size)
             _bare(axes)
             off = values[~np.eye(size, dtype=bool)]
             if off.size:
@@ -213,11 +229,13 @@ def trade_off(
     labels: dict[str, str],
     level: float | None,
     reach: list[float] | None,
+    numbered: bool = False,
 ) -> str:
     """Forgetting against learning: a line per run, a dot per stage, a large dot at its end.
 
     `level` is the amount of learning at which the runs are read, `reach` the range in which all of
-    them can be.
+    them can be. `numbered` writes the runs' names, then short numbers, into their last dots; a run
+    without a label gets none.
     """
     figure = _figure(5.9, 4.4)
     axes = figure.subplots()
@@ -227,8 +245,13 @@ def trade_off(
             continue
         x, y = zip(*curve, strict=True)
         axes.plot(x, y, color=colours[name], lw=1.6, marker="o", ms=4, alpha=0.9)
-        axes.plot(x[-1], y[-1], "o", ms=11, color=colours[name], mec="white", mew=1.5, zorder=5)
-        ends.append((x[-1], y[-1], labels[name], colours[name]))
+        dot = 14 if numbered else 11
+        axes.plot(x[-1], y[-1], "o", ms=dot, color=colours[name], mec="white", mew=1.5, zorder=5)
+        if numbered:
+            at = {"ha": "center", "va": "center_baseline", "zorder": 6}
+            axes.text(x[-1], y[-1], name, color="white", size=8, **at)
+        if name in labels:
+            ends.append((x[-1], y[-1], labels[name], colours[name]))
     if reach:
         axes.axvspan(*reach, color="#f3f3f0", lw=0, zorder=0)
     if level is not None:
@@ -277,7 +300,7 @@ def methods(
     axes.set(xlabel="learned, nats  (more →)", ylabel="forgotten, nats  (↓ less)")
     axes.grid()
     axes.set_axisbelow(True)
-    axes.margins(x=0.1, y=0.14)
+    axes.margins(x=0.16, y=0.14)
     _end_labels(axes, ends, at=axes.get_xlim()[1], leaders=True)
     return _svg(figure, "methods", "Final learning and forgetting of each method across its rates")
 
@@ -317,7 +340,8 @@ def _bare(axes: Axes) -> None:
 
 def _running_median(values: np.ndarray, width: int) -> np.ndarray:
     half = width // 2
-    return np.array([np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return np.array([np.median(window) for window in windows])
 
 
 def _end_labels(
@@ -371,13 +395,14 @@ def _svg(figure: Figure, name: str, title: str) -> str:
     """The figure as an `<svg>` element to stand in a page: no prolog, ids of its own."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
-        metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
-        figure.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.08, metadata=metadata)
+        unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", bbox_inches="tight", pad_inches=0.08, metadata=unsaid)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
-    smallest = float(re.search(r'width="([\d.]+)pt"', svg)[1]) * 96 / 72 * SHRINK
-    attributes = f'role="img" aria-label="{title}" style="min-width: {smallest:.0f}px"'
+    width = float(re.search(r'width="([\d.]+)pt"', svg)[1]) * 96 / 72  # in CSS pixels
+    size = f"min-width: {SHRINK * width:.0f}px; max-width: {GROW * width:.0f}px"
+    attributes = f'role="img" aria-label="{title}" style="{size}"'
     return svg.replace("<svg ", f"<svg {attributes} ", 1)

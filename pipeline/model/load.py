@@ -25,9 +25,13 @@ def load_config(model: Model, vocab_size: int | None = None) -> PretrainedConfig
         if vocab_size is not None:
             values.setdefault("vocab_size", vocab_size)
         try:
+            known = AutoConfig.for_model(model_type)
             config = AutoConfig.for_model(model_type, **values)
         except (ValueError, TypeError) as error:
             raise UserError(f"model.config: {error}") from None
+        for key in values:
+            if not hasattr(known, key):  # transformers would keep it and ignore it
+                raise UserError(f"model.config.{key}: {model_type} has no such attribute")
     else:
         try:
             config = AutoConfig.from_pretrained(str(model.path), revision=model.revision)
