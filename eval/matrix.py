@@ -82,10 +82,11 @@ class Matrix:
         """The row before `stage` in which the domain was best, from its own stage on (the base
         domains: from row 0); None if one of these rows is missing, or there is none."""
         rows = range(self.trained.get(domain, 0), stage)
-        if not rows or any(self.value(row, domain) is None for row in rows):
+        values = complete([self.value(row, domain) for row in rows])
+        if not values:
             return None
-        turn = -1 if self.lower_is_better else 1
-        return max(rows, key=lambda row: turn * self.value(row, domain))
+        best = min(values) if self.lower_is_better else max(values)
+        return rows[values.index(best)]
 
     def until(self, stage: int) -> "Matrix":
         """The matrix as it was after `stage`; domains trained later are then no base domains."""
@@ -98,11 +99,16 @@ class Matrix:
         )
 
 
+def complete(values: Sequence[float | None]) -> list[float] | None:
+    """The values as a list, None if one of them is missing."""
+    known = [value for value in values if value is not None]
+    return known if len(known) == len(values) else None
+
+
 def _mean(values: Sequence[float | None]) -> float | None:
     """The mean; None for no values or where one is missing."""
-    if not values or any(value is None for value in values):
-        return None
-    return sum(values) / len(values)
+    known = complete(values)
+    return sum(known) / len(known) if known else None
 
 
 def _trained_by(matrix: Matrix, stage: int) -> list[str]:
@@ -173,9 +179,10 @@ def learning_curve(matrix: Matrix) -> Curve:
     for stage in range(len(matrix.stages)):
         if all(matrix.value(stage, domain) is None for domain in matrix.domains):
             break
-        learned = [matrix.gain(d, 0, matrix.trained[d]) for d in _trained_by(matrix, stage)]
-        lost = [_lost(matrix, d, stage) for d in matrix.old(stage)] if stage else []
-        if None in learned or None in lost:
+        gains = [matrix.gain(d, 0, matrix.trained[d]) for d in _trained_by(matrix, stage)]
+        losses = [_lost(matrix, d, stage) for d in matrix.old(stage)] if stage else []
+        learned, lost = complete(gains), complete(losses)
+        if learned is None or lost is None:
             break
         curve.append((sum(learned) / len(trained), sum(lost) / len(old_at_end)))
     return curve
@@ -192,15 +199,15 @@ def curve_errors(matrix: Matrix, stderr: list[list[float | None]]) -> tuple[floa
     if stage < 1:
         return None
 
-    def squares(cells: list[tuple[int, str]]) -> float:
-        errors = [stderr[row][matrix.domains.index(domain)] for row, domain in cells]
-        return math.nan if None in errors else sum(error**2 for error in errors)
+    def error(cells: list[tuple[int, str]]) -> float:
+        errors = complete([stderr[row][matrix.domains.index(domain)] for row, domain in cells])
+        return math.nan if errors is None else math.hypot(*errors)
 
     learned, lost = _trained_by(matrix, stage), matrix.old(stage)
     cells = [(0, d) for d in learned] + [(matrix.trained[d], d) for d in learned]
-    learned_error = math.sqrt(squares(cells)) / len(_trained_by(matrix, matrix.last))
-    cells = [(matrix.best_row(d, stage), d) for d in lost] + [(stage, d) for d in lost]
-    lost_error = math.sqrt(squares(cells)) / len(matrix.old(matrix.last))
+    learned_error = error(cells) / len(_trained_by(matrix, matrix.last))
+    best = [(row, d) for d in lost if (row := matrix.best_row(d, stage)) is not None]
+    lost_error = error(best + [(stage, d) for d in lost]) / len(matrix.old(matrix.last))
     if math.isnan(learned_error) or math.isnan(lost_error):
         return None
     return learned_error, lost_error

@@ -31,6 +31,7 @@ class Model:
     config: dict[str, Any] | None = None  # {model_type: roberta, hidden_size: ..., ...}
     overrides: dict[str, Any] = field(default_factory=dict)  # config attributes, e.g. dropout
     revision: str | None = None
+    initial_positions: Literal["random", "sinusoidal"] = "random"  # of a model built from `config`
     tokenizer: str | None = None  # hub id or folder; default: the model's own
     train_tokenizer: int | None = (
         None  # vocabulary of a byte-level BPE trained on the first corpora
@@ -51,6 +52,7 @@ class Domain:
     split: str = "train"
     revision: str | None = None
     text_field: str = "text"
+    txt_documents: Literal["paragraph", "line"] = "paragraph"  # what a document is in a .txt file
     heldout_files: list[str] = field(default_factory=list)
     heldout_split: str | None = None
     heldout_fraction: float = 0.05  # of the documents, by hash, where nothing else is given
@@ -227,6 +229,10 @@ def _contradictions(r: Recipe) -> list[str]:
     need(
         not (m.path is None and m.tokenizer is None and m.train_tokenizer is None),
         "model.tokenizer: a model built from `config` needs `tokenizer` or `train_tokenizer`",
+    )
+    need(
+        m.config is not None or m.initial_positions == "random",
+        "model.initial_positions: has no effect on a pretrained model; remove it",
     )
     need(
         not (m.tokenizer and m.train_tokenizer),

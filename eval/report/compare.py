@@ -14,7 +14,15 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from eval.matrix import DEFINITIONS, Curve, between, curve_errors, equal_learning, learning_curve
+from eval.matrix import (
+    DEFINITIONS,
+    Curve,
+    between,
+    complete,
+    curve_errors,
+    equal_learning,
+    learning_curve,
+)
 from eval.report import plots
 from eval.report.load import Run, load_run
 from eval.report.page import number, render, short_float, write_folder
@@ -209,12 +217,12 @@ def _rows(runs: list[Run]) -> list[Row]:
     # What a masked run sets beyond the label is told where the masked runs do not agree on it.
     named = {"mask.enabled", "mask.threshold", "mask.criterion", "optimizer.lr"}
     masked = [r for r in recipes if r.get("mask.enabled", True)]
-    telling = {
+    said = {
         key: [repr(r.get(key)) for r in (masked if key.startswith("mask.") else recipes)]
         for key in sorted({key for recipe in recipes for key in recipe})
         if _is_free(key) and key not in named and key not in ("seed", "name")
     }
-    telling = {key for key, values in telling.items() if len(set(values)) > 1}
+    telling = {key for key, values in said.items() if len(set(values)) > 1}
     rows = []
     for place, (run, recipe) in enumerate(zip(runs, recipes, strict=True), start=1):
         is_masked = recipe.get("mask.enabled", True)
@@ -259,13 +267,11 @@ def _groups(rows: list[Row]) -> list[Group]:
         members = [row for row in rows if row.setting == setting and row.learned is not None]
         if not members:
             continue
-        equal = [row.forgotten_equal for row in members]
-        series = {
-            "learned": [row.learned for row in members],
-            "forgotten": [row.forgotten for row in members],
+        read = {
+            key: complete([getattr(row, key) for row in members])
+            for key in ("learned", "forgotten", "forgotten_equal")
         }
-        if None not in equal:
-            series["forgotten_equal"] = equal
+        series = {key: values for key, values in read.items() if values}
         means = {key: statistics.mean(values) for key, values in series.items()}
         spread = {}
         if len(members) > 1:
@@ -306,7 +312,7 @@ def _readings(groups: list[Group]) -> list[Reading]:
             if other.method == method:
                 continue
             read = between([(g.learned, g.forgotten) for g in own], other.learned)
-            noises = [_noise(g, other, "forgotten", read=True) for g in own]
+            noises = complete([_noise(g, other, "forgotten", read=True) for g in own])
             readings.append(
                 Reading(
                     method=method,
@@ -314,7 +320,7 @@ def _readings(groups: list[Group]) -> list[Reading]:
                     learned=other.learned,
                     forgotten_read=read,
                     forgotten_measured=other.forgotten,
-                    noise=None if None in noises else max(noises),
+                    noise=max(noises) if noises else None,
                     reason=""
                     if read is not None
                     else f"outside what runs of {method} learned ({low:.3f} to {high:.3f})",
@@ -329,10 +335,10 @@ def _noise(a: Group, b: Group, what: str, read: bool = False) -> float | None:
     Held-out text and, where there are repetitions, seeds. What is `read` at equal learning
     inherits the error of what was learned too, through the slope of forgetting against learning.
     """
-    if a.errors is None or b.errors is None:
-        return None
     squares = 0.0
     for group in (a, b):
+        if group.errors is None:
+            return None
         learned_error, forgotten_error = group.errors
         if what == "learned":
             squares += learned_error**2
@@ -377,12 +383,13 @@ def _verdict(
         said.append("Some runs are unfinished: their numbers are those of the stages so far.")
     said += [_pair(*pair, level) for pair in _pairs(groups)]
     for reading in readings:
-        if reading.forgotten_read is None:
+        gap = _gap(reading)
+        if gap is None:
             continue
         said.append(
             f"Between learning rates: at what {reading.at} learned ({reading.learned:.3f}), "
             f"{reading.method} forgets {reading.forgotten_read:.3f}, and {reading.at} forgot "
-            f"{reading.forgotten_measured:.3f}: {_difference(_gap(reading), reading.noise)}."
+            f"{reading.forgotten_measured:.3f}: {_difference(gap, reading.noise)}."
         )
     return said
 
@@ -392,11 +399,13 @@ def _headline(groups: list[Group], readings: list[Reading]) -> str:
     (it compares ends of whole sequences), else by the reading along the curves."""
     told = []
     for reading in readings:
-        if reading.forgotten_read is not None:
-            told.append((reading.at, reading.method, _gap(reading), reading.noise))
-    how = "read between learning rates"
+        gap = _gap(reading)
+        if gap is not None:
+            told.append((reading.at, reading.method, gap, reading.noise))
+    seeds = "one seed" if all(group.runs == 1 for group in groups) else "means over seeds"
+    how = f"read between learning rates, {seeds}"
     if not told:
-        how = "read along each run"
+        how = f"read along each run, {seeds}"
         for first, second in _pairs(groups):
             gap = _equal_gap(first, second)
             if gap is not None:
@@ -418,8 +427,8 @@ def _headline(groups: list[Group], readings: list[Reading]) -> str:
             parts.append(f"{_count(rest, 'other comparison')} within the noise.")
     elif rest:
         parts.append(
-            f"At equal learning ({how}), no difference in forgetting exceeds the noise of the "
-            f"evaluation ({_count(rest, 'comparison', verb=False)})."
+            f"At equal learning ({how}), no difference in forgetting exceeds the "
+            f"noise ({_count(rest, 'comparison', verb=False)})."
         )
     if unknown:
         parts.append(f"{_count(unknown, 'comparison')} of unknown noise.")
@@ -438,7 +447,9 @@ def _pairs(groups: list[Group]) -> list[tuple[Group, Group]]:
     return pairs or [(groups[0], group) for group in groups[1:]]
 
 
-def _gap(reading: Reading) -> float:
+def _gap(reading: Reading) -> float | None:
+    if reading.forgotten_read is None:
+        return None
     return reading.forgotten_measured - reading.forgotten_read
 
 
@@ -608,13 +619,9 @@ def _plot_labels(rows: list[Row]) -> dict[str, str]:
     its run that learned most) and the runs' numbers in their dots."""
     if len(rows) <= CROWDED:
         return {str(row.number): f"{row.number}  {row.label}" for row in rows}
-    best: dict[str, Row] = {}
-    for row in rows:
-        if row.learned is not None:
-            known = best.get(row.method)
-            if known is None or row.learned > known.learned:
-                best[row.method] = row
-    return {str(row.number): method for method, row in best.items()}
+    measured = [row for row in rows if row.learned is not None]
+    furthest = {row.method: row for row in sorted(measured, key=lambda row: row.learned or 0.0)}
+    return {str(row.number): method for method, row in furthest.items()}
 
 
 def _table_row(row: Row, colour: str) -> dict:
@@ -644,14 +651,14 @@ def _group_cells(group: Group) -> list[str]:
 
 
 def _reading_cells(reading: Reading) -> list[str]:
-    read, measured = reading.forgotten_read, reading.forgotten_measured
+    gap = _gap(reading)
     return [
         reading.method,
         reading.at,
         signed(reading.learned),
-        signed(read),
-        signed(measured),
-        reading.reason if read is None else _difference(measured - read, reading.noise),
+        signed(reading.forgotten_read),
+        signed(reading.forgotten_measured),
+        reading.reason if gap is None else _difference(gap, reading.noise),
     ]
 
 

@@ -90,8 +90,8 @@ def load_run(folder: Path) -> Run:
     matrix, stderr, unigram = _matrix(recipe, sequence, evals, warnings)
     records = _log(folder / "log.jsonl", warnings)
     # A resumed stage repeats the steps after its last saved state: the later record counts.
-    steps = {(r["stage"], r["step"]): r for r in records if r.get("event") == "step"}
-    steps = [steps[key] for key in sorted(steps)]
+    by_place = {(r["stage"], r["step"]): r for r in records if r.get("event") == "step"}
+    steps = [by_place[place] for place in sorted(by_place)]
     ends = {r["stage"]: r for r in records if r.get("event") == "stage"}
     bad: dict[str, dict] = {}
     for record in records:
@@ -171,8 +171,10 @@ def _matrix(
 
 
 def _number(value: object) -> float | None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None
+    """The value as a finite float, None for whatever else JSON may hold."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 def _log(path: Path, warnings: list[str]) -> list[dict]:

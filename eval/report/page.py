@@ -1,6 +1,7 @@
 """The page of one run: `report/index.html`, `report.json` and the figures as SVG files."""
 
 import json
+import re
 from pathlib import Path
 
 import yaml
@@ -113,8 +114,11 @@ def summary(run: Run) -> str:
     if stage == 0:
         return "Only the model before training has been evaluated yet."
     words = [f"After {stage} of {matrix.last} stage{'s' * (matrix.last > 1)}:"]
-    gains = {d: matrix.gain(d, 0, own) for d, own in matrix.trained.items() if own <= stage}
-    gains = {d: gain for d, gain in gains.items() if gain is not None}
+    gains = {
+        domain: gain
+        for domain, own in matrix.trained.items()
+        if own <= stage and (gain := matrix.gain(domain, 0, own)) is not None
+    }
     if gains:
         each = _each({d: -gain for d, gain in gains.items()})
         mean = sum(gains.values()) / len(gains)
@@ -132,10 +136,10 @@ def summary(run: Run) -> str:
     if lost:
         mean = sum(lost.values()) / len(lost)
         each = _each(lost)
-        direction = "higher" if mean >= 0 else "lower"
+        before = "higher than at its best" if mean >= 0 else "lower than its best until then"
         words.append(
-            f"What the model knew before the latest stage is now on average {abs(mean):.3f} nats "
-            f"{direction} than at its best ({each})."
+            "The loss on what the model could forget in the latest stage is now on average "
+            f"{abs(mean):.3f} nats {before} ({each})."
         )
     return " ".join(words)
 
@@ -159,6 +163,8 @@ def render(template: str, **content: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    # A learning rate such as 1e-3 must not break at its hyphen.
+    environment.filters["unbroken"] = lambda text: re.sub(r"(?<=\de)-(?=\d)", "\u2011", text)
     return environment.get_template(template).render(**content)
 
 

@@ -7,6 +7,7 @@ a white ground of their own, so that they read the same on a light and on a dark
 import io
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -35,7 +36,7 @@ COLOURS = (
 INK, GREY, PALE = "#222222", "#6b6b6b", "#e4e4e4"
 CHANGE = LinearSegmentedColormap.from_list("change", ["#5aa5d6", "#f7f7f5", "#e8955f"])
 SHRINK, GROW = 0.6, 1.1  # a figure follows the screen's width between these shares of its size
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Verdana", "Helvetica", "Arial"],
@@ -121,8 +122,11 @@ def domain_curves(matrix: Matrix) -> str:
     axes.axhline(0, color=GREY, lw=1)
     ends: list[tuple[float, float, str, str]] = []
     for domain, colour in zip(matrix.domains, _colours(len(matrix.domains)), strict=True):
-        points = [(t, _change(matrix, t, domain)) for t in range(len(matrix.stages))]
-        points = [(t, change) for t, change in points if change is not None]
+        points = [
+            (t, change)
+            for t in range(len(matrix.stages))
+            if (change := _change(matrix, t, domain)) is not None
+        ]
         if not points:
             continue
         dashed = "--" if domain in matrix.base else "-"
@@ -170,7 +174,10 @@ def overlaps(run: Run) -> list[tuple[str, str, dict[int, float]]]:
                 continue
             values = np.array(run.overlap[stage]["kinds"][kind], dtype=float)
             names = [_short(d, 9) for d in run.overlap[stage]["domains"]]
-            axes.imshow(values, cmap="Blues", vmin=0, vmax=1.3)
+            place = np.arange(size)
+            look = {"cmap": "Blues", "vmin": 0, "vmax": 1.3, "edgecolors": "white", "lw": 1}
+            axes.pcolormesh(place, place, values, shading="nearest", **look)
+            axes.set(aspect="equal", ylim=(size - 0.5, -0.5))
             if size <= 6:
                 for (y, x), value in np.ndenumerate(values):
                     colour = "white" if value > 0.85 else INK
@@ -202,12 +209,15 @@ def training_loss(run: Run) -> str:
             continue
         x = np.array([start + s["step"] for s in steps], dtype=float)
         y = np.array([s["loss"] for s in steps], dtype=float)
+        end = int(x[-1])
+        x, y = _thin(x), _thin(y)
         name = str(steps[0].get("domain", stage))
         known = [d for d in run.matrix.domains if d in name.split("+")]
         colour = palette[run.matrix.domains.index(known[0])] if known else INK
         axes.plot(x, y, color=colour, lw=0.8, alpha=0.35)
         axes.plot(x, _running_median(y, max(3, len(y) // 12)), color=colour, lw=2)
-        bounds.append((start, start := int(x[-1])))
+        bounds.append((start, end))
+        start = end
         names.append((f"{stage}  {_short(name, 14)}", colour))
     for (low, high), (name, colour) in zip(bounds, names, strict=True):
         centre = (low + high) / 2
@@ -248,8 +258,8 @@ def trade_off(
         dot = 14 if numbered else 11
         axes.plot(x[-1], y[-1], "o", ms=dot, color=colours[name], mec="white", mew=1.5, zorder=5)
         if numbered:
-            at = {"ha": "center", "va": "center_baseline", "zorder": 6}
-            axes.text(x[-1], y[-1], name, color="white", size=8, **at)
+            text = axes.text(x[-1], y[-1], name, color="white", size=8, ha="center", zorder=6)
+            text.set_verticalalignment("center_baseline")
         if name in labels:
             ends.append((x[-1], y[-1], labels[name], colours[name]))
     if reach:
@@ -282,7 +292,8 @@ def methods(
     figure = _figure(5.7, 3.8)
     axes = figure.subplots()
     ends = []
-    for method, ordered in points.items():
+    for place, (method, ordered) in enumerate(points.items()):
+        above = place % 2 == 0  # neighbouring lines are labelled on their two outer sides
         ordered = sorted(ordered)
         x, y = [p[0] for p in ordered], [p[1] for p in ordered]
         axes.plot(x, y, color=colours[method], lw=2, marker="o", ms=8, mec="white")
@@ -290,9 +301,9 @@ def methods(
             axes.annotate(
                 rate,
                 (learned, forgotten),
-                xytext=(-7, 7),
+                xytext=(-6, 6) if above else (6, -13),
                 textcoords="offset points",
-                ha="right",
+                ha="right" if above else "left",
                 size=9,
                 color=colours[method],
             )
@@ -338,6 +349,13 @@ def _bare(axes: Axes) -> None:
     axes.tick_params(length=0)
 
 
+def _thin(values: np.ndarray, most: int = 400) -> np.ndarray:
+    """Means of neighbours, so that a long stage still gives a small figure."""
+    if len(values) <= most:
+        return values
+    return np.array([part.mean() for part in np.array_split(values, most)])
+
+
 def _running_median(values: np.ndarray, width: int) -> np.ndarray:
     half = width // 2
     windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
@@ -349,7 +367,9 @@ def _end_labels(
 ) -> None:
     """Write each (x, y, text, colour) at x = `at`, moved up or down until no two overlap."""
     low, high = axes.get_ylim()
-    height = axes.figure.get_size_inches()[1] * 72 * 0.78  # of the axes, in points, about
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    height = figure.get_size_inches()[1] * 72 * 0.78  # of the axes, in points, about
     gap = (high - low) * 15 / height
     placed = _spread([y for _, y, _, _ in ends], gap, low, high)
     for (x, y, text, colour), where in zip(ends, placed, strict=True):
@@ -402,7 +422,8 @@ def _svg(figure: Figure, name: str, title: str) -> str:
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
-    width = float(re.search(r'width="([\d.]+)pt"', svg)[1]) * 96 / 72  # in CSS pixels
+    points = svg.partition('width="')[2].partition("pt")[0]
+    width = float(points) * 96 / 72  # in CSS pixels
     size = f"min-width: {SHRINK * width:.0f}px; max-width: {GROW * width:.0f}px"
     attributes = f'role="img" aria-label="{title}" style="{size}"'
     return svg.replace("<svg ", f"<svg {attributes} ", 1)

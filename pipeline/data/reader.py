@@ -145,7 +145,8 @@ def read_documents(
     def read() -> Iterator[str]:
         if not files:
             return iter(texts)
-        return (text for path in paths for text in read_file(path, domain.text_field, bad))
+        by_line = domain.txt_documents == "line"
+        return (t for path in paths for t in read_file(path, domain.text_field, bad, by_line))
 
     def rows() -> Iterator[dict[str, str]]:
         seen = kept = 0
@@ -162,15 +163,15 @@ def read_documents(
     return datasets.IterableDataset.from_generator(rows)
 
 
-def read_file(path: str, text_field: str, bad: BadLines) -> Iterator[str]:
+def read_file(path: str, text_field: str, bad: BadLines, by_line: bool = False) -> Iterator[str]:
     """The texts of one local file (.jsonl and .txt plain, .gz or .zst; .parquet), in order.
 
-    In a text file, documents are separated by blank lines.
+    In a text file, documents are separated by blank lines; with `by_line`, each line is one.
     """
     if path.endswith(".parquet"):
         return _read_parquet(path, text_field, bad)
     if ".txt" in Path(path).suffixes:
-        return _read_text(path, bad)
+        return _read_text(path, bad, by_line)
     return _read_jsonl(path, text_field, bad)
 
 
@@ -320,7 +321,7 @@ def _read_jsonl(path: str, text_field: str, bad: BadLines) -> Iterator[str]:
         raise _no_field(path, text_field, fields)
 
 
-def _read_text(path: str, bad: BadLines) -> Iterator[str]:
+def _read_text(path: str, bad: BadLines, by_line: bool) -> Iterator[str]:
     block: list[bytes] = []
     first = 1
     # a blank line behind the last one closes the last block
@@ -329,7 +330,7 @@ def _read_text(path: str, bad: BadLines) -> Iterator[str]:
             if not block:
                 first = number
             block.append(line)
-        elif block:
+        if block and (by_line or not line.strip()):
             try:
                 text = b"\n".join(block).decode("utf-8-sig").replace("\r\n", "\n")
                 yield text.rstrip("\r")

@@ -1,0 +1,90 @@
+"""What the mask adds to a training step: steps with and without it, in turn, on one model.
+
+    python benchmarks/mask_cost.py --stages 0 2 3 --hidden 768 --layers 2
+
+Prints, per ZeRO stage, the median step without the mask and the median, over pairs of neighbouring
+steps, of the ratio with / without. Times of whole steps: forward, backward, mask, optimizer.
+"""
+
+import argparse
+import statistics
+import time
+from contextlib import nullcontext
+
+import torch
+from torch.nn import functional as F
+from transformers import RobertaConfig, RobertaForMaskedLM
+
+from pipeline.engine.config import resolve_ds_config
+from pipeline.engine.zero import ZeroEngine, start_distributed
+from pipeline.migu.gradient_mask import GradientMask
+from pipeline.recipe import Mask, load_recipe
+
+
+def measure(stage: int, args: argparse.Namespace) -> tuple[float, float]:
+    """(median seconds of a dense step, median ratio of a masked step to the dense one beside it)."""
+    recipe = load_recipe("demo", [f"train.batch_size={args.batch}"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = resolve_ds_config({"zero_optimization": {"stage": stage}}, recipe, 1, device)
+    torch.manual_seed(0)
+    model = RobertaForMaskedLM(
+        RobertaConfig(
+            vocab_size=args.vocabulary,
+            hidden_size=args.hidden,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.hidden // 64,
+            intermediate_size=4 * args.hidden,
+            max_position_embeddings=args.length + 2,
+        )
+    )
+    engine = ZeroEngine(model.train(), config, recipe.optimizer)
+    mask = GradientMask(engine.module, Mask(threshold=args.threshold), seed=0)
+    ids = torch.randint(5, args.vocabulary, (args.batch, args.length), device=engine.device)
+
+    def step(masked: bool, number: int) -> float:
+        start = time.perf_counter()
+        with mask.recording() if masked else nullcontext():
+            logits = engine.forward(input_ids=ids).logits
+        engine.backward(F.cross_entropy(logits.flatten(0, 1), ids.flatten()), last=True)
+        if masked:
+            mask.apply(engine, number)
+        engine.step(1e-5)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for masked in (False, True, False, True):
+        step(masked, 0)
+    pairs = []
+    for i in range(args.pairs):  # every second pair the other way round
+        order = (False, True) if i % 2 == 0 else (True, False)
+        times = {masked: step(masked, i) for masked in order}
+        pairs.append((times[False], times[True]))
+    mask.close()
+    engine.close()
+    return statistics.median(p[0] for p in pairs), statistics.median(p[1] / p[0] for p in pairs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], help="ZeRO stages")
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--batch", type=int, default=8, help="sequences")
+    parser.add_argument("--length", type=int, default=128, help="tokens")
+    parser.add_argument("--threshold", type=float, default=0.7)
+    parser.add_argument("--pairs", type=int, default=20, help="timed pairs of steps")
+    args = parser.parse_args()
+    start_distributed()
+    print(f"{args.layers} layers of {args.hidden}, {args.batch} x {args.length} tokens, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
+    for stage in args.stages:
+        dense, ratio = measure(stage, args)
+        print(f"ZeRO-{stage}: dense step {dense * 1000:.1f} ms, with the mask x {ratio:.3f}")
+
+
+if __name__ == "__main__":
+    main()

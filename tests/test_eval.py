@@ -1,0 +1,110 @@
+"""The held-out loss: right, repeatable to the bit, the same for every number of shares."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from eval.lm import evaluate_share, merge_shares
+from pipeline.data.heldout import load_heldout, prepare_heldout
+from pipeline.data.tokenizer import train_tokenizer
+from pipeline.recipe import Data, Domain, Model, Recipe, Stage
+from tests.reference import MODELS
+
+TEXT = "the quick brown fox jumps over the lazy dog and runs into the dark green forest"
+
+
+@pytest.fixture(scope="module", params=["masked", "causal"])
+def prepared(request, tmp_path_factory):
+    """(folder, objective): a checkpoint and held-out text of two domains."""
+    folder = tmp_path_factory.mktemp("eval")
+    words = TEXT.split()
+    domains = {}
+    for name, step in (("a", 3), ("b", 5)):
+        lines = [
+            json.dumps({"text": " ".join(words[(i * step + j * j) % len(words)] for j in range(25))
+                        + f" {i}"})
+            for i in range(120)
+        ]  # fmt: skip
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+        domains[name] = Domain(files=[str(folder / f"{name}.jsonl")], heldout_fraction=0.3)
+    recipe = Recipe(
+        name="eval",
+        model=Model(path="unused", objective=request.param),
+        data=Data(domains=domains, sequence_length=18, heldout_sequences=23),
+        stages=[Stage("a", steps=1)],
+    )
+    tokenizer = train_tokenizer([TEXT] * 3, 300)
+    prepare_heldout(recipe, tokenizer, folder / "heldout")
+    model = MODELS["roberta" if request.param == "masked" else "llama"]()
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder / "checkpoint")
+    return folder, request.param
+
+
+def evaluate(folder, name, shares, batch_size=4):
+    parts = []
+    for i in range(shares):
+        parts.append(folder / f"{name}-{i}.npz")
+        evaluate_share(
+            folder / "checkpoint", folder / "heldout", parts[-1], (i, shares), batch_size
+        )
+    info = {"stage": 0, "name": name, "checkpoint": "checkpoint", "started": 0.0}
+    merge_shares(parts, folder / "heldout", folder / f"{name}.json", 0.7, info)
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def test_the_loss_is_the_mean_over_the_predicted_tokens(prepared):
+    folder, objective = prepared
+    result = evaluate(folder, "plain", 1)["domains"]
+    _, domains = load_heldout(folder / "heldout")
+    name = "roberta" if objective == "masked" else "llama"
+    model = type(MODELS[name]()).from_pretrained(folder / "checkpoint").eval()
+    for domain, data in domains.items():
+        losses = []
+        for ids, labels, segments in zip(*data.values(), strict=True):
+            same = segments[:, None] == segments[None, :]
+            if objective == "causal":
+                same = same & torch.ones_like(same).tril()
+                labels = F.pad(labels[1:], (0, 1), value=-100)
+            with torch.no_grad():
+                logits = model(input_ids=ids.long()[None], attention_mask=same[None, None]).logits
+            losses += F.cross_entropy(logits[0], labels.long(), reduction="none")[labels >= 0]
+        assert result[domain]["tokens"] == len(losses)
+        assert result[domain]["loss"] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
+        assert 0 < result[domain]["stderr"] < 0.5
+
+
+def test_it_repeats_to_the_bit_and_does_not_depend_on_the_shares(prepared):
+    folder, _ = prepared
+    results = [evaluate(folder, f"run{i}", shares) for i, shares in enumerate((1, 1, 3))]
+    for other in results[1:]:
+        assert other["domains"] == results[0]["domains"]
+        assert other["overlap"] == results[0]["overlap"]
+    overlap = results[0]["overlap"]
+    for matrix in overlap["kinds"].values():
+        assert [matrix[i][i] for i in range(2)] == [1.0, 1.0]
+        assert 0.0 <= matrix[0][1] <= 1.0
+
+
+def test_the_masks_do_not_depend_on_the_seed_of_the_run(prepared, tmp_path):
+    folder, objective = prepared
+    manifest, domains = load_heldout(folder / "heldout")
+    recipe = Recipe(
+        name="other",
+        model=Model(path="unused", objective=objective),
+        data=Data(
+            domains={n: Domain(**s) for n, s in manifest["sources"].items()},
+            sequence_length=18,
+            heldout_sequences=23,
+            masking=0.5,
+        ),
+        stages=[Stage("b", steps=1)],
+        seed=7,
+    )
+    prepare_heldout(recipe, train_tokenizer([TEXT] * 3, 300), tmp_path / "heldout")
+    _, again = load_heldout(tmp_path / "heldout")
+    for name, data in domains.items():
+        for key, tensor in data.items():
+            assert torch.equal(tensor, again[name][key])

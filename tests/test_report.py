@@ -1,0 +1,251 @@
+"""The pages of runs and comparisons, from invented run folders."""
+
+import html
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+
+from eval.report import compare, terminal_summary, write_comparison, write_report
+from launch.report import main
+from pipeline.errors import UserError
+from tests.fake_runs import fake_run
+
+
+class Elements(HTMLParser):
+    """Collects tags and attributes, and fails on a tag closed in the wrong order."""
+
+    VOID = ("meta", "br", "link", "img", "hr", "input")
+
+    def __init__(self, page):
+        super().__init__()
+        self.seen, self.open = [], []
+        self.feed(page)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.seen.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.seen.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def text_of(page):
+    """The words of a page, as a reader sees them."""
+    words = html.unescape(re.sub(r"<[^>]+>", " ", page.read_text()))
+    return re.sub(r"\s+", " ", words).replace("\u2011", "-")
+
+
+def change_recipe(run, **changes):
+    path = run / "recipe.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changes))
+
+
+def assert_self_contained(page):
+    elements = Elements(page.read_text()).seen
+    ids = [attributes["id"] for _, attributes in elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for tag, attributes in elements:
+        assert tag not in ("script", "link", "img", "iframe")
+        for key in ("src", "href", "xlink:href"):
+            assert attributes.get(key, "#").startswith("#")
+    assert not re.search(r"url\((?!#)|@import", page.read_text())
+
+
+def test_page_of_a_finished_run(tmp_path):
+    run = fake_run(tmp_path / "demo")
+    page = write_report(run)
+    assert page == run / "report" / "index.html"
+    assert_self_contained(page)
+    report = json.loads((page.parent / "report.json").read_text())
+    assert report["finished"] is True
+    assert report["domains"] == ["prose", "math", "python", "cpp"]  # base first, then stage order
+    text = text_of(page)
+    for value in [v for row in report["loss"] for v in row]:
+        assert f"{value:.3f}" in text
+    for key in report["metrics"]:
+        assert report["definitions"][key].split(";")[0] in text
+    assert f"{report['metrics']['forgotten']:.3f}" in text
+    assert report["time"][0]["mask_percent"] == pytest.approx(100 * 0.004 / 0.224, rel=0.1)
+    assert "deepspeed launch/cpt.py" in text
+    assert {p.name for p in page.parent.glob("*.svg")} >= {"heat_map.svg", "overlap_q.svg"}
+
+
+def test_pages_are_the_same_to_the_byte(tmp_path):
+    runs = [fake_run(tmp_path / "a"), fake_run(tmp_path / "b", enabled=False)]
+    for write in (lambda: write_report(runs[0]), lambda: write_comparison(runs, tmp_path / "out")):
+        assert write().read_bytes() == write().read_bytes()
+
+
+@pytest.mark.parametrize("evaluated", [-1, 0, 1])
+def test_unfinished_runs_have_a_page(tmp_path, evaluated):
+    run = fake_run(tmp_path / "half", evaluated=max(evaluated, 0), overlap=False, unigram=False)
+    if evaluated < 0:
+        (run / "stages" / "00_base" / "eval.json").unlink()
+        (run / "log.jsonl").unlink()
+        (run / "environment.json").unlink()
+    text = text_of(write_report(run))
+    assert "Not yet evaluated" in text
+    assert ("nothing has been evaluated" in text) == (evaluated < 0)
+    assert ("After 1 of 3 stages" in text) == (evaluated == 1)
+    assert "unigram" not in text
+
+
+def test_damaged_files_are_told_and_survived(tmp_path):
+    run = fake_run(tmp_path / "damaged", bad_lines=3)
+    (run / "stages" / "02_python" / "eval.json").write_text('{"domains": {"prose"')
+    last = run / "stages" / "03_cpp" / "eval.json"
+    record = json.loads(last.read_text())
+    record["domains"]["math"]["loss"] = float("nan")
+    last.write_text(json.dumps(record))
+    with (run / "log.jsonl").open("a") as log:
+        log.write('{"event": "st')
+    text = text_of(write_report(run))
+    assert "3 unreadable line(s) of math were skipped, the first in data/math.jsonl, line 7" in text
+    assert "02_python/eval.json cannot be read" in text
+    assert "The loss on math after stage 3 (cpp) is nan" in text
+    assert "1 line(s) of log.jsonl" in text
+    assert "Not yet evaluated: stage 2 (python)" in text
+
+
+def test_a_resumed_stage_counts_its_steps_once(tmp_path):
+    run = fake_run(tmp_path / "resumed", steps=10)
+    log = run / "log.jsonl"
+    log.write_text(
+        "".join(line + "\n" for line in log.read_text().splitlines()[:8]) + log.read_text()
+    )
+    write_report(run)
+    report = json.loads((run / "report" / "report.json").read_text())
+    assert [time["steps"] for time in report["time"]] == [10, 10, 10]
+    assert [time["tokens"] for time in report["time"]] == [40960] * 3
+
+
+def test_names_are_escaped_and_mixtures_read(tmp_path):
+    run = fake_run(tmp_path / "mixed", trained=("a<b", "math"))
+    stages = [{"domain": ["a<b", "math"], "steps": 60}, {"domain": "math", "steps": 60}]
+    change_recipe(run, stages=stages, name="<script>alert(1)</script>")
+    page = write_report(run)
+    assert_self_contained(page)
+    report = json.loads((page.parent / "report.json").read_text())
+    assert report["trained"] == {"a<b": 1, "math": 1}
+
+
+def test_comparison_reads_equal_learning_and_names_the_noise(tmp_path):
+    runs = [
+        fake_run(tmp_path / "ft", enabled=False),
+        fake_run(tmp_path / "migu"),
+        fake_run(tmp_path / "random", criterion="random"),
+    ]
+    comparison = compare(runs)
+    labels = [row.label for row in comparison.rows]
+    assert labels == ["ft, lr 1e-3", "migu T=0.7, lr 1e-3", "random rows T=0.7, lr 1e-3"]
+    assert comparison.warnings == []
+    assert comparison.level == min(row.learned for row in comparison.rows)
+    assert all(row.forgotten_equal is not None for row in comparison.rows)
+    # The invented random rows are the invented migu run, number for number.
+    assert "one seed" in comparison.verdict[0]
+    assert "random rows T=0.7 (both lr 1e-3) learned the same, and forgot the same" in " ".join(
+        comparison.verdict
+    )
+    page = write_comparison(runs, tmp_path / "out")
+    assert_self_contained(page)
+    assert comparison.headline in text_of(page)
+    lines = terminal_summary(comparison).splitlines()
+    assert lines[1].split() == [
+        "ft", "ft,", "lr", "1e-3",
+        *(f"{v:.3f}" for v in (
+            comparison.rows[0].learned,
+            comparison.rows[0].forgotten,
+            comparison.rows[0].forgotten_equal,
+        )),
+    ]  # fmt: skip
+
+
+def test_what_the_noise_swallows_is_not_called_a_difference(tmp_path):
+    def headline(stderr):
+        folder = tmp_path / str(stderr)
+        ft = fake_run(folder / "ft", enabled=False, stderr=stderr)
+        return compare([ft, fake_run(folder / "migu", stderr=stderr)]).headline
+
+    assert "beyond the noise: migu" in headline(0.001)
+    assert "no difference in forgetting exceeds the noise" in headline(1.0)
+    assert "unknown noise" in headline(None)
+
+
+def test_seeds_are_averaged(tmp_path):
+    runs = [
+        fake_run(tmp_path / f"{enabled}-{seed}", enabled=enabled, seed=seed)
+        for enabled in (False, True)
+        for seed in (0, 1)
+    ]
+    comparison = compare(runs)
+    ft, migu = comparison.groups
+    pair = [row.learned for row in comparison.rows[:2]]
+    assert (ft.runs, migu.runs) == (2, 2)
+    assert ft.learned == pytest.approx(sum(pair) / 2)
+    assert ft.spread["learned"] == pytest.approx(abs(pair[0] - pair[1]) / 2**0.5)
+    assert comparison.rows[1].label == "ft, lr 1e-3, seed 1"
+    text = text_of(write_comparison(runs, tmp_path / "out"))
+    assert f"± {ft.spread['forgotten']:.3f}" in text
+    assert "Each setting was run with 2 seeds" in text
+
+
+def test_methods_are_read_between_their_learning_rates(tmp_path):
+    runs = [fake_run(tmp_path / f"ft-{lr}", enabled=False, lr=lr) for lr in (2e-4, 5e-4, 1e-3)] + [
+        fake_run(tmp_path / "migu", lr=5e-4)
+    ]
+    comparison = compare(runs)
+    (reading,) = comparison.readings  # migu has one rate: it cannot be read at ft's learning
+    assert (reading.method, reading.at) == ("ft", "migu T=0.7, lr 5e-4")
+    low, high = sorted(r.forgotten for r in comparison.rows[:2])
+    assert low < reading.forgotten_read < high
+    assert "Read between learning rates" in text_of(write_comparison(runs, tmp_path / "out"))
+
+
+def test_a_run_that_cannot_be_read_says_why(tmp_path):
+    runs = [fake_run(tmp_path / "a"), fake_run(tmp_path / "new", evaluated=0, enabled=False)]
+    comparison = compare(runs)
+    assert comparison.rows[1].forgotten_equal is None
+    assert comparison.rows[1].reason == "no stage evaluated yet"
+    assert comparison.level == comparison.rows[0].learned
+    assert "nothing to compare yet" in comparison.verdict[0]
+    assert "no stage evaluated yet" in terminal_summary(comparison)
+    write_comparison(runs, tmp_path / "out")
+
+
+def test_runs_that_do_not_compare_are_warned_about(tmp_path):
+    ft, migu = fake_run(tmp_path / "ft", enabled=False), fake_run(tmp_path / "migu", seed=5)
+    assert compare([ft, migu]).warnings == []
+    change_recipe(migu, data={"sequence_length": 64})
+    path = migu / "stages" / "00_base" / "eval.json"
+    path.write_text(path.read_text().replace("4.02", "4.12"))
+    for run in (ft, migu):
+        (run / "heldout").mkdir()
+        manifest = {"files": {"prose.safetensors": f"digest of {run.name}"}}
+        (run / "heldout" / "manifest.json").write_text(json.dumps(manifest))
+    warnings = " ".join(compare([ft, migu]).warnings)
+    assert "differ in data.sequence_length (ft: 128; migu: 64)" in warnings
+    assert "different held-out text" in warnings
+    assert "do not start from the same loss on prose (4.120 and 4.020)" in warnings
+
+
+def test_command_line(tmp_path, capsys):
+    runs = [fake_run(tmp_path / "ft", enabled=False), fake_run(tmp_path / "migu")]
+    assert main([str(runs[0])]) == 0
+    assert (runs[0] / "report" / "index.html").is_file()
+    assert main([str(run) for run in runs]) == 0
+    assert (tmp_path / "comparison" / "index.html").is_file()
+    assert "forgotten at equal learning" in capsys.readouterr().out
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert "has no recipe.yaml" in capsys.readouterr().err
+    assert main([str(runs[0]), str(runs[0])]) == 2
+    (runs[0] / "recipe.yaml").write_text("stages: 3")
+    with pytest.raises(UserError, match="not the recipe of a run"):
+        write_report(runs[0])
