@@ -8,11 +8,16 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 RUNS ?= runs
 BIN := $(VENV)/bin
+SHELL := /bin/bash -o pipefail
 INSTALLED := $(VENV)/.installed
 
-CPT := $(BIN)/deepspeed launch/cpt.py --config ds_configs/zero2.json
+# The runs to compare with: not through the launcher, one thread each, side by side.
+COMPARED := demo_ft demo_ft_half_lr demo_random
+demo_ft: OPTIONS := mask.enabled=false
+demo_ft_half_lr: OPTIONS := mask.enabled=false optimizer.lr=5.0e-4
+demo_random: OPTIONS := mask.criterion=random
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint clean $(COMPARED)
 
 install: $(INSTALLED)
 
@@ -23,12 +28,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(INSTALLED)
-	$(CPT) --runs $(RUNS) name=demo_ft mask.enabled=false
-	$(CPT) --runs $(RUNS) name=demo_ft_half_lr mask.enabled=false optimizer.lr=5.0e-4
-	$(CPT) --runs $(RUNS) name=demo_random mask.criterion=random
+	$(MAKE) --no-print-directory -j3 $(COMPARED)
 	$(BIN)/deepspeed launch/cpt.py --config ds_configs/zero2.json --runs $(RUNS)
-	$(BIN)/python launch/report.py $(RUNS)/demo_ft $(RUNS)/demo_ft_half_lr $(RUNS)/demo_random \
-		$(RUNS)/demo --out $(RUNS)/demo_comparison
+	$(BIN)/python launch/report.py $(addprefix $(RUNS)/,$(COMPARED)) $(RUNS)/demo \
+		--out $(RUNS)/demo_comparison
+
+# Through cat, so that three runs print lines instead of drawing three bars over each other.
+$(COMPARED): $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python launch/cpt.py --config ds_configs/zero2.json --runs $(RUNS) \
+		name=$@ $(OPTIONS) 2>&1 | cat
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest

@@ -68,7 +68,7 @@ class StageProgress:
         elif step % self._every == 0 or step == self._steps:
             left = tqdm.format_interval(seconds / step * (self._steps - step))
             text = "  ".join(f"{k} {v}" for k, v in numbers.items())
-            say(f"{self._title}: step {step}/{self._steps}  {text}  left {left}")
+            say(f"{self._title}  step {step}/{self._steps}  {text}  left {left}")
 
     def close(self) -> None:
         if self._bar is not None:

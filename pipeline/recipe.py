@@ -2,7 +2,8 @@
 
 A recipe is a YAML file; `key=value` overrides from the command line are laid over it. All problems
 are found before anything is loaded and reported together (`load_recipe` raises one `UserError`).
-Engine settings (ZeRO stage, offload, precision) live in a DeepSpeed JSON: see `engine/config.py`.
+DeepSpeed's settings (ZeRO stage, offload, precision) live in a JSON file of their own: see
+`engine/config.py`.
 """
 
 import dataclasses
@@ -105,6 +106,8 @@ class Mask:
     rule: Literal["exact", "quantile"] = "exact"
     criterion: Literal["output", "random", "weight", "gradient"] = "output"
     random_redraw: Literal["stage", "step"] = "stage"  # criterion: random
+    # "gradient": AdamW sees zeros, as in the authors' code; "strict": masked rows do not move (Eq. 6)
+    update: Literal["gradient", "strict"] = "gradient"
     from_stage: int = 1  # 2: the first stage is dense, as in the authors' code
 
 
@@ -125,8 +128,17 @@ class Train:
     batch_size: int = 32  # sequences per step, over all ranks and accumulated micro-batches
     micro_batch_size: int | None = None  # per rank; default: batch_size / ranks
     gradient_clipping: float = 1.0  # 0: off
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: the DeepSpeed JSON's
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: see docs/engines.md
     publish_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass
+class Engine:
+    """What shards and steps the model (docs/engines.md). DeepSpeed's settings are in its JSON."""
+
+    kind: Literal["deepspeed", "fsdp"] = "deepspeed"
+    replicas: int = 1  # fsdp: copies of the model, each sharded over ranks / replicas (HSDP)
+    reshard_after_forward: bool = True  # fsdp: false keeps the gathered weights until backward
 
 
 @dataclass
@@ -145,6 +157,7 @@ class Recipe:
     mask: Mask = field(default_factory=Mask)
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
+    engine: Engine = field(default_factory=Engine)
     evaluate: Evaluation = field(default_factory=Evaluation)
     seed: int = 0
 
@@ -316,6 +329,17 @@ def _contradictions(r: Recipe) -> list[str]:
         "train.micro_batch_size: must be at least 1",
     )
     need(t.gradient_clipping >= 0, "train.gradient_clipping: must be at least 0 (0 is off)")
+    e = r.engine
+    for key, default in (("replicas", 1), ("reshard_after_forward", True)):
+        need(
+            e.kind == "fsdp" or getattr(e, key) == default,
+            f"engine.{key}: has no effect with DeepSpeed; remove it, or set engine.kind=fsdp",
+        )
+    need(e.replicas >= 1, "engine.replicas: must be at least 1")
+    need(
+        not (e.kind == "fsdp" and t.precision == "fp16"),
+        "train.precision: fp16 needs loss scaling, which fsdp does not have here; use bf16",
+    )
     need(
         m.objective == "causal" or not (m.config or {}).get("is_decoder"),
         "model.config.is_decoder: a masked LM is an encoder; set model.objective=causal",
@@ -368,6 +392,6 @@ def _all(path: Path, problems: list[str]) -> UserError:
     return UserError("\n".join([f"{path}: {len(problems)} {noun}", *(f"  {p}" for p in problems)]))
 
 
-for _cls in (Model, Domain, Data, Stage, Mask, Optimizer, Train, Evaluation, Recipe):
+for _cls in (Model, Domain, Data, Stage, Mask, Optimizer, Train, Engine, Evaluation, Recipe):
     _cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[union-attr]
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ def train_stage(
     objective = recipe.model.objective
     peak_lr = recipe.stages[stage - 1].lr or recipe.optimizer.lr
     head = PredictedPositions(engine.module) if _trims_head(recipe, mask) else None
-    progress = StageProgress(f"stage {stage} {name}", steps) if rank() == 0 else None
+    title = f"{recipe.name}: stage {stage}/{len(recipe.stages)} {name}"
+    progress = StageProgress(title, steps) if rank() == 0 else None
     timer = Stopwatch(engine.device)
     tokens_per_step = recipe.train.batch_size * recipe.data.sequence_length
     start = time.perf_counter()
@@ -79,7 +81,7 @@ def train_stage(
             raise TrainingStopped(f"stage {stage} ({name}), step {step}: {error}") from None
         timer.stop("mask")
         lr = learning_rate(recipe.optimizer, peak_lr, step, steps)
-        applied = engine.step(lr)
+        applied = engine.step(lr, hold=partial(mask.hold, engine) if mask else nullcontext)
         timer.stop("step")
         if progress is not None and log is not None:
             norm = engine.gradient_norm

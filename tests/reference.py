@@ -80,8 +80,10 @@ def micro_batches(model: str, steps: int, per_step: int, sequences: int = 2) -> 
     return out
 
 
-def train_reference(name: str, steps: list[list[dict]]) -> tuple[dict, list[dict]]:
-    """Returns (weights, per step the kept rows of each layer)."""
+def train_reference(
+    name: str, steps: list[list[dict]], strict: bool = False
+) -> tuple[dict, list[dict]]:
+    """Returns (weights, per step the kept rows of each layer). strict: masked rows do not move."""
     model = MODELS[name]()
     linears = {
         n: m
@@ -134,5 +136,9 @@ def train_reference(name: str, steps: list[list[dict]]) -> tuple[dict, list[dict
             module.weight.grad *= masks[layer][:, None]  # Eq. 6
         kept.append(masks)
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        before = {layer: module.weight.detach().clone() for layer, module in linears.items()}
         optimizer.step()
+        if strict:
+            for layer, module in linears.items():
+                module.weight.data[~masks[layer]] = before[layer][~masks[layer]]
     return {n: p.detach().clone() for n, p in model.named_parameters()}, kept

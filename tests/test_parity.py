@@ -66,12 +66,14 @@ class History(GradientMask):
 
 
 def train(
-    name, engine, steps, accumulation, precision="fp32", checkpoint=False, weight_decay=WEIGHT_DECAY
-):
+    name, engine, steps, accumulation, precision="fp32", checkpoint=False,
+    weight_decay=WEIGHT_DECAY, update="gradient",
+):  # fmt: skip
     """Train on this rank's share of `steps`; returns (weights, kept rows per step)."""
     recipe = recipe_for(name, 2 * world_size() * accumulation)
     recipe.train.precision = precision
     recipe.optimizer.weight_decay = weight_decay
+    recipe.mask.update = update
     config = resolve_ds_config({"zero_optimization": engine}, recipe, world_size(), "cpu")
     model = MODELS[name]().train()
     if checkpoint:
@@ -87,11 +89,13 @@ def train(
     return weights, history
 
 
-def compare(name, engine, accumulation, checkpoint=False):
+def compare(name, engine, accumulation, checkpoint=False, update="gradient"):
     """(rows selected otherwise, largest weight difference) against the reference."""
     steps = micro_batches(name, STEPS, world_size() * accumulation)
-    expected, kept = train_reference(name, steps)
-    weights, history = train(name, engine, steps, accumulation, checkpoint=checkpoint)
+    expected, kept = train_reference(name, steps, strict=update == "strict")
+    weights, history = train(
+        name, engine, steps, accumulation, checkpoint=checkpoint, update=update
+    )
     flips = sum(
         int((rows != masks[n.removesuffix(".weight")]).sum())
         for masks, found in zip(kept, history, strict=True)
@@ -101,22 +105,34 @@ def compare(name, engine, accumulation, checkpoint=False):
     return flips, max(float((weights[n] - w).abs().max()) for n, w in expected.items())
 
 
-def changed_rows(name, engine):
-    """One bf16 step without weight decay: layers whose changed rows are not exactly the kept."""
-    steps = micro_batches(name, 1, world_size())
+def changed_rows(name, engine, update):
+    """Train in bf16; how many layers have changed in other rows than those that were kept.
+
+    One step of masked gradients without weight decay; or, strict, three with weight decay and the
+    momentum of earlier steps: a row that was never kept must have the bits it began with.
+    """
+    strict = update == "strict"
+    steps = micro_batches(name, 3 if strict else 1, world_size())
     before = MODELS[name]().bfloat16().state_dict()
-    weights, [kept] = train(name, engine, steps, 1, precision="bf16", weight_decay=0.0)
+    weights, history = train(
+        name, engine, steps, 1, precision="bf16", weight_decay=0.1 if strict else 0.0, update=update
+    )
+    kept = {n: torch.stack([step[n] for step in history]).any(0) for n in history[0]}
     changed = {n: (weights[n] != before[n].float()).any(1) for n in kept}
-    return [n for n, rows in kept.items() if not torch.equal(rows, changed[n])]
+    return sum(not torch.equal(rows, changed[n]) for n, rows in kept.items())
 
 
 def compare_all():
     out = {}
     for name, engine, accumulation in itertools.product(MODELS, ENGINES, (1, 3)):
-        key = f"{name}, {engine}, accumulation {accumulation}"
-        out[key] = compare(name, ENGINES[engine], accumulation)
-    for name, engine in itertools.product(MODELS, ENGINES):
-        out[f"{name}, {engine}, bf16"] = len(changed_rows(name, ENGINES[engine])), 0.0
+        # Each engine sees both updates and both accumulations, and each pair of these.
+        update = "strict" if (accumulation == 3) == (name == "roberta") else "gradient"
+        key = f"{name}, {engine}, accumulation {accumulation}, {update}"
+        out[key] = compare(name, ENGINES[engine], accumulation, update=update)
+    for name, update, engine in (
+        *(("roberta", "strict", e) for e in ENGINES), *(("llama", "gradient", e) for e in ENGINES)
+    ):  # fmt: skip
+        out[f"{name}, {engine}, bf16, {update}"] = changed_rows(name, ENGINES[engine], update), 0.0
     out["checkpointing"] = compare("roberta", ENGINES["zero2"], 3, checkpoint=True)
     return out
 

@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -20,8 +21,11 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from pipeline.engine.config import offloads, precision_of, zero_stage
+from pipeline.engine.optimizer import weight_groups
 from pipeline.errors import UserError
 from pipeline.migu.shard import Shard
+
+Hold = Callable[[], AbstractContextManager[None]]
 
 
 def start_distributed() -> None:
@@ -43,18 +47,6 @@ def start_distributed() -> None:
         deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=12))
 
 
-def weight_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: no weight decay on biases, norms and other vectors."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.dim() >= 2]
-    vectors = [p for p in trained if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return [g for g in groups if g["params"]]
-
-
 class ZeroEngine:
     """One stage's model under DeepSpeed: forward, backward, masked step, export."""
 
@@ -71,9 +63,12 @@ class ZeroEngine:
         groups = weight_groups(model, optimizer.weight_decay)
         adam = self._optimizer_class()
         kwargs = {"lr": optimizer.lr, "betas": tuple(optimizer.betas), "eps": optimizer.eps}
-        self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=adam(groups, **kwargs), config=ds_config
-        )
+        inner = adam(groups, **kwargs)
+        update = inner.step
+        inner.step = lambda *args: self._held(update, *args)
+        self._hold: Hold = nullcontext
+        self._engine: Any = None
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=inner, config=ds_config)
         self._parameters = dict(self._engine.module.named_parameters())
         self._norm = float("nan")
 
@@ -109,8 +104,22 @@ class ZeroEngine:
         if not last:
             self._engine.step()  # steps nothing: this is where DeepSpeed counts micro-batches
 
-    def step(self, lr: float) -> bool:
-        """Clip and step with learning rate `lr`; False where fp16 loss scaling skipped the step."""
+    def _held(self, update: Callable, *args: Any) -> Any:
+        """AdamW's own step. ZeRO copies the fp32 weights to the model's only after it."""
+        if self._engine is None:
+            # At stage 0 in bf16 or fp16 DeepSpeed steps once at the start, to allocate the state:
+            # that would decay the weights and count as a step.
+            return None
+        with self._hold():
+            return update(*args)
+
+    def step(self, lr: float, hold: Hold = nullcontext) -> bool:
+        """Clip and step with learning rate `lr`; False where fp16 loss scaling skipped the step.
+
+        hold: makes a context that is entered around the update of the fp32 weights (ZeRO-3 updates
+            them in several goes).
+        """
+        self._hold = hold
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         clip = self._engine.gradient_clipping()
@@ -190,13 +199,34 @@ class ZeroEngine:
             else:
                 yield Shard(name, p.detach().view(-1), 0, tuple(p.shape))
 
+    def master_shards(self, names: list[str]) -> Iterator[Shard]:
+        """The local live pieces of the fp32 weights that the optimizer updates."""
+        opt = self._engine.optimizer
+        masters = self._stage0_masters()
+        for name in names:
+            p: Any = self._parameters[name]
+            if self.stage == 3:
+                piece, _ = opt._get_fp32_opt_state_partition(p, release_swap_buffers=True)
+                yield from _partition(name, piece, p, opt._get_param_partition_rank(p))
+            elif self.stage == 0:
+                weight = masters.get(id(p), p.detach())
+                yield Shard(name, weight.detach().view(-1), 0, tuple(p.shape))
+            elif getattr(p, "_hp_mapping", None) is not None:  # ZeRO's own map; absent elsewhere
+                at = p._hp_mapping.lp_fragment_address
+                piece = p._hp_mapping.hp_fragment.detach()
+                yield Shard(name, piece.view(-1), at.start, tuple(p.shape))
+
+    def _stage0_masters(self) -> dict[int, Tensor]:
+        """Stage 0 in bf16 or fp16: id of each parameter -> its fp32 copy."""
+        if self.stage != 0 or precision_of(self.config) == "fp32":
+            return {}
+        opt = self._engine.optimizer
+        groups = zip(opt.fp16_groups, opt.fp32_groups, strict=True)
+        return {id(p): m for low, high in groups for p, m in zip(low, high, strict=True)}
+
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter whole, on the CPU, in the optimizer's fp32; all ranks call it."""
-        masters = {}
-        if self.stage == 0 and precision_of(self.config) != "fp32":
-            opt = self._engine.optimizer
-            for low, high in zip(opt.fp16_groups, opt.fp32_groups, strict=True):
-                masters.update({id(p): m for p, m in zip(low, high, strict=True)})
+        masters = self._stage0_masters()
         for name, p in self._parameters.items():
             full = masters.get(id(p))
             if full is None and p.requires_grad:

@@ -1,7 +1,7 @@
 """The mask of a training run: record, select, apply."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,7 @@ class ShardedModel(Protocol):
 
     def gradient_shards(self, names: list[str]) -> Iterator[Shard]: ...
     def weight_shards(self, names: list[str]) -> Iterator[Shard]: ...
+    def master_shards(self, names: list[str]) -> Iterator[Shard]: ...
 
 
 class NonFiniteMagnitude(RuntimeError):
@@ -35,6 +36,7 @@ class GradientMask:
         backward(loss)
         ...
         mask.apply(engine, step)    # after the last micro-batch, before clipping and the step
+        engine.step(lr, hold=partial(mask.hold, engine))
     """
 
     def __init__(self, model: nn.Module, settings: Any, seed: int):
@@ -70,6 +72,24 @@ class GradientMask:
             keep, output_dim = rows[shard.name]
             shard.mask(keep.to(shard.tensor.device), output_dim)
         return float(self.keep.sum()) / self.keep.numel()
+
+    @contextmanager
+    @torch.no_grad()
+    def hold(self, engine: ShardedModel) -> Iterator[None]:
+        """To be entered around the optimizer's update. Under `update: strict` the masked rows come
+        out of it as they went in: neither momentum nor weight decay moves them. Their moments decay
+        as under a zero gradient.
+        """
+        if self.settings.update == "gradient" or self.keep is None:
+            yield
+            return
+        rows = self.rows_by_name(self.keep)
+        shards = list(engine.master_shards([t.name for t in self.targets]))
+        before = [shard.tensor.clone() for shard in shards]
+        yield
+        for shard, old in zip(shards, before, strict=True):
+            keep, output_dim = rows[shard.name]
+            shard.restore(old, keep.to(old.device), output_dim)
 
     def rows_by_name(self, flat: Tensor) -> dict[str, tuple[Tensor, int]]:
         """Per target, its part of a flat [sum of rows] tensor (a view) and its output dimension."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -29,6 +30,18 @@ class Shard:
                 piece.mul_(keep[row : row + piece.shape[0], None])
             else:
                 piece.mul_(keep[None, column : column + piece.shape[1]])
+
+    def restore(self, old: Tensor, keep: Tensor, output_dim: int = 0) -> None:
+        """Put back, in place, the output features that are not in `keep` from `old` (a clone)."""
+        before = Shard(self.name, old, self.start, self.shape)
+        for (piece, row, column), (old_piece, _, _) in zip(
+            self._pieces(), before._pieces(), strict=True
+        ):
+            if output_dim == 0:
+                kept = keep[row : row + piece.shape[0], None]
+            else:
+                kept = keep[None, column : column + piece.shape[1]]
+            piece.copy_(torch.where(kept, piece, old_piece))
 
     def add_magnitudes(self, total: Tensor, output_dim: int = 0) -> None:
         """Add sum(abs(.)) of each output feature to `total` (fp32 [shape[output_dim]])."""
