@@ -5,7 +5,17 @@ from fractions import Fraction
 
 import torch
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForMaskedLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.pytorch_utils import Conv1D
 
 THRESHOLD = 0.7
 LR, BETAS, EPS, WEIGHT_DECAY, CLIP = 1e-2, (0.9, 0.99), 1e-3, 0.1, 0.05
@@ -45,7 +55,44 @@ def tiny_llama() -> LlamaForCausalLM:
     )
 
 
-MODELS = {"roberta": tiny_roberta, "llama": tiny_llama}
+def tiny_t5() -> T5ForConditionalGeneration:
+    """Encoder, decoder and cross-attention; gated feed-forward; untied head."""
+    torch.manual_seed(0)
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=53,
+            d_model=18,
+            d_kv=7,
+            d_ff=25,
+            num_layers=1,
+            num_heads=2,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            decoder_start_token_id=0,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    """Conv1D, whose weight is [in, out], and fused QKV."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=53,
+            n_embd=21,
+            n_layer=2,
+            n_head=3,
+            n_positions=20,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+    )
+
+
+MODELS = {"roberta": tiny_roberta, "llama": tiny_llama, "t5": tiny_t5, "gpt2": tiny_gpt2}
+CAUSAL = ("llama", "gpt2")
 MASKED_LAYERS = {
     "roberta": (
         "query",
@@ -56,7 +103,19 @@ MASKED_LAYERS = {
         "output.dense",
     ),
     "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "t5": ("Attention.q", "Attention.k", "Attention.v", "Attention.o", "wi_0", "wi_1", ".wo"),
+    "gpt2": ("c_attn", "c_proj", "c_fc"),
 }
+
+
+def masked_linears(name: str, model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    return {
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, (torch.nn.Linear, Conv1D))
+        and n.endswith(MASKED_LAYERS[name])
+        and "lm_head" not in n
+    }
 
 
 def micro_batches(model: str, steps: int, per_step: int, sequences: int = 2) -> list[list[dict]]:
@@ -69,13 +128,14 @@ def micro_batches(model: str, steps: int, per_step: int, sequences: int = 2) -> 
             ids = torch.randint(5, 53, (sequences, 12), generator=generator)
             predicted = torch.rand(ids.shape, generator=generator) < 0.4
             predicted[:, 1] = True
-            step.append(
-                {
-                    "input_ids": ids,
-                    "attention_mask": torch.ones_like(ids),
-                    "labels": ids.masked_fill(~predicted, -100),
-                }
-            )
+            batch = {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "labels": ids.masked_fill(~predicted, -100),
+            }
+            if model == "t5":
+                batch["decoder_input_ids"] = ids.roll(3, dims=1)
+            step.append(batch)
         out.append(step)
     return out
 
@@ -85,11 +145,7 @@ def train_reference(
 ) -> tuple[dict, list[dict]]:
     """Returns (weights, per step the kept rows of each layer). strict: masked rows do not move."""
     model = MODELS[name]()
-    linears = {
-        n: m
-        for n, m in model.named_modules()
-        if isinstance(m, torch.nn.Linear) and n.endswith(MASKED_LAYERS[name]) and "lm_head" not in n
-    }
+    linears = masked_linears(name, model)
     magnitude: dict[str, torch.Tensor] = {}
 
     def cache(layer):
@@ -119,7 +175,7 @@ def train_reference(
         count = 0
         for batch in batches:
             labels = batch["labels"]
-            if name == "llama":
+            if name in CAUSAL:
                 labels = F.pad(labels[:, 1:], (0, 1), value=-100)
             inputs = {k: v for k, v in batch.items() if k != "labels"}
             logits = model(**inputs).logits
@@ -129,16 +185,21 @@ def train_reference(
         (total / count).backward()
         masks = {}
         for layer, module in linears.items():
-            d_out = module.out_features
+            d_out = len(magnitude[layer])
             t = math.floor(Fraction(str(THRESHOLD)) * d_out)  # Eq. 3
             top = magnitude[layer].argsort(descending=True)[: d_out - t]  # Eq. 4, 5
             masks[layer] = torch.zeros(d_out, dtype=torch.bool).index_fill(0, top, True)
-            module.weight.grad *= masks[layer][:, None]  # Eq. 6
+            module.weight.grad *= _along_outputs(module, masks[layer])  # Eq. 6
         kept.append(masks)
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         before = {layer: module.weight.detach().clone() for layer, module in linears.items()}
         optimizer.step()
         if strict:
             for layer, module in linears.items():
-                module.weight.data[~masks[layer]] = before[layer][~masks[layer]]
+                keep = _along_outputs(module, masks[layer])
+                module.weight.data = torch.where(keep, module.weight.data, before[layer])
     return {n: p.detach().clone() for n, p in model.named_parameters()}, kept
+
+
+def _along_outputs(module: torch.nn.Module, mask: torch.Tensor) -> torch.Tensor:
+    return mask[None, :] if isinstance(module, Conv1D) else mask[:, None]

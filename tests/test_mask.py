@@ -27,7 +27,7 @@ from pipeline.migu.mask import kept_count, select_rows
 from pipeline.migu.shard import Shard
 from pipeline.migu.targets import find_targets
 from pipeline.recipe import Mask
-from tests.reference import MASKED_LAYERS, MODELS
+from tests.reference import MODELS, masked_linears
 
 
 @given(
@@ -99,13 +99,9 @@ def test_layers_of_several_widths_are_selected_one_by_one():
 @pytest.mark.parametrize("name", MODELS)
 def test_all_linears_of_the_blocks_are_targets(name):
     model = MODELS[name]()
-    found = [t.name for t in find_targets(model)]
-    expected = [
-        f"{n}.weight"
-        for n, m in model.named_modules()
-        if isinstance(m, nn.Linear) and n.endswith(MASKED_LAYERS[name]) and "lm_head" not in n
-    ]
-    assert found == expected
+    targets = find_targets(model)
+    assert [t.name for t in targets] == [f"{n}.weight" for n in masked_linears(name, model)]
+    assert all(t.component != "other" for t in targets)
 
 
 def test_components_choose_among_the_linears():
