@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.data.heldout import load_heldout
@@ -24,9 +23,7 @@ from pipeline.data.mlm import collate_causal, collate_mlm
 from pipeline.migu.magnitude import MagnitudeRecorder
 from pipeline.migu.mask import select_rows
 from pipeline.migu.targets import find_targets
-from pipeline.model.load import PredictedPositions
-
-AUTO = {"masked": AutoModelForMaskedLM, "causal": AutoModelForCausalLM}
+from pipeline.model.load import PredictedPositions, load_for_evaluation
 
 
 @torch.inference_mode()
@@ -45,15 +42,13 @@ def evaluate_share(
     disable_progress_bar()
     manifest, domains = load_heldout(heldout)
     masked = manifest["objective"] == "masked"
-    model = AUTO[manifest["objective"]].from_pretrained(
-        checkpoint, dtype=torch.float32, attn_implementation=attention, revision=revision
-    )
-    model.eval().to(device)
-    linears = find_targets(model) if overlap else []
+    model = load_for_evaluation(checkpoint, manifest["objective"], attention, revision).to(device)
+    # A layer's rows are its outputs': of an adapter B alone, which is masked by them.
+    linears = [t for t in find_targets(model) if ".lora_A." not in t.name] if overlap else []
     recorder = MagnitudeRecorder(linears) if overlap else None
     head = PredictedPositions(model)
     collate = collate_mlm if masked else collate_causal
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     count = sum(-(-len(d["labels"]) // batch_size) for d in domains.values())
     bar = tqdm(
         total=count,
@@ -99,7 +94,12 @@ def merge_shares(
     parts: list[Path], heldout: Path, output: Path, threshold: float, info: dict[str, Any]
 ) -> None:
     """Add the shares up and write `eval.json` atomically: per domain the mean loss (nats per
-    predicted token), its standard error over sequences, and the kept rows that domains share."""
+    predicted token), its standard error over sequences, and the kept rows that domains share.
+
+    Beside it `sequences.npz`, for differences between runs on the same text: per domain the summed
+    loss `loss/<domain>` (float64) and the number of predicted tokens `tokens/<domain>` (int64) of
+    each sequence.
+    """
     from safetensors import safe_open
 
     start = info.pop("started")
@@ -109,9 +109,11 @@ def merge_shares(
         k: sum(s[k] for s in shares) for k in shares[0] if k.startswith(("loss/", "magnitude/"))
     }
     result: dict[str, Any] = {**info, "domains": {}}
+    sequences: dict[str, Any] = {}
     for name, data in domains.items():
         tokens = _predicted(data["labels"].numpy(), manifest["objective"])
         losses = summed[f"loss/{name}"]
+        sequences |= {f"loss/{name}": losses, f"tokens/{name}": tokens.astype(np.int64)}
         mean = losses.sum() / tokens.sum()
         # A ratio of sums over sequences: the linearised standard error.
         residuals = losses - mean * tokens
@@ -136,6 +138,9 @@ def merge_shares(
         )
     result["seconds"] = round(time.time() - start, 2)
     temporary = output.with_name(f".{output.name}.tmp")
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, **sequences)
+    os.replace(temporary, output.with_name("sequences.npz"))
     temporary.write_text(json.dumps(result, indent=2) + "\n")
     os.replace(temporary, output)
     for part in parts:

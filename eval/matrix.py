@@ -67,6 +67,10 @@ class Matrix:
         """The value as it was measured."""
         return self.values[stage][self.domains.index(domain)]
 
+    def trains(self, stage: int, domain: str) -> bool:
+        """Whether a stage trains on a domain, alone or in a mixture, for the first time or not."""
+        return stage > 0 and domain in self.stages[stage].split("+")
+
     def gain(self, domain: str, since: int, until: int) -> float | None:
         """Improvement of a domain from one row to another: positive is better, also for losses."""
         before, after = self.value(since, domain), self.value(until, domain)

@@ -3,8 +3,10 @@
 import json
 import math
 import random
+import zlib
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 KINDS = ("q", "k", "v", "o", "ffn_in", "ffn_out")
@@ -29,9 +31,11 @@ def fake_run(
     overlap: bool = True,
     bad_lines: int = 0,
     stderr: float = 0.02,
+    heldout: str | None = None,
 ) -> Path:
     """Write one run; `evaluated` is the last evaluated stage (all of them by default), and the
-    stage after it is left half trained."""
+    stage after it is left half trained. `heldout` names the held-out text: losses by sequence are
+    then written, in which most of what makes a sequence hard is the same in all runs on it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     evaluated = len(trained) if evaluated is None else evaluated
@@ -86,13 +90,18 @@ def fake_run(
     }
     (folder / "environment.json").write_text(json.dumps(environment, indent=1))
 
+    if heldout:
+        (folder / "heldout").mkdir(exist_ok=True)
+        manifest = {"files": {f"{domain}.safetensors": heldout for domain in domains}}
+        (folder / "heldout" / "manifest.json").write_text(json.dumps(manifest))
+
     loss = {d: START.get(d, 5.0 + 0.1 * len(d)) for d in domains}
     log = []
     if bad_lines:
         example = {"file": "data/math.jsonl", "line": 7, "reason": "not JSON"}
         record = {"event": "bad_lines", "domain": trained[0], "count": bad_lines}
         log.append(record | {"examples": [example]})
-    _write_eval(folder, 0, "base", loss, domains, unigram, overlap, noise, stderr)
+    _write_eval(folder, 0, "base", loss, domains, unigram, overlap, noise, stderr, heldout)
     for stage, domain in enumerate(trained, start=1):
         if stage > evaluated + 1:
             break
@@ -137,12 +146,12 @@ def fake_run(
                 "time": STARTED,
             }
         )
-        _write_eval(folder, stage, domain, loss, domains, unigram, overlap, noise, stderr)
+        _write_eval(folder, stage, domain, loss, domains, unigram, overlap, noise, stderr, heldout)
     (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
     return folder
 
 
-def _write_eval(folder, stage, name, loss, domains, unigram, overlap, noise, stderr):
+def _write_eval(folder, stage, name, loss, domains, unigram, overlap, noise, stderr, heldout):
     values = {
         domain: {"loss": loss[domain], "stderr": stderr, "tokens": 2450, "sequences": 128}
         | ({"unigram_loss": UNIGRAM.get(domain, 6.2)} if unigram else {})
@@ -161,6 +170,23 @@ def _write_eval(folder, stage, name, loss, domains, unigram, overlap, noise, std
     path = folder / "stages" / f"{stage:02d}_{name}" / "eval.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record))
+    if heldout:
+        by_sequence = {}
+        for domain in domains:
+            arrays = _sequences(domain, loss[domain], stderr, heldout, noise.random())
+            by_sequence |= {f"{key}/{domain}": array for key, array in arrays.items()}
+        np.savez_compressed(path.with_name("sequences.npz"), **by_sequence)
+
+
+def _sequences(domain, loss, stderr, heldout, run_seed, count=128):
+    """Summed loss and tokens of each sequence, of about that standard error in all, a tenth of
+    which is the run's own."""
+    text = np.random.default_rng(zlib.crc32(f"{heldout} {domain}".encode()))
+    own = np.random.default_rng(int(run_seed * 2**32))
+    tokens = text.integers(15, 24, count)
+    excess = stderr * math.sqrt(count) * (text.normal(size=count) + 0.1 * own.normal(size=count))
+    excess -= (excess * tokens).sum() / tokens.sum()
+    return {"loss": tokens * (loss + excess), "tokens": tokens}
 
 
 def _overlap(size, stage, noise):

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -86,6 +87,19 @@ def test_it_repeats_to_the_bit_and_does_not_depend_on_the_shares(prepared):
     for matrix in overlap["kinds"].values():
         assert [matrix[i][i] for i in range(2)] == [1.0, 1.0]
         assert 0.0 <= matrix[0][1] <= 1.0
+
+
+def test_the_losses_by_sequence_add_up_to_the_mean(prepared):
+    folder, _ = prepared
+    result = evaluate(folder, "sequences", 2)["domains"]
+    with np.load(folder / "sequences.npz") as arrays:
+        assert len(arrays) == 2 * len(result)
+        for domain, cell in result.items():
+            loss, tokens = arrays[f"loss/{domain}"], arrays[f"tokens/{domain}"]
+            assert (loss.dtype, tokens.dtype) == (np.float64, np.int64)
+            assert len(loss) == len(tokens) == cell["sequences"]
+            assert tokens.sum() == cell["tokens"]
+            assert loss.sum() / tokens.sum() == pytest.approx(cell["loss"])
 
 
 def test_the_masks_do_not_depend_on_the_seed_of_the_run(prepared, tmp_path):

@@ -2,9 +2,11 @@
 
 import html
 import json
+import math
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import yaml
 
@@ -39,7 +41,7 @@ class Elements(HTMLParser):
 
 def text_of(page):
     """The words of a page, as a reader sees them."""
-    words = html.unescape(re.sub(r"<[^>]+>", " ", page.read_text()))
+    words = html.unescape(re.sub(r"(?s)<style[^>]*>.*?</style>|<[^>]+>", " ", page.read_text()))
     return re.sub(r"\s+", " ", words).replace("\u2011", "-")
 
 
@@ -75,11 +77,14 @@ def test_page_of_a_finished_run(tmp_path):
     assert f"{report['metrics']['forgotten']:.3f}" in text
     assert report["time"][0]["mask_percent"] == pytest.approx(100 * 0.004 / 0.224, rel=0.1)
     assert "deepspeed launch/cpt.py" in text
-    assert {p.name for p in page.parent.glob("*.svg")} >= {"heat_map.svg", "overlap_q.svg"}
+    assert {p.name for p in page.parent.glob("*.svg")} == {"domain_curves.svg", "training_loss.svg"}
 
 
 def test_pages_are_the_same_to_the_byte(tmp_path):
-    runs = [fake_run(tmp_path / "a"), fake_run(tmp_path / "b", enabled=False)]
+    runs = [
+        fake_run(tmp_path / "a", heldout="text"),
+        fake_run(tmp_path / "b", enabled=False, heldout="text"),
+    ]
     for write in (lambda: write_report(runs[0]), lambda: write_comparison(runs, tmp_path / "out")):
         assert write().read_bytes() == write().read_bytes()
 
@@ -179,6 +184,39 @@ def test_what_the_noise_swallows_is_not_called_a_difference(tmp_path):
     assert "unknown noise" in headline(None)
 
 
+def test_noise_is_paired_over_the_sequences_of_a_common_text(tmp_path):
+    runs = [
+        fake_run(tmp_path / "ft", enabled=False, heldout="text"),
+        fake_run(tmp_path / "migu", heldout="text"),
+        fake_run(tmp_path / "other", criterion="random", lr=8e-4, heldout="other text"),
+    ]
+    paired = compare(runs[:2])
+    (pair,) = paired.pairs
+    # By hand: the ratio estimator, linearised, on what each sequence adds to the difference.
+    variance = 0.0
+    for stage, domain in enumerate(("math", "python", "cpp"), start=1):
+        total = 0.0
+        for run, sign in zip(runs[:2], (-1, 1), strict=True):
+            for row, folder in ((0, "00_base"), (stage, f"{stage:02d}_{domain}")):
+                with np.load(run / "stages" / folder / "sequences.npz") as arrays:
+                    loss, tokens = arrays[f"loss/{domain}"], arrays[f"tokens/{domain}"]
+                residual = loss - loss.sum() / tokens.sum() * tokens
+                total = total + sign * (-1 if row else 1) * residual / 3
+        variance += (total**2).sum() / tokens.sum() ** 2
+    assert pair.learned.noise == pytest.approx(2 * variance**0.5, rel=0.1)
+    assert "paired on their common held-out text" in paired.noise
+    assert "not of the seed" in text_of(write_comparison(runs[:2], tmp_path / "out"))
+
+    apart = {p.second: p for p in compare([runs[0], runs[2]]).pairs}
+    (runs[1] / "stages" / "02_python" / "sequences.npz").unlink()
+    missing = compare(runs)
+    assert "Against migu, without sequences.npz, every evaluation" in missing.noise
+    unpaired = math.hypot(*[0.02 * 6**0.5 / 3] * 2)  # from the standard errors of eval.json
+    for one in (missing.pairs[0], apart["random rows T=0.7, lr 8e-4"]):
+        assert one.learned.noise == pytest.approx(2 * unpaired)
+    assert pair.learned.noise < 0.5 * missing.pairs[0].learned.noise
+
+
 def test_seeds_are_averaged(tmp_path):
     runs = [
         fake_run(tmp_path / f"{enabled}-{seed}", enabled=enabled, seed=seed)
@@ -186,15 +224,17 @@ def test_seeds_are_averaged(tmp_path):
         for seed in (0, 1)
     ]
     comparison = compare(runs)
-    ft, migu = comparison.groups
+    ft, migu = comparison.settings
     pair = [row.learned for row in comparison.rows[:2]]
-    assert (ft.runs, migu.runs) == (2, 2)
+    assert (ft.runs, migu.runs) == ([0, 1], [2, 3])
     assert ft.learned == pytest.approx(sum(pair) / 2)
     assert ft.spread["learned"] == pytest.approx(abs(pair[0] - pair[1]) / 2**0.5)
     assert comparison.rows[1].label == "ft, lr 1e-3, seed 1"
     text = text_of(write_comparison(runs, tmp_path / "out"))
     assert f"± {ft.spread['forgotten']:.3f}" in text
     assert "Each setting was run with 2 seeds" in text
+    seeds = math.hypot(ft.spread["learned"], migu.spread["learned"]) / 2**0.5
+    assert comparison.pairs[0].learned.noise > 2 * seeds
 
 
 def test_methods_are_read_between_their_learning_rates(tmp_path):
@@ -204,6 +244,7 @@ def test_methods_are_read_between_their_learning_rates(tmp_path):
     comparison = compare(runs)
     (reading,) = comparison.readings  # migu has one rate: it cannot be read at ft's learning
     assert (reading.method, reading.at) == ("ft", "migu T=0.7, lr 5e-4")
+    assert reading.difference.value == reading.forgotten_measured - reading.forgotten_read
     low, high = sorted(r.forgotten for r in comparison.rows[:2])
     assert low < reading.forgotten_read < high
     assert "Read between learning rates" in text_of(write_comparison(runs, tmp_path / "out"))

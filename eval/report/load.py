@@ -42,6 +42,7 @@ class Run:
     overlap: dict[int, dict]  # stage -> the "overlap" of its eval.json
     steps: list[dict]  # one log record per optimizer step, in order, the last of any repeated ones
     times: list[StageTime]
+    heldout: str | None = None  # digests of the held-out text, as one string
     bad_lines: dict[str, dict] = field(default_factory=dict)  # domain -> {"count", "examples"}
     warnings: list[str] = field(default_factory=list)
 
@@ -99,6 +100,7 @@ def load_run(folder: Path) -> Run:
             known = bad.get(record["domain"], {"count": 0})
             if record.get("count", 0) > known["count"]:
                 bad[record["domain"]] = record
+    manifest = _json(folder / "heldout" / "manifest.json", warnings)
     return Run(
         path=folder,
         recipe=recipe,
@@ -109,6 +111,7 @@ def load_run(folder: Path) -> Run:
         overlap={t: r["overlap"] for t, r in evals.items() if r.get("overlap")},
         steps=steps,
         times=_times(matrix.stages, steps, ends),
+        heldout=json.dumps(manifest.get("files", manifest), sort_keys=True) if manifest else None,
         bad_lines=bad,
         warnings=warnings,
     )

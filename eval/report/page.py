@@ -9,9 +9,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from eval.matrix import DEFINITIONS, METRICS, learning_curve
-from eval.report import plots
+from eval.report import cells, plots
 from eval.report.load import Run, StageTime, load_run
-from eval.report.plots import signed
+from eval.report.text import number, short_float, signed
 
 NAMES = {
     "acc": "ACC (mean final loss)",
@@ -39,18 +39,17 @@ def write_report(run_dir: Path | str) -> Path:
     `<run_dir>/report`. `UserError` if `run_dir` is not a run folder.
     """
     run = load_run(Path(run_dir))
-    overlaps = plots.overlaps(run)
-    figures = {f"overlap_{kind}": svg for kind, svg, _ in overlaps}
+    figures = {}
     if run.evaluated >= 0:
-        figures["heat_map"] = plots.heat_map(run)
         figures["domain_curves"] = plots.domain_curves(run.matrix)
     if any(step.get("loss") is not None for step in run.steps):
         figures["training_loss"] = plots.training_loss(run)
 
     numbers = run_numbers(run)
-    shared = {kind: means for kind, _, means in overlaps}
+    overlaps = cells.overlaps(run)
     numbers["overlap_off_diagonal_mean"] = {
-        kind: {str(stage): mean for stage, mean in means.items()} for kind, means in shared.items()
+        kind: {str(overlap.stage): overlap.mean for overlap in shown}
+        for kind, shown in overlaps.items()
     }
     threshold = next((o.get("threshold") for o in run.overlap.values()), None)
     page = render(
@@ -59,13 +58,10 @@ def write_report(run_dir: Path | str) -> Path:
         run=run,
         summary=numbers["summary"],
         warnings=numbers["warnings"],
-        heat_map=Markup(figures.get("heat_map", "")),
+        losses=cells.losses(run),
         domain_curves=Markup(figures.get("domain_curves", "")),
         training_loss=Markup(figures.get("training_loss", "")),
-        overlaps=[
-            (KINDS.get(kind, kind), Markup(svg), _overlap_words(means))
-            for kind, svg, means in overlaps
-        ],
+        overlaps={KINDS.get(kind, kind): shown for kind, shown in overlaps.items()},
         chance_overlap=None if threshold is None else f"{1 - threshold:.2f}",
         metrics=[
             (NAMES[key], _metric(key, value), DEFINITIONS[key])
@@ -163,6 +159,7 @@ def render(template: str, **content: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {"number": number, "signed": signed}
     # A learning rate such as 1e-3 must not break at its hyphen.
     environment.filters["unbroken"] = lambda text: re.sub(r"(?<=\de)-(?=\d)", "\u2011", text)
     return environment.get_template(template).render(**content)
@@ -178,16 +175,6 @@ def write_folder(folder: Path, page: str, numbers: dict, figures: dict[str, str]
     path = folder / "index.html"
     path.write_text(page, encoding="utf-8")
     return path
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    return "—" if value is None else f"{value:,.{digits}f}"
-
-
-def short_float(value: float) -> str:
-    """A learning rate as people write it: 1e-3, 5e-4, 0.01 as 1e-2."""
-    digits, exponent = f"{value:e}".split("e")
-    return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def _metric(key: str, value: float | None) -> str:
@@ -217,13 +204,6 @@ def _missing(run: Run) -> list[str]:
     elif any(value is None for row in run.matrix.values for value in row):
         found.append("Some domains were not evaluated after every stage.")
     return found
-
-
-def _overlap_words(means: dict[int, float]) -> str:
-    if not means:
-        return ""
-    each = ", ".join(f"{mean:.3f} at stage {stage}" for stage, mean in means.items())
-    return f"mean between different domains: {each}."
 
 
 def _time_table(times: list[StageTime]) -> list[dict]:

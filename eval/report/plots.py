@@ -12,11 +12,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from eval.matrix import Curve, Matrix
+from eval.report.cells import change_of
 from eval.report.load import Run
 
 COLOURS = (
@@ -34,7 +33,6 @@ COLOURS = (
 """Okabe and Ito's colour-blind safe palette, its yellow and sky blue darkened for thin lines."""
 
 INK, GREY, PALE = "#222222", "#6b6b6b", "#e4e4e4"
-CHANGE = LinearSegmentedColormap.from_list("change", ["#5aa5d6", "#f7f7f5", "#e8955f"])
 SHRINK, GROW = 0.6, 1.1  # a figure follows the screen's width between these shares of its size
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -58,62 +56,6 @@ STYLE: Any = {
 }
 
 
-def signed(value: float | None, digits: int = 3) -> str:
-    """+0.123 or −0.123 (a true minus sign), no sign for what rounds to zero, — for None."""
-    if value is None:
-        return "—"
-    text = f"{abs(value):.{digits}f}"
-    sign = "" if float(text) == 0 else "+" if value > 0 else "\N{MINUS SIGN}"
-    return sign + text
-
-
-@matplotlib.rc_context(STYLE)
-def heat_map(run: Run) -> str:
-    """Stage x domain loss; colour is the change since stage 0, a frame marks the trained cells."""
-    matrix = run.matrix
-    size = len(matrix.domains)
-    rows = [*matrix.stages, *(["unigram"] if run.unigram else [])]
-    change = [[_change(matrix, t, d) for d in matrix.domains] for t in range(len(matrix.stages))]
-    largest = max((abs(c) for row in change for c in row if c is not None), default=0.0) or 1.0
-    figure = _figure(1.5 + 1.02 * size, 0.6 + 0.6 * len(rows))
-    axes = figure.subplots()
-    for y, name in enumerate(rows):
-        for x, domain in enumerate(matrix.domains):
-            if name == "unigram" and y == len(matrix.stages):
-                axes.add_patch(Rectangle((x, y + 0.12), 1, 1, fc="white", ec="white"))
-                text = f"{run.unigram[domain]:.3f}" if domain in run.unigram else ""
-                axes.text(x + 0.5, y + 0.62, text, ha="center", va="center", color=GREY)
-                continue
-            value, shift = matrix.value(y, domain), change[y][x]
-            if value is None:
-                patch = Rectangle((x, y), 1, 1, fc="#f2f2f2", ec="white", lw=2, hatch="//")
-                patch.set_hatchcolor("#dddddd")
-                axes.add_patch(patch)
-                axes.text(x + 0.5, y + 0.5, "not yet", ha="center", va="center", color=GREY, size=9)
-                continue
-            shade = CHANGE(0.5 + 0.5 * (shift or 0.0) / largest)
-            axes.add_patch(Rectangle((x, y), 1, 1, fc=shade, ec="white", lw=2))
-            up = 0.5 if y == 0 or shift is None else 0.36
-            axes.text(x + 0.5, y + up, f"{value:.3f}", ha="center", va="center")
-            if up != 0.5:
-                axes.text(x + 0.5, y + 0.7, signed(shift), ha="center", va="center", size=9)
-    for domain in matrix.domains:
-        for stage in _stages_of(matrix, domain):
-            x = matrix.domains.index(domain)
-            box = Rectangle((x + 0.035, stage + 0.05), 0.93, 0.9, fc="none", ec=INK, lw=2)
-            axes.add_patch(box)
-    axes.set(xlim=(0, size), ylim=(len(rows) + (0.12 if run.unigram else 0), 0))
-    axes.set_xticks([x + 0.5 for x in range(size)], [_short(d, 10) for d in matrix.domains])
-    labels = [f"{t}  {_short(name, 14)}" for t, name in enumerate(matrix.stages)]
-    centres = [y + 0.5 for y in range(len(labels))]
-    if run.unigram:
-        labels, centres = [*labels, "unigram"], [*centres, len(labels) + 0.62]
-    axes.set_yticks(centres, labels)
-    axes.xaxis.tick_top()
-    _bare(axes)
-    return _svg(figure, "heat_map", "Held-out loss of every domain after every stage")
-
-
 @matplotlib.rc_context(STYLE)
 def domain_curves(matrix: Matrix) -> str:
     """Change of each domain's loss since stage 0 over the stages; a ring marks its own stage."""
@@ -125,13 +67,13 @@ def domain_curves(matrix: Matrix) -> str:
         points = [
             (t, change)
             for t in range(len(matrix.stages))
-            if (change := _change(matrix, t, domain)) is not None
+            if (change := change_of(matrix, t, domain)) is not None
         ]
         if not points:
             continue
         dashed = "--" if domain in matrix.base else "-"
         axes.plot(*zip(*points, strict=True), color=colour, lw=2, ls=dashed, marker="o", ms=4)
-        own = [(t, change) for t, change in points if t in _stages_of(matrix, domain)]
+        own = [(t, change) for t, change in points if matrix.trains(t, domain)]
         if own:
             axes.plot(*zip(*own, strict=True), "o", ms=11, mfc="none", mec=colour, mew=2)
         ends.append((*points[-1], domain, colour))
@@ -148,51 +90,6 @@ def domain_curves(matrix: Matrix) -> str:
     axes.grid(axis="y")
     _end_labels(axes, ends, at=last + 0.22)
     return _svg(figure, "domain_curves", "Change of the loss of each domain over the stages")
-
-
-@matplotlib.rc_context(STYLE)
-def overlaps(run: Run) -> list[tuple[str, str, dict[int, float]]]:
-    """Kept-row overlap per kind of layer: (kind, SVG, {stage: mean off the diagonal}).
-
-    Each SVG holds the matrix of stage 0, where it was measured, and of the last stage that has
-    one, in one colour scale from 0 to 1.
-    """
-    if not run.overlap:
-        return []
-    stages = sorted({min(run.overlap), max(run.overlap)})
-    size = len(run.overlap[stages[0]]["domains"])
-    panel = 1.7 if size <= 4 else 2.2
-    figures = []
-    for kind in run.overlap[stages[-1]]["kinds"]:
-        shown = [stage for stage in stages if kind in run.overlap[stage]["kinds"]]
-        figure = _figure(0.95 + (panel + 0.2) * len(stages), panel + 1.0)
-        grid = figure.subplots(1, len(stages), sharey=True, squeeze=False)[0]
-        means = {}
-        for axes, stage in zip(grid, stages, strict=True):
-            if stage not in shown:
-                axes.set_axis_off()
-                continue
-            values = np.array(run.overlap[stage]["kinds"][kind], dtype=float)
-            names = [_short(d, 9) for d in run.overlap[stage]["domains"]]
-            place = np.arange(size)
-            look = {"cmap": "Blues", "vmin": 0, "vmax": 1.3, "edgecolors": "white", "lw": 1}
-            axes.pcolormesh(place, place, values, shading="nearest", **look)
-            axes.set(aspect="equal", ylim=(size - 0.5, -0.5))
-            if size <= 6:
-                for (y, x), value in np.ndenumerate(values):
-                    colour = "white" if value > 0.85 else INK
-                    axes.text(x, y, _two(value), ha="center", va="center", color=colour, size=10)
-            axes.set_xticks(range(size), names, rotation=45, ha="right", rotation_mode="anchor")
-            axes.set_yticks(range(size), names)
-            axes.set_title(f"stage {stage}" + (" (before)" if stage == 0 else ""), size=10)
-            axes.tick_params(labelsize=10 if size <= 6 else 100 / size)
-            _bare(axes)
-            off = values[~np.eye(size, dtype=bool)]
-            if off.size:
-                means[stage] = float(off.mean())
-        svg = _svg(figure, f"overlap_{kind}", f"Kept rows shared between domains, {kind}")
-        figures.append((kind, svg, means))
-    return figures
 
 
 @matplotlib.rc_context(STYLE)
@@ -326,27 +223,8 @@ def _colours(count: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
-def _stages_of(matrix: Matrix, domain: str) -> list[int]:
-    """Every stage that trains on a domain, alone or in a mixture, not only the first."""
-    return [t for t in range(1, len(matrix.stages)) if domain in matrix.stages[t].split("+")]
-
-
-def _change(matrix: Matrix, stage: int, domain: str) -> float | None:
-    gain = matrix.gain(domain, 0, stage)
-    return None if gain is None else -gain if matrix.lower_is_better else gain
-
-
 def _short(name: str, length: int) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
-
-
-def _two(value: float) -> str:
-    return "1" if value == 1 else f"{value:.2f}".removeprefix("0")
-
-
-def _bare(axes: Axes) -> None:
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
 
 
 def _thin(values: np.ndarray, most: int = 400) -> np.ndarray:

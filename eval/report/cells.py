@@ -1,0 +1,84 @@
+"""Tables whose cells are coloured by their value: losses by stage and domain, and overlap."""
+
+from dataclasses import dataclass
+
+from eval.matrix import Matrix
+from eval.report.load import Run
+from eval.report.text import number, signed
+
+BETTER, SAME, WORSE = (90, 165, 214), (247, 247, 245), (232, 149, 95)
+DARK = (23, 99, 170)  # an overlap of 1
+
+
+@dataclass
+class Cell:
+    """One cell; an empty colour is none."""
+
+    text: str
+    colour: str = ""
+    note: str = ""  # small, below the text
+    kind: str = ""  # classes of the stylesheet: trained, missing, light (text)
+
+
+def losses(run: Run) -> list[tuple[str, list[Cell]]]:
+    """A row per stage: (its name, a cell per domain), coloured by the change since stage 0."""
+    matrix = run.matrix
+    changes = [[change_of(matrix, t, d) for d in matrix.domains] for t in range(matrix.last + 1)]
+    largest = max((abs(c) for row in changes for c in row if c is not None), default=0.0) or 1.0
+
+    def cell(stage: int, domain: str, change: float | None) -> Cell:
+        value = matrix.value(stage, domain)
+        kind = "trained" if matrix.trains(stage, domain) else ""
+        if value is None:
+            return Cell("not yet", kind=f"missing {kind}".strip())
+        share = (change or 0.0) / largest
+        colour = _mix(SAME, BETTER if share < 0 else WORSE, abs(share))
+        note = "" if stage == 0 or change is None else signed(change)
+        return Cell(number(value), colour, note, kind)
+
+    return [
+        (
+            f"{stage} {matrix.stages[stage]}",
+            [cell(stage, d, c) for d, c in zip(matrix.domains, row, strict=True)],
+        )
+        for stage, row in enumerate(changes)
+    ]
+
+
+def change_of(matrix: Matrix, stage: int, domain: str) -> float | None:
+    """Change of the value since stage 0, in the direction of the values."""
+    before, now = matrix.value(0, domain), matrix.value(stage, domain)
+    return None if before is None or now is None else now - before
+
+
+@dataclass
+class Overlap:
+    """Kept-row overlap of one kind of layer after one stage."""
+
+    stage: int
+    domains: list[str]
+    rows: list[list[Cell]]
+    mean: float | None  # off the diagonal
+
+
+def overlaps(run: Run) -> dict[str, list[Overlap]]:
+    """By kind of layer: stage 0, where it was measured, and the last stage that has an overlap."""
+    found: dict[str, list[Overlap]] = {}
+    for stage in sorted({min(run.overlap), max(run.overlap)}) if run.overlap else []:
+        domains = run.overlap[stage]["domains"]
+        for kind, values in run.overlap[stage]["kinds"].items():
+            off = [v for i, row in enumerate(values) for j, v in enumerate(row) if i != j]
+            mean = sum(off) / len(off) if off else None
+            rows = [[_share(value) for value in row] for row in values]
+            found.setdefault(kind, []).append(Overlap(stage, domains, rows, mean))
+    return found
+
+
+def _share(value: float) -> Cell:
+    text = "1" if value == 1 else f"{value:.2f}".removeprefix("0")
+    return Cell(text, _mix(SAME, DARK, value), kind="light" if value > 0.6 else "")
+
+
+def _mix(start: tuple[int, ...], end: tuple[int, ...], share: float) -> str:
+    parts = (round(a + (b - a) * share) for a, b in zip(start, end, strict=True))
+    return "#" + "".join(f"{part:02x}" for part in parts)

@@ -1,0 +1,149 @@
+"""How far a difference between settings moves with the held-out text, and with the seeds.
+
+Runs that were evaluated on the same text are resampled together (a paired bootstrap): every
+resample draws the sequences of each domain anew, the same for all runs, and every number is
+computed again from it. What makes a sequence hard for both runs cancels in their difference, and
+the interpolation and the best-so-far of the definitions need no approximation.
+"""
+
+import math
+import zipfile
+import zlib
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+
+from eval.matrix import Curve, Matrix, curve_errors, learning_curve
+from eval.report.load import Run
+from eval.report.settings import Difference, Name, Pair, Setting, measure
+
+NOISE = 2.0  # standard errors; a smaller difference is called noise
+RESAMPLES = 500
+READABLE = 0.9  # of the resamples must give a number; fewer: it lies near the end of its range
+
+
+def resample(run: Run) -> list[Curve] | None:
+    """The learning curve of a run on each resample of its held-out text.
+
+    None where an evaluated stage has no `sequences.npz`, or one that does not hold every domain.
+    """
+    matrix = run.matrix
+    values = np.full((RESAMPLES, len(matrix.stages), len(matrix.domains)), np.nan)
+    for stage, row in enumerate(matrix.values):
+        cells = zip(matrix.domains, row, strict=True)
+        measured = [domain for domain, value in cells if value is not None]
+        if not measured:
+            continue
+        try:
+            (path,) = (run.path / "stages").glob(f"{stage:02d}_*/sequences.npz")
+            with np.load(path) as arrays:
+                for domain in measured:
+                    loss, tokens = arrays[f"loss/{domain}"], arrays[f"tokens/{domain}"]
+                    counts = _counts(domain, len(loss))
+                    column = matrix.domains.index(domain)
+                    values[:, stage, column] = (counts @ loss) / (counts @ tokens)
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            return None
+    drawn = values.astype(object)
+    drawn[np.isnan(values)] = None
+    return [
+        learning_curve(Matrix(matrix.stages, matrix.domains, matrix.trained, v))
+        for v in drawn.tolist()
+    ]
+
+
+@cache
+def _counts(domain: str, sequences: int) -> np.ndarray:
+    """How often each sequence is drawn, [RESAMPLES, sequences]: the same for every run."""
+    rng = np.random.default_rng(zlib.crc32(domain.encode()))
+    shares = np.full(sequences, 1 / sequences)
+    return rng.multinomial(sequences, shares, size=RESAMPLES).astype(float)
+
+
+class Noise:
+    """The noise of every difference between the settings of compared runs."""
+
+    def __init__(self, runs: Sequence[Run], settings: Sequence[Setting], equal: Sequence[int]):
+        measured = [learning_curve(run.matrix) for run in runs]
+        curves = [resample(run) if run.heldout else None for run in runs]
+        self.paired = [run.heldout if c else None for run, c in zip(runs, curves, strict=True)]
+        """What each run can be paired on: the digests of its held-out text."""
+        self.beyond = False  # whether a reading left its range in too many resamples
+        self.errors = [curve_errors(run.matrix, run.stderr) for run in runs]
+        # A run that cannot be resampled stays as it was measured, and is paired with none.
+        filled = [c or [m] * RESAMPLES for c, m in zip(curves, measured, strict=True)]
+        draws = [measure(drawn, settings, equal) for drawn in zip(*filled, strict=True)]
+        self.draws = {n: np.array([draw[n] for draw in draws], dtype=float) for n in draws[0]}
+
+    def pair(self, first: Setting, second: Setting) -> Pair:
+        """Two settings side by side, `forgotten_equal` only if both can be read."""
+
+        def difference(what: str) -> Difference:
+            text = self._paired([first, second], (what, first.name), (what, second.name))
+            if text is None:
+                text = self._independent(first, second, what)
+            noise = _with_seeds(text, _seeds(first, what), _seeds(second, what))
+            return Difference(getattr(second, what) - getattr(first, what), noise)
+
+        equal = None not in (first.forgotten_equal, second.forgotten_equal)
+        return Pair(
+            first.name,
+            second.name,
+            difference("learned"),
+            difference("forgotten"),
+            difference("forgotten_equal") if equal else None,
+        )
+
+    def reading(self, own: Sequence[Setting], other: Setting, read: float) -> Difference:
+        """What `other` forgot minus what a method forgets at its learning, `read` between the
+        settings `own` of the method."""
+        names = ("between", own[0].method, other.name), ("forgotten", other.name)
+        text = self._paired([*own, other], *names)
+        if text is None:
+            errors = [self._independent(setting, other, "forgotten_equal") for setting in own]
+            known = [error for error in errors if error is not None]
+            text = max(known) if len(known) == len(errors) else None
+        seeds = max(_seeds(setting, "forgotten") for setting in own)
+        noise = _with_seeds(text, seeds, _seeds(other, "forgotten"))
+        return Difference(other.forgotten - read, noise)
+
+    def _paired(self, settings: Sequence[Setting], a: Name, b: Name) -> float | None:
+        """Standard error of a difference, from the resamples in which it can be read."""
+        texts = {self.paired[run] for setting in settings for run in setting.runs}
+        if len(texts) > 1 or None in texts:
+            return None
+        drawn = self.draws[b] - self.draws[a]
+        drawn = drawn[~np.isnan(drawn)]
+        if len(drawn) < READABLE * RESAMPLES:
+            self.beyond = True
+            return None
+        return float(drawn.std(ddof=1))
+
+    def _independent(self, first: Setting, second: Setting, what: str) -> float | None:
+        """The same with every evaluation taken as independent: too large, if anything.
+
+        What is read at equal learning inherits the error of what was learned too, through the
+        slope of forgetting against learning. Repetitions share the text: their errors do not
+        average out.
+        """
+        parts = []
+        for setting in (first, second):
+            errors = [self.errors[run] for run in setting.runs]
+            known = [error for error in errors if error is not None]
+            if len(known) < len(errors):
+                return None
+            learned, forgotten = (max(column) for column in zip(*known, strict=True))
+            parts.append(learned if what == "learned" else forgotten)
+            if what == "forgotten_equal" and setting.learned > 0:
+                parts.append(setting.forgotten / setting.learned * learned)
+        return math.hypot(*parts)
+
+
+def _seeds(setting: Setting, what: str) -> float:
+    """Standard error of the mean over the seeds; zero, for want of better, for one seed."""
+    return setting.spread.get(what, 0.0) / math.sqrt(len(setting.runs))
+
+
+def _with_seeds(text: float | None, *seeds: float) -> float | None:
+    return None if text is None else NOISE * math.hypot(text, *seeds)

@@ -1,0 +1,89 @@
+"""What tells compared runs apart: a label for each, and where their recipes should not differ."""
+
+from eval.report.load import Run
+from eval.report.text import short_float
+
+CRITERIA = {
+    "output": "migu",
+    "random": "random rows",
+    "weight": "weight magnitude",
+    "gradient": "gradient magnitude",
+}
+FREE = ("mask", "optimizer", "seed", "name")
+"""What compared runs may differ in; with the learning rate of single stages, and with how (not on
+what) the evaluation ran."""
+ALSO_FREE = (
+    "evaluate.batch_size",
+    "evaluate.overlap",
+    "train.micro_batch_size",
+    "train.publish_dtype",
+)
+NAMED = ("mask.enabled", "mask.threshold", "mask.criterion", "optimizer.lr", "seed", "name")
+"""What is in the label, or beside it, anyway."""
+
+
+def methods_of(runs: list[Run]) -> list[str]:
+    """Each run's method, without learning rate and seed: `ft`, `migu T=0.7`, ..., followed by
+    whatever else the runs may and do differ in."""
+    recipes = [flat(run.recipe) for run in runs]
+    # What a masked run sets beyond the label is told where the masked runs do not agree on it.
+    masked = [r for r in recipes if r.get("mask.enabled", True)]
+    telling = []
+    for key in sorted({key for recipe in recipes for key in recipe}):
+        among = masked if key.startswith("mask.") else recipes
+        if _is_free(key) and key not in NAMED and len({repr(r.get(key)) for r in among}) > 1:
+            telling.append(key)
+    methods = []
+    for recipe in recipes:
+        is_masked = recipe.get("mask.enabled", True)
+        criterion = str(recipe.get("mask.criterion", "output"))
+        threshold = recipe.get("mask.threshold", 0.7)
+        name = f"{CRITERIA.get(criterion, criterion)} T={threshold:g}" if is_masked else "ft"
+        extra = [
+            f"{key.split('.', 1)[1]} {_plain(recipe[key])}"
+            for key in telling
+            if recipe.get(key) is not None and (is_masked or not key.startswith("mask."))
+        ]
+        methods.append(", ".join([name, *extra]))
+    return methods
+
+
+def learning_rate(run: Run) -> float:
+    return float((run.recipe.get("optimizer") or {}).get("lr") or 0.0)
+
+
+def differences(runs: list[Run]) -> list[str]:
+    """A warning for every key of the recipes in which comparable runs do not differ."""
+    recipes = [flat(run.recipe) for run in runs]
+    found = []
+    for key in dict.fromkeys(key for recipe in recipes for key in recipe):
+        if not _is_free(key) and len({repr(recipe.get(key)) for recipe in recipes}) > 1:
+            each = "; ".join(
+                f"{run.name}: {_plain(recipe.get(key))}"
+                for run, recipe in zip(runs, recipes, strict=True)
+            )
+            found.append(f"The runs differ in {key} ({each}), so a difference may come from that.")
+    return found
+
+
+def flat(value: object, prefix: str = "") -> dict:
+    """Nested keys as dotted ones; lists of mappings by index, other lists as they are."""
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict) or not value:
+        return {prefix: value} if prefix else {}
+    found: dict[str, object] = {}
+    for key, item in value.items():
+        found |= flat(item, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def _is_free(key: str) -> bool:
+    stage_rate = key.startswith("stages.") and key.endswith(".lr")
+    return key.split(".")[0] in FREE or key in ALSO_FREE or stage_rate
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(_plain(item) for item in value)
+    return short_float(value) if isinstance(value, float) and 0 < value < 1e-2 else str(value)

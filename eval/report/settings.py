@@ -1,0 +1,108 @@
+"""The numbers that are compared: those of each setting, alone and at equal learning."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from statistics import mean
+
+from eval.matrix import Curve, between, complete, equal_learning
+
+Name = tuple[str, ...]
+"""("learned", setting), ("forgotten", setting), ("forgotten_equal", setting), each a mean over the
+setting's runs, or ("between", method, setting): the method's forgetting, read between its learning
+rates at what the setting learned."""
+
+
+@dataclass
+class Setting:
+    """Runs that differ in their seed only; numbers are means over them, in nats per token."""
+
+    name: str
+    method: str  # without the learning rate
+    lr: float
+    runs: list[int]  # their places among the compared runs
+    learned: float = 0.0
+    forgotten: float = 0.0
+    forgotten_equal: float | None = None
+    spread: dict[str, float] = field(default_factory=dict)  # sd over seeds; empty for one run
+
+
+@dataclass
+class Difference:
+    """One number minus another, and how large it must be to tell (None: not known)."""
+
+    value: float
+    noise: float | None
+
+    @property
+    def within(self) -> bool:
+        """Whether it is within the noise; what is written as 0.000 always is."""
+        return self.noise is not None and abs(self.value) <= max(self.noise, 0.0005)
+
+
+@dataclass
+class Pair:
+    """Two settings side by side: the second minus the first."""
+
+    first: str
+    second: str
+    learned: Difference
+    forgotten: Difference
+    forgotten_equal: Difference | None
+
+
+@dataclass
+class Reading:
+    """A method, read between its learning rates at the learning of another setting."""
+
+    method: str
+    at: str
+    learned: float
+    forgotten_read: float | None
+    forgotten_measured: float
+    difference: Difference | None  # measured minus read
+    reason: str = ""  # why it cannot be read
+
+
+def measure(
+    curves: Sequence[Curve], settings: Sequence[Setting], equal: Sequence[int]
+) -> dict[Name, float | None]:
+    """Every number that is compared, read from the learning curves of all runs.
+
+    `equal` are the places of the runs that are read at equal learning. None: cannot be read.
+    """
+    read = equal_learning({str(run): curves[run] for run in equal})["forgotten"]
+    numbers: dict[Name, float | None] = {}
+    points: dict[str, list[tuple[float, float]]] = {}
+    for setting in settings:
+        ends = [curves[run][-1] for run in setting.runs]
+        point = mean(x for x, _ in ends), mean(y for _, y in ends)
+        numbers["learned", setting.name], numbers["forgotten", setting.name] = point
+        levels = complete([read.get(str(run)) for run in setting.runs])
+        numbers["forgotten_equal", setting.name] = mean(levels) if levels else None
+        points.setdefault(setting.method, []).append(point)
+    for method, others in readable(settings).items():
+        for other in others:
+            level = numbers["learned", other.name]
+            assert level is not None
+            numbers["between", method, other.name] = between(points[method], level)
+    return numbers
+
+
+def readable(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
+    """The methods with several learning rates, each with the settings of the other methods."""
+    rates: dict[str, set[float]] = {}
+    for setting in settings:
+        rates.setdefault(setting.method, set()).add(setting.lr)
+    return {
+        method: [other for other in settings if other.method != method]
+        for method, known in rates.items()
+        if len(known) > 1
+    }
+
+
+def pairs(settings: Sequence[Setting]) -> list[tuple[Setting, Setting]]:
+    """The comparisons to tell: different methods at one learning rate; if there is no such pair,
+    every setting against the first."""
+    found = [(a, b) for a, b in combinations(settings, 2) if a.method != b.method and a.lr == b.lr]
+    return found or [(settings[0], other) for other in settings[1:]]
