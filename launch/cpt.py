@@ -21,7 +21,7 @@ def main() -> None:
     from eval.report.page import write_report
     from eval.summary import print_summary
     from pipeline.dry_run import describe_run
-    from pipeline.engine.config import load_ds_config, resolve_ds_config
+    from pipeline.engine.config import resolve_engine_config
     from pipeline.engine.zero import start_distributed
     from pipeline.ranks import on_rank0, rank, world_size
     from pipeline.recipe import load_recipe
@@ -30,17 +30,15 @@ def main() -> None:
 
     recipe = load_recipe(args.recipe, args.overrides)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ds_config = resolve_ds_config(
-        load_ds_config(args.config), recipe, world_size(), device, args.config
-    )
+    engine_config = resolve_engine_config(args.config, recipe, world_size(), device)
     if args.dry_run:
         if rank() == 0:
-            print(describe_run(recipe, ds_config, world_size()))
+            print(describe_run(recipe, engine_config, world_size()))
         return
     start_distributed()
     if args.restart:
         on_rank0(lambda: restart(Path(args.runs), recipe))
-    page = run_recipe(recipe, ds_config, Path(args.runs), evaluate_in_processes, write_report)
+    page = run_recipe(recipe, engine_config, Path(args.runs), evaluate_in_processes, write_report)
     if rank() == 0:
         print_summary(page)
 

@@ -17,13 +17,14 @@ def training_parser(description: str, recipe: str) -> argparse.ArgumentParser:
         epilog="examples:\n"
         "  deepspeed launch/cpt.py --config ds_configs/zero2.json\n"
         "  deepspeed launch/cpt.py --config ds_configs/zero3.json --recipe roberta_das --dry-run\n"
-        "  deepspeed launch/cpt.py --config ds_configs/zero2.json name=ft mask.enabled=false",
+        "  deepspeed launch/cpt.py --config ds_configs/zero2.json name=ft mask.enabled=false\n"
+        "  torchrun --nproc_per_node 2 launch/cpt.py engine.kind=fsdp",
     )
     parser.add_argument(
         "--config",
-        default="ds_configs/zero2.json",
         metavar="JSON",
-        help='DeepSpeed configuration; "auto" is filled from the recipe (default: %(default)s)',
+        help='DeepSpeed configuration; "auto" is filled from the recipe (default: '
+        "ds_configs/zero2.json; none with engine.kind=fsdp)",
     )
     parser.add_argument(
         "--recipe",

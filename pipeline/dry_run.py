@@ -5,12 +5,13 @@ from typing import Any
 from pipeline.data.batches import stage_steps
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.engine.config import describe, memory_per_rank, precision_of
-from pipeline.migu.targets import count_rows, find_targets
+from pipeline.migu.targets import block_linears, count_rows, find_targets
 from pipeline.model.load import check_model, empty_model, load_config
-from pipeline.recipe import Recipe
+from pipeline.model.lora import check_engine
+from pipeline.recipe import Lora, Recipe
 
 
-def describe_run(recipe: Recipe, ds_config: dict[str, Any], ranks: int) -> str:
+def describe_run(recipe: Recipe, engine_config: dict[str, Any], ranks: int) -> str:
     """The resolved recipe, the mask, the stages and the memory per rank, as text.
 
     Raises:
@@ -24,6 +25,7 @@ def describe_run(recipe: Recipe, ds_config: dict[str, Any], ranks: int) -> str:
         tokenizer, vocabulary = None, m.train_tokenizer
     config = load_config(m, vocabulary)
     check_model(config, recipe, vocabulary)
+    check_engine(m.lora, engine_config)
     model = empty_model(m, config)
     parameters = sum(p.numel() for p in model.parameters())
     lines = [recipe.to_yaml()]
@@ -31,14 +33,27 @@ def describe_run(recipe: Recipe, ds_config: dict[str, Any], ranks: int) -> str:
         f"model      {type(model).__name__}, {parameters:,} parameters, vocabulary {vocabulary:,}"
     ]
     lines += [
-        f"engine     {describe(ds_config)}, {precision_of(ds_config)}, {ranks} rank(s), "
+        f"engine     {describe(engine_config)}, {precision_of(engine_config)}, {ranks} rank(s), "
         f"batch {recipe.train.batch_size} = {ranks} x {recipe.train.micro_batch_size} x "
-        f"{ds_config['gradient_accumulation_steps']} (ranks x micro-batch x accumulation)"
+        f"{engine_config['gradient_accumulation_steps']} (ranks x micro-batch x accumulation)"
     ]
+    if m.lora is not None:
+        lines += _lora_lines(m.lora, model)
     lines += _mask_lines(recipe, model)
     lines += _stage_lines(recipe, tokenizer)
-    lines += _memory_lines(parameters, ds_config, ranks)
+    lines += _memory_lines(model, m.lora, engine_config, ranks)
     return "\n".join(lines)
+
+
+def _lora_lines(lora: Lora, model: Any) -> list[str]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in trained)
+    share = count / sum(p.numel() for p in model.parameters())
+    base = "frozen" if lora.quantize == "none" else f"frozen in {lora.quantize}"
+    return [
+        f"adapter    LoRA of rank {lora.r} on {len(trained) // 2} linears, alpha {lora.alpha}, "
+        f"dropout {lora.dropout:g}: trains {count:,} parameters ({share:.2%}); the rest is {base}"
+    ]
 
 
 def _mask_lines(recipe: Recipe, model: Any) -> list[str]:
@@ -72,8 +87,24 @@ def _stage_lines(recipe: Recipe, tokenizer: Any) -> list[str]:
     return lines
 
 
-def _memory_lines(parameters: int, ds_config: dict[str, Any], ranks: int) -> list[str]:
-    sizes = memory_per_rank(parameters, ds_config, ranks)
+def _frozen_bytes(model: Any, lora: Lora, size: int) -> float:
+    """Of the weights that LoRA freezes; `size`: bytes of one that is not quantized."""
+    bytes_of = {"none": size, "8bit": 1, "4bit": 0.5 + 4 / 64}  # nf4: an fp32 scale per 64
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    linears: list[Any] = [m for _, m in block_linears(model, experts=True)]
+    quantized = sum(getattr(m, "base_layer", m).weight.numel() for m in linears)
+    return (frozen - quantized) * size + quantized * bytes_of[lora.quantize]
+
+
+def _memory_lines(
+    model: Any, lora: Lora | None, engine_config: dict[str, Any], ranks: int
+) -> list[str]:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sizes = memory_per_rank(trained, engine_config, ranks)
+    if lora is not None:  # frozen weights take no gradient and no optimizer state
+        size = 4 if precision_of(engine_config) == "fp32" else 2
+        frozen = round(_frozen_bytes(model, lora, size) / size)
+        sizes = {"frozen": memory_per_rank(frozen, engine_config, ranks)["weights"], **sizes}
     device, host = (sum(s[i] for s in sizes.values()) for i in (0, 1))
     lines = ["memory per rank (model state; activations and buffers come on top)"]
     for name, (on_device, on_host) in sizes.items():

@@ -25,6 +25,17 @@ RECIPES = Path(__file__).resolve().parent.parent / "launch" / "recipes"
 
 
 @dataclass
+class Lora:
+    """Train a low-rank adapter instead of the weights; the defaults are the paper's (A.1)."""
+
+    r: int = 8
+    alpha: int = 32  # the adapter's output is scaled by alpha / r
+    dropout: float = 0.05
+    targets: list[str] | None = None  # module name suffixes; default: every linear of the blocks
+    quantize: Literal["none", "4bit", "8bit"] = "none"  # the frozen weights (QLoRA)
+
+
+@dataclass
 class Model:
     """The model to adapt: `path` (pretrained) or `config` (built from scratch), not both."""
 
@@ -38,6 +49,7 @@ class Model:
         None  # vocabulary of a byte-level BPE trained on the first corpora
     )
     objective: Literal["masked", "causal"] = "masked"
+    lora: Lora | None = None  # {}: LoRA with the paper's settings
     gradient_checkpointing: bool = False
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
 
@@ -106,7 +118,7 @@ class Mask:
     rule: Literal["exact", "quantile"] = "exact"
     criterion: Literal["output", "random", "weight", "gradient"] = "output"
     random_redraw: Literal["stage", "step"] = "stage"  # criterion: random
-    # "gradient": AdamW sees zeros, as in the authors' code; "strict": masked rows do not move (Eq. 6)
+    # gradient: AdamW sees zeros (the authors' code); strict: masked rows do not move (Eq. 6)
     update: Literal["gradient", "strict"] = "gradient"
     from_stage: int = 1  # 2: the first stage is dense, as in the authors' code
 
@@ -263,6 +275,14 @@ def _contradictions(r: Recipe) -> list[str]:
         value = getattr(m, key)
         if value and (value.startswith((".", "/")) or value.count("/") > 1):
             need(Path(value).exists(), f"model.{key}: no such folder: {value}")
+    if m.lora is not None:
+        need(m.lora.r >= 1, f"model.lora.r: {m.lora.r} must be at least 1")
+        need(m.lora.alpha > 0, f"model.lora.alpha: {m.lora.alpha} must be positive")
+        need(0 <= m.lora.dropout < 1, f"model.lora.dropout: {m.lora.dropout} is outside [0, 1)")
+        need(
+            m.lora.targets is None or len(m.lora.targets) > 0,
+            "model.lora.targets: the list is empty; leave it out for every linear of the blocks",
+        )
     need(bool(d.domains), "data.domains: name at least one corpus")
     for name, domain in d.domains.items():
         need(
@@ -295,26 +315,11 @@ def _contradictions(r: Recipe) -> list[str]:
             f"evaluate.domains: {name!r} is not in data.domains{_near(name, d.domains)}",
         )
     need(r.evaluate.batch_size >= 1, "evaluate.batch_size: must be at least 1")
-    need(
-        0 <= k.threshold < 1,
-        f"mask.threshold: {k.threshold} is outside [0, 1); the paper uses 0.7 (70% masked)",
-    )
+    found += mask_problems(k)
     if k.enabled:
-        need(
-            not (k.normalize != "none" and k.criterion != "output"),
-            f"mask.normalize: has no effect with criterion {k.criterion!r}; remove it",
-        )
-        need(
-            not (k.random_redraw != "stage" and k.criterion != "random"),
-            f"mask.random_redraw: has no effect with criterion {k.criterion!r}; remove it",
-        )
         need(
             1 <= k.from_stage <= max(1, len(r.stages)),
             f"mask.from_stage: {k.from_stage} is not one of the stages 1 to {len(r.stages)}",
-        )
-        need(
-            k.components is None or len(k.components) > 0,
-            "mask.components: the list is empty; name components, or leave it out for all",
         )
     need(o.lr > 0, f"optimizer.lr: {o.lr} must be positive")
     need(all(0 <= b < 1 for b in o.betas), f"optimizer.betas: {o.betas} are outside [0, 1)")
@@ -347,6 +352,24 @@ def _contradictions(r: Recipe) -> list[str]:
     return found
 
 
+def mask_problems(mask: Mask) -> list[str]:
+    """What is wrong with a mask's settings by themselves."""
+    found = []
+    if not 0 <= mask.threshold < 1:
+        found.append(
+            f"mask.threshold: {mask.threshold} is outside [0, 1); the paper uses 0.7 (70% masked)"
+        )
+    if mask.enabled and mask.normalize != "none" and mask.criterion != "output":
+        found.append(f"mask.normalize: has no effect with criterion {mask.criterion!r}; remove it")
+    if mask.enabled and mask.random_redraw != "stage" and mask.criterion != "random":
+        found.append(
+            f"mask.random_redraw: has no effect with criterion {mask.criterion!r}; remove it"
+        )
+    if mask.components is not None and not mask.components:
+        found.append("mask.components: the list is empty; name components, or leave it out for all")
+    return found
+
+
 def _explain(error: Any, path: Path, overridden: set[str]) -> str:
     """One pydantic error as 'key (file): what is wrong; suggestion'."""
     loc = [x for x in error["loc"] if not str(x).startswith(("function-", "str", "list["))]
@@ -374,7 +397,7 @@ def _dataclass_at(loc: list[Any]) -> type | None:
             owner = Domain
         else:
             hint = get_type_hints(owner).get(part)
-            owner = Stage if part == "stages" else hint
+            owner = {"stages": Stage, "lora": Lora}.get(part, hint)
     return owner if isinstance(owner, type) and dataclasses.is_dataclass(owner) else None
 
 
@@ -392,6 +415,6 @@ def _all(path: Path, problems: list[str]) -> UserError:
     return UserError("\n".join([f"{path}: {len(problems)} {noun}", *(f"  {p}" for p in problems)]))
 
 
-for _cls in (Model, Domain, Data, Stage, Mask, Optimizer, Train, Engine, Evaluation, Recipe):
+for _cls in (Lora, Model, Domain, Data, Stage, Mask, Optimizer, Train, Engine, Evaluation, Recipe):
     _cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[union-attr]
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from pipeline.checkpoint import is_published, publish, require_space, verify
@@ -21,10 +22,12 @@ from pipeline.data.batches import prefetch, stage_documents, stage_steps, traini
 from pipeline.data.heldout import prepare_heldout
 from pipeline.data.reader import BadLines
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
+from pipeline.engine.fsdp import FsdpEngine
 from pipeline.engine.zero import ZeroEngine
 from pipeline.errors import UserError
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.model.load import build_model, check_model, load_config
+from pipeline.model.lora import check_engine
 from pipeline.progress import EventLog, now, say
 from pipeline.ranks import on_rank0, rank, world_size
 from pipeline.recipe import Recipe
@@ -55,7 +58,7 @@ class Run:
 
     folder: Path
     recipe: Recipe
-    ds_config: dict[str, Any]
+    engine_config: dict[str, Any]
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerFast
     log: EventLog | None  # on rank 0
@@ -67,7 +70,7 @@ class Run:
 
 def run_recipe(
     recipe: Recipe,
-    ds_config: dict[str, Any],
+    engine_config: dict[str, Any],
     runs: Path,
     evaluate: Callable[[Evaluation, Recipe], None],
     report: Callable[[Path], Path],
@@ -84,8 +87,8 @@ def run_recipe(
         TrainingStopped: the loss is not finite.
     """
     folder = runs / recipe.name
-    with open_run(folder, recipe, ds_config):
-        run = _prepare(folder, recipe, ds_config)
+    with open_run(folder, recipe, engine_config):
+        run = _prepare(folder, recipe, engine_config)
         failed: list[str] = []
 
         def measure(stage: int, name: str, checkpoint: str, revision: str | None = None) -> float:
@@ -123,15 +126,16 @@ def run_recipe(
     return page
 
 
-def _prepare(folder: Path, recipe: Recipe, ds_config: dict[str, Any]) -> Run:
+def _prepare(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Run:
     tokenizer = _tokenizer(folder, recipe)
     config = load_config(recipe.model, len(tokenizer))
     check_model(config, recipe, len(tokenizer))
+    check_engine(recipe.model.lora, engine_config)
     on_rank0(partial(describe_model, folder, recipe, config))
     if not on_rank0(partial(is_published, folder / "heldout")):
         on_rank0(partial(prepare_heldout, recipe, tokenizer, folder / "heldout"))
     log = EventLog(folder / "log.jsonl") if rank() == 0 else None
-    return Run(folder, recipe, ds_config, config, tokenizer, log)
+    return Run(folder, recipe, engine_config, config, tokenizer, log)
 
 
 def _train(run: Run, stage: int) -> dict[str, Any]:
@@ -142,9 +146,9 @@ def _train(run: Run, stage: int) -> dict[str, Any]:
     source = None if stage == 1 and recipe.model.path else run.checkpoint(stage - 1)
     model = build_model(recipe.model, run.config, source, recipe.seed)
     dtype = getattr(torch, recipe.train.publish_dtype)
-    size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    size = sum(p.numel() for p in model.parameters() if p.requires_grad) * dtype.itemsize
     on_rank0(partial(require_space, run.folder, size))
-    engine = ZeroEngine(model, run.ds_config, recipe.optimizer)
+    engine = _engine(model, run.engine_config, recipe)
     mask = None
     if recipe.mask.enabled and stage >= recipe.mask.from_stage:
         mask = GradientMask(engine.module, recipe.mask, recipe.seed * 1009 + stage)
@@ -172,15 +176,24 @@ def _train(run: Run, stage: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _engine(
+    model: nn.Module, engine_config: dict[str, Any], recipe: Recipe
+) -> ZeroEngine | FsdpEngine:
+    kind = FsdpEngine if recipe.engine.kind == "fsdp" else ZeroEngine
+    return kind(model, engine_config, recipe.optimizer)
+
+
 def _publish(
-    run: Run, stage: int, engine: ZeroEngine, dtype: torch.dtype, result: StageResult
+    run: Run, stage: int, engine: ZeroEngine | FsdpEngine, dtype: torch.dtype, result: StageResult
 ) -> None:
     """Gather the weights on rank 0 and write them in Hugging Face format."""
+    module: Any = engine.module
+    frozen = {n for n, p in module.named_parameters() if not p.requires_grad}
+    unpublished = frozen if run.recipe.model.lora else set()  # an adapter goes without its base
     weights = {}
     for name, weight in engine.full_weights():
-        if rank() == 0:
+        if rank() == 0 and name not in unpublished:
             weights[name] = weight.to(dtype)
-    module: Any = engine.module
     if rank() == 0:
         persistent = module.state_dict().keys()
         buffers = {n: b.detach().cpu() for n, b in module.named_buffers() if n in persistent}

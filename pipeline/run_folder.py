@@ -33,14 +33,14 @@ def stage_folder(run: Path, stage: int, name: str) -> Path:
 
 
 @contextmanager
-def open_run(folder: Path, recipe: Recipe, ds_config: dict[str, Any]) -> Iterator[None]:
+def open_run(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Iterator[None]:
     """Hold the run folder's lock and write what the run is. All ranks enter; rank 0 does it.
 
     Raises:
         UserError: another process holds the folder, or it is another recipe's.
     """
     lock = FileLock(folder / ".lock")
-    on_rank0(lambda: _claim(folder, lock, recipe, ds_config))
+    on_rank0(lambda: _claim(folder, lock, recipe, engine_config))
     try:
         yield
     finally:
@@ -48,7 +48,7 @@ def open_run(folder: Path, recipe: Recipe, ds_config: dict[str, Any]) -> Iterato
             lock.release()
 
 
-def _claim(folder: Path, lock: FileLock, recipe: Recipe, ds_config: dict[str, Any]) -> None:
+def _claim(folder: Path, lock: FileLock, recipe: Recipe, engine_config: dict[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -74,8 +74,8 @@ def _claim(folder: Path, lock: FileLock, recipe: Recipe, ds_config: dict[str, An
             )
     stored.write_text(recipe.to_yaml())
     for name, content in (
-        ("ds_config.json", ds_config),
-        ("environment.json", _environment(ds_config)),
+        ("fsdp.json" if recipe.engine.kind == "fsdp" else "ds_config.json", engine_config),
+        ("environment.json", _environment(engine_config)),
     ):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
@@ -95,7 +95,8 @@ def restart(runs: Path, recipe: Recipe) -> None:
 
 
 def _differences(old: Any, new: Any) -> list[str]:
-    """Keys whose values differ, but for the micro-batch, which follows the number of ranks."""
+    """Keys whose values differ, but for those that change nothing in what is computed: the
+    micro-batch, which follows the number of ranks, and the engine."""
 
     def flat(node: Any, path: str = "") -> dict[str, Any]:
         if isinstance(node, dict):
@@ -106,11 +107,11 @@ def _differences(old: Any, new: Any) -> list[str]:
     return [
         f"{key}: {a.get(key)!r} there, {b.get(key)!r} now"
         for key in sorted({*a, *b} - {"train.micro_batch_size"})
-        if a.get(key) != b.get(key)
+        if a.get(key) != b.get(key) and not key.startswith("engine.")
     ][:5]
 
 
-def _environment(ds_config: dict[str, Any]) -> dict[str, Any]:
+def _environment(engine_config: dict[str, Any]) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -132,8 +133,8 @@ def _environment(ds_config: dict[str, Any]) -> dict[str, Any]:
             "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
         },
         "ranks": world_size(),
-        "engine": describe(ds_config),
-        "precision": precision_of(ds_config),
+        "engine": describe(engine_config),
+        "precision": precision_of(engine_config),
     }
 
 

@@ -68,36 +68,42 @@ class History(GradientMask):
         return kept
 
 
+def zero_engine(model, recipe, zero_optimization):
+    config = {"zero_optimization": zero_optimization}
+    return ZeroEngine(
+        model, resolve_ds_config(config, recipe, world_size(), "cpu"), recipe.optimizer
+    )
+
+
 def train(
     name, engine, steps, accumulation, precision="fp32", checkpoint=False,
-    weight_decay=WEIGHT_DECAY, update="gradient",
+    weight_decay=WEIGHT_DECAY, update="gradient", build=zero_engine,
 ):  # fmt: skip
     """Train on this rank's share of `steps`; returns (weights, kept rows per step)."""
     recipe = recipe_for(name, 2 * world_size() * accumulation)
     recipe.train.precision = precision
     recipe.optimizer.weight_decay = weight_decay
     recipe.mask.update = update
-    config = resolve_ds_config({"zero_optimization": engine}, recipe, world_size(), "cpu")
     model = MODELS[name]().train()
     if checkpoint:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    deepspeed = ZeroEngine(model, config, recipe.optimizer)
-    mask = History(deepspeed.module, recipe.mask, seed=0)
+    sharded = build(model, recipe, engine)
+    mask = History(sharded.module, recipe.mask, seed=0)
     mine = iter([step[rank() :: world_size()] for step in steps])
-    train_stage(deepspeed, mask, mine, recipe, 1, len(steps), log=None)
-    weights = dict(deepspeed.full_weights())
+    train_stage(sharded, mask, mine, recipe, 1, len(steps), log=None)
+    weights = dict(sharded.full_weights())
     history = [{n: k for n, (k, _) in step.items()} for step in mask.history]
     mask.close()
-    deepspeed.close()
+    sharded.close()
     return weights, history
 
 
-def compare(name, engine, accumulation, checkpoint=False, update="gradient"):
+def compare(name, engine, accumulation, checkpoint=False, update="gradient", build=zero_engine):
     """(rows selected otherwise, largest weight difference) against the reference."""
     steps = micro_batches(name, STEPS, world_size() * accumulation)
     expected, kept = train_reference(name, steps, strict=update == "strict")
     weights, history = train(
-        name, engine, steps, accumulation, checkpoint=checkpoint, update=update
+        name, engine, steps, accumulation, checkpoint=checkpoint, update=update, build=build
     )
     flips = sum(
         int((rows != masks[n.removesuffix(".weight")]).sum())

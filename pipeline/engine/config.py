@@ -1,5 +1,9 @@
-"""The DeepSpeed JSON: checked (DeepSpeed accepts misspelt top-level keys without a word), filled
-from the recipe where it says "auto", and held against the recipe where it says something else."""
+"""The engine's configuration, a dictionary without "auto".
+
+For DeepSpeed it is the JSON file: checked (DeepSpeed accepts misspelt top-level keys without a
+word), filled from the recipe where it says "auto", and held against the recipe where it says
+something else. For FSDP it comes from the recipe alone and has the block `fsdp`.
+"""
 
 import difflib
 import json
@@ -66,6 +70,30 @@ UNSUPPORTED_ZERO = {
     "mics_shard_size": "MiCS is not tested with the mask",
 }
 PRECISIONS = ("bf16", "fp16")
+DEFAULT_DS_CONFIG = "ds_configs/zero2.json"
+
+
+def resolve_engine_config(
+    path: str | None, recipe: Recipe, ranks: int, device: str
+) -> dict[str, Any]:
+    """The configuration of the engine that the recipe names.
+
+    Args:
+        path: a DeepSpeed JSON; None takes DEFAULT_DS_CONFIG. FSDP has none.
+        ranks: number of processes; device: "cpu" or "cuda".
+
+    Raises:
+        UserError: lists every problem.
+    """
+    if recipe.engine.kind == "deepspeed":
+        path = path or DEFAULT_DS_CONFIG
+        return resolve_ds_config(load_ds_config(path), recipe, ranks, device, path)
+    if path is not None:
+        raise UserError(
+            f"--config {path}: a DeepSpeed configuration has no effect with engine.kind=fsdp; "
+            "remove one of the two"
+        )
+    return resolve_fsdp_config(recipe, ranks, device)
 
 
 def load_ds_config(path: str | Path) -> dict[str, Any]:
@@ -113,9 +141,7 @@ def resolve_ds_config(
     for key in _autos(config):
         problems.append(f'{key}: "auto" is not filled here; write a value or remove the key')
     if problems:
-        noun = "problem" if len(problems) == 1 else "problems"
-        lines = [f"{name}: {len(problems)} {noun}", *(f"  {p}" for p in problems)]
-        raise UserError("\n".join(lines))
+        raise _problems(name, problems)
     for other in PRECISIONS:
         config[other] = config.get(other, {}) if other == precision else {"enabled": False}
     if precision in PRECISIONS:
@@ -125,6 +151,34 @@ def resolve_ds_config(
         config["zero_force_ds_cpu_optimizer"] = False  # no compiled CPU Adam: start at once
     config.setdefault("steps_per_print", 10**9)
     return config
+
+
+def resolve_fsdp_config(recipe: Recipe, ranks: int, device: str) -> dict[str, Any]:
+    """What `FsdpEngine` gets. Arguments and errors as for `resolve_ds_config`."""
+    problems: list[str] = []
+    replicas = recipe.engine.replicas
+    if ranks % replicas:
+        problems.append(
+            f"engine.replicas: {replicas} copies of the model do not divide {ranks} rank(s); "
+            "choose a divisor"
+        )
+    precision = recipe.train.precision
+    if precision == "auto":
+        precision = "bf16" if _has_bf16(device) else "fp32"
+    accumulation = _accumulation(recipe, ranks, None, "train.batch_size", problems)
+    if problems:
+        raise _problems("fsdp", problems)
+    return {
+        "fsdp": {
+            "replicas": replicas,
+            "reshard_after_forward": recipe.engine.reshard_after_forward,
+        },
+        "bf16": {"enabled": precision == "bf16"},
+        "train_batch_size": recipe.train.batch_size,
+        "train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": recipe.train.gradient_clipping,
+    }
 
 
 def zero_stage(config: dict[str, Any]) -> int:
@@ -142,6 +196,9 @@ def precision_of(config: dict[str, Any]) -> str:
 
 
 def describe(config: dict[str, Any]) -> str:
+    if "fsdp" in config:
+        replicas = config["fsdp"]["replicas"]
+        return "FSDP2" if replicas == 1 else f"FSDP2, {replicas} replicas (HSDP)"
     text = f"DeepSpeed ZeRO-{zero_stage(config)}"
     offloaded = [w for w in ("optimizer", "param") if offloads(config, w)]
     return text + (f" + {' and '.join(offloaded)} offload" if offloaded else "")
@@ -156,6 +213,8 @@ def memory_per_rank(
     master copy where the precision is lower. ZeRO-1 shards the optimizer, 2 the gradients too,
     3 the weights too (Rajbhandari et al. 2020).
     """
+    if "fsdp" in config:
+        return _fsdp_memory(parameters, config, ranks)
     stage = zero_stage(config)
     size = 4 if precision_of(config) == "fp32" else 2
     host_only = not torch.cuda.is_available()
@@ -169,6 +228,26 @@ def memory_per_rank(
         local = -(-total // ranks) if stage >= sharded_from else total
         sizes[part] = (0, local) if host_only or offloads(config, offloaded) else (local, 0)
     return sizes
+
+
+def _fsdp_memory(parameters: int, config: dict[str, Any], ranks: int) -> dict[str, tuple[int, int]]:
+    """fp32 shards of the weights, the gradients and AdamW's two moments. Accumulated gradients
+    stay whole until the last micro-batch; weights that are not resharded stay whole too."""
+    local = -(-parameters // (ranks // config["fsdp"]["replicas"]))
+    gathered = 0 if config["fsdp"]["reshard_after_forward"] else parameters
+    whole = parameters if config["gradient_accumulation_steps"] > 1 else 0
+    sizes = {
+        "weights": 4 * local + (4 if precision_of(config) == "fp32" else 2) * gathered,
+        "gradients": 4 * (local + whole),
+        "optimizer": 8 * local,
+    }
+    on_device = torch.cuda.is_available()
+    return {part: (size, 0) if on_device else (0, size) for part, size in sizes.items()}
+
+
+def _problems(name: str, problems: list[str]) -> UserError:
+    noun = "problem" if len(problems) == 1 else "problems"
+    return UserError("\n".join([f"{name}: {len(problems)} {noun}", *(f"  {p}" for p in problems)]))
 
 
 def _check_keys(config: dict[str, Any], problems: list[str]) -> None:
@@ -247,7 +326,7 @@ def _resolve_precision(
         precision = explicit[0]
     elif wanted != "auto":
         precision = wanted
-    elif state["bf16"] == "auto" and device == "cuda" and torch.cuda.is_bf16_supported():
+    elif state["bf16"] == "auto" and _has_bf16(device):
         precision = "bf16"
     else:
         precision = "fp32"
@@ -256,9 +335,12 @@ def _resolve_precision(
     return precision
 
 
+def _has_bf16(device: str) -> bool:
+    return device == "cuda" and torch.cuda.is_bf16_supported()
+
+
 def _resolve_batch(config: dict[str, Any], recipe: Recipe, ranks: int, problems: list[str]) -> None:
-    """batch_size = ranks x micro-batch x accumulation: the recipe gives the first, and maybe the
-    micro-batch; numbers in the JSON must agree."""
+    """The recipe's batch, and maybe its micro-batch; numbers in the JSON must agree."""
     total, where = recipe.train.batch_size, "train.batch_size"
     micro = recipe.train.micro_batch_size
     given = {
@@ -270,16 +352,10 @@ def _resolve_batch(config: dict[str, Any], recipe: Recipe, ranks: int, problems:
         micro, where = in_json, "train_micro_batch_size_per_gpu"
     if micro is None and given["gradient_accumulation_steps"] != "auto":
         micro = max(1, total // (ranks * given["gradient_accumulation_steps"]))
-    if micro is None:
-        micro = max(1, total // ranks)
-    if total % (ranks * micro):
-        problems.append(
-            f"{where}: {total} sequences do not divide into {ranks} rank(s) x micro-batches of "
-            f"{micro}; choose train.batch_size a multiple of {ranks * micro}"
-        )
+    accumulation = _accumulation(recipe, ranks, micro, where, problems)
+    if accumulation is None:
         return
-    accumulation = total // (ranks * micro)
-    recipe.train.micro_batch_size = micro
+    micro = recipe.train.micro_batch_size
     _agree(config, "train_batch_size", total, "train.batch_size", problems)
     _agree(config, "train_micro_batch_size_per_gpu", micro, "train.micro_batch_size", problems)
     _agree(
@@ -289,6 +365,26 @@ def _resolve_batch(config: dict[str, Any], recipe: Recipe, ranks: int, problems:
         f"train.batch_size / (ranks x micro-batch) = {total} / ({ranks} x {micro})",
         problems,
     )
+
+
+def _accumulation(
+    recipe: Recipe, ranks: int, micro: int | None, where: str, problems: list[str]
+) -> int | None:
+    """Micro-batches of a step and rank: batch_size = ranks x micro-batch x accumulation.
+
+    micro: given by `where`; else the recipe's, else as large as the batch allows. The recipe gets
+    the micro-batch that was chosen. None, and a problem, where the batch does not divide.
+    """
+    total = recipe.train.batch_size
+    micro = micro or recipe.train.micro_batch_size or max(1, total // ranks)
+    if total % (ranks * micro):
+        problems.append(
+            f"{where}: {total} sequences do not divide into {ranks} rank(s) x micro-batches of "
+            f"{micro}; choose train.batch_size a multiple of {ranks * micro}"
+        )
+        return None
+    recipe.train.micro_batch_size = micro
+    return total // (ranks * micro)
 
 
 def _agree(config: dict[str, Any], key: str, value: Any, source: str, problems: list[str]) -> None:

@@ -62,6 +62,8 @@ class GradientMask:
             NonFiniteMagnitude: the scores cannot be ranked; on every rank alike.
         """
         scores = self._scores(engine, step)
+        if not scores.any():
+            raise RuntimeError("the mask recorded no forward of this step: nothing to rank rows by")
         finite = torch.isfinite(scores)
         if not finite.all():
             layer = self._layer_of(int((~finite).nonzero()[0]))

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 @dataclass
@@ -62,3 +64,41 @@ class Shard:
             local = self.tensor[at - self.start : at - self.start + size]
             yield local.view(rows or 1, -1), row, column
             at += size
+
+
+class ParameterShards:
+    """The shards of a model whose parameters and gradients are where torch keeps them: whole
+    tensors, or DTensors of FSDP2 whose local rows are this rank's shard."""
+
+    def __init__(self, model: nn.Module):
+        self._parameters = dict(model.named_parameters())
+
+    def gradient_shards(self, names: list[str]) -> Iterator[Shard]:
+        """To be called between the last backward and the step. A rank without a row of a weight
+        skips it."""
+        for name in names:
+            gradient = self._parameters[name].grad
+            if gradient is not None:
+                yield from _local(name, gradient)
+
+    def weight_shards(self, names: list[str]) -> Iterator[Shard]:
+        """Live, and what the optimizer updates."""
+        for name in names:
+            yield from _local(name, self._parameters[name].detach())
+
+    master_shards = weight_shards
+
+
+def _local(name: str, weight: Tensor) -> Iterator[Shard]:
+    """This rank's piece of a weight or gradient as torch keeps it: the whole tensor, or the local
+    rows of a DTensor that is sharded along dimension 0 (nothing where this rank has no row)."""
+    rows, columns = weight.shape
+    if not isinstance(weight, DTensor):
+        yield Shard(name, weight.view(-1), 0, (rows, columns))
+        return
+    local = weight.to_local()
+    if local.numel():
+        _, (row, *_) = compute_local_shape_and_global_offset(
+            weight.shape, weight.device_mesh, weight.placements
+        )
+        yield Shard(name, local.view(-1), row * columns, (rows, columns))

@@ -1,5 +1,7 @@
 """Which linear layers are masked (paper, section 3.3: Q, K, V, O and the FFN of every block)."""
 
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -79,6 +81,10 @@ class Target:
 def find_targets(model: nn.Module, components: list[str] | None = None) -> list[Target]:
     """The weights that MIGU masks in `model`, in the order of its modules.
 
+    Of a LoRA layer (PEFT) these are A, masked by its own output x_A, and B, masked by the output
+    x_O of the whole layer (paper, Eq. 7-9), of every active adapter; their component is that of the
+    layer they adapt. The frozen weights are none.
+
     components: a subset of COMPONENTS, GROUPS and "head" (an untied output head, which the
     authors' code masks too). Default: everything in the blocks.
 
@@ -86,34 +92,113 @@ def find_targets(model: nn.Module, components: list[str] | None = None) -> list[
         UserError: nothing to mask, an unknown component, a model that masking would not cover.
     """
     wanted = _wanted(components)
-    blocks = tuple(f"{name}." for name in _blocks(model))
+    _check_adapters(model)
     found: list[Target] = []
-    for name, module in model.named_modules():
-        if name.startswith(blocks) and _is_router(name, module):
-            continue
-        if name.startswith(blocks) and isinstance(module, (nn.Linear, Conv1D)):
-            component = component_of(name)
-            if wanted is None or component in wanted:
-                rows, dim = (
-                    (module.nf, 1) if isinstance(module, Conv1D) else (module.out_features, 0)
-                )
-                found.append(Target(f"{name}.weight", module.weight, module, component, rows, dim))
-        elif name.startswith(blocks) and any(p.dim() == 3 for p in module.parameters(False)):
-            raise UserError(
-                f"{name}: the experts of this model are one 3-D parameter, whose outputs MIGU "
-                "cannot record. Set mask.enabled=false."
-            )
+    for name, module in block_linears(model):
+        component = component_of(name)
+        if wanted is None or component in wanted:
+            found += _targets_of(name, module, component)
     if wanted and "head" in wanted:
         found.append(_head(model))
     found = [t for t in found if t.weight.requires_grad]
     if not found:
         kind = type(model).__name__
-        what = f"{components} name no linear layer" if components else "no linear layer in a block"
+        what = (
+            f"{components} name no trained linear layer"
+            if components
+            else "no trained linear layer in a block"
+        )
         raise UserError(
             f"mask: nothing to mask in {kind}: {what}. Set mask.enabled=false, or choose "
             f"mask.components among {', '.join([*COMPONENTS, *GROUPS, 'head'])}."
         )
     return found
+
+
+def block_linears(model: nn.Module, experts: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of the linears in the blocks, without routers; LoRA layers are one module.
+
+    Raises:
+        UserError: the experts of a block are a 3-D parameter; not with `experts`, which leaves
+            them out.
+    """
+    blocks = tuple(f"{name}." for name in find_blocks(model))
+    adapted: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name.startswith(blocks) or name.startswith(adapted):
+            continue
+        if _is_adapted(module):
+            adapted += (f"{name}.",)  # what is inside belongs to it
+        if _is_router(name, module):
+            continue
+        if _is_adapted(module) or isinstance(module, (nn.Linear, Conv1D)):
+            yield name, module
+        elif not experts and any(_dimensions(p) == 3 for p in module.parameters(False)):
+            raise UserError(
+                f"{name}: the experts of this model are one 3-D parameter, whose outputs MIGU "
+                "cannot record and LoRA does not adapt. Set mask.enabled=false and, for LoRA, "
+                "model.lora.targets."
+            )
+
+
+def _targets_of(name: str, module: nn.Module, component: str) -> list[Target]:
+    if isinstance(module, Conv1D):
+        return [Target(f"{name}.weight", module.weight, module, component, module.nf, 1)]
+    if isinstance(module, nn.Linear):
+        rows = module.out_features
+        return [Target(f"{name}.weight", module.weight, module, component, rows)]
+    layer: Any = module  # a LoRA layer; A and B are nn.Linear, also on a Conv1D
+    targets = []
+    for adapter in layer.active_adapters:
+        if adapter in layer.lora_A:
+            a, b = layer.lora_A[adapter], layer.lora_B[adapter]
+            a_name, b_name = (f"{name}.lora_{x}.{adapter}.weight" for x in "AB")
+            targets.append(Target(a_name, a.weight, a, component, a.out_features))
+            targets.append(Target(b_name, b.weight, layer, component, b.out_features))
+    return targets
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    """Whether PEFT has wrapped this layer. It is not imported here: it takes a second."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)
+
+
+def _check_adapters(model: nn.Module) -> None:
+    """Raises UserError where adapter weights train whose outputs the hooks would not see."""
+    advice = "Use plain LoRA, or set mask.enabled=false."
+    configs: Any = getattr(model, "peft_config", {})
+    for config in configs.values():
+        if config.peft_type != "LORA":
+            raise UserError(f"mask: PEFT's {config.peft_type.value} cannot be masked. {advice}")
+        if config.target_parameters:
+            raise UserError(
+                "mask: PEFT's target_parameters adapts weights without a layer of their own, whose "
+                f"outputs cannot be recorded. {advice}"
+            )
+    for name, module in model.named_modules():
+        if not _is_adapted(module):
+            continue
+        layer: Any = module
+        kind = type(layer).__name__
+        if not hasattr(layer, "lora_A") or kind == "ParamWrapper":
+            raise UserError(f"{name}: PEFT's {kind} cannot be masked. {advice}")
+        if kind not in ("Linear", "Linear4bit", "Linear8bitLt"):
+            raise UserError(f"{name}: LoRA on {kind} cannot be masked, only on linears. {advice}")
+        if layer.lora_variant:
+            kinds = {type(v).__name__.removesuffix("Variant") for v in layer.lora_variant.values()}
+            variant = ", ".join(sorted(kinds)).replace("DoraLinear", "DoRA")
+            raise UserError(f"{name}: {variant} cannot be masked. {advice}")
+        if layer.merged or layer.disable_adapters:
+            state = "merged" if layer.merged else "disabled"
+            fix = "unmerge" if layer.merged else "enable"
+            raise UserError(
+                f"{name}: its adapter is {state}, so that A has no output to record; {fix} it first"
+            )
+
+
+def _dimensions(p: Any) -> int:
+    return len(getattr(p, "ds_shape", p.shape))  # ZeRO-3 keeps a parameter's shape there
 
 
 def component_of(name: str) -> str:
@@ -142,7 +227,7 @@ def _wanted(components: list[str] | None) -> set[str] | None:
     return wanted
 
 
-def _blocks(model: nn.Module) -> list[str]:
+def find_blocks(model: nn.Module) -> list[str]:
     """Paths of the transformer blocks: what transformers checkpoints, else the module lists."""
     names = [n for n, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)]
     if names:
@@ -171,6 +256,8 @@ def _head(model: nn.Module) -> Target:
             "mask.components: the output head shares its weight with the embeddings; masking it "
             "would mask embedding rows too. Remove 'head'."
         )
+    if not head.weight.requires_grad:
+        raise UserError("mask.components: LoRA does not train the output head; remove 'head'")
     name = next(n for n, m in model.named_modules() if m is head)
     return Target(f"{name}.weight", head.weight, head, "head", head.out_features)
 

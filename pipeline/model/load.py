@@ -1,13 +1,22 @@
 """Load a model (hub, folder, or built from a config) and trim its head to the predicted tokens."""
 
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig
 
 from pipeline.errors import UserError
+from pipeline.model.lora import (
+    add_adapter,
+    base_of,
+    compute_in_input_dtype,
+    is_adapter,
+    load_adapter,
+    quantized_loading,
+)
 from pipeline.recipe import Model, Recipe
 
 AUTO = {"masked": AutoModelForMaskedLM, "causal": AutoModelForCausalLM}
@@ -33,6 +42,11 @@ def load_config(model: Model, vocab_size: int | None = None) -> PretrainedConfig
             if not hasattr(known, key):  # transformers would keep it and ignore it
                 raise UserError(f"model.config.{key}: {model_type} has no such attribute")
     else:
+        if is_adapter(model.path):
+            raise UserError(
+                f"model.path: {model.path} is an adapter; give its base model, "
+                f"{base_of(str(model.path))[0]}"
+            )
         try:
             config = AutoConfig.from_pretrained(str(model.path), revision=model.revision)
         except (OSError, ValueError) as error:
@@ -69,9 +83,12 @@ OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "data2vec-text", "lon
 def build_model(
     model: Model, config: PretrainedConfig, checkpoint: str | Path | None, seed: int
 ) -> nn.Module:
-    """The model in fp32 on the CPU, in train mode.
+    """The model in fp32 on the CPU, in train mode; with `model.lora` frozen but for its adapter.
 
-    checkpoint: a published folder; None takes `model.path`, or random weights from `seed`.
+    Quantized base weights are on the rank's GPU, where there is one.
+
+    checkpoint: a published folder, of a model or an adapter; None takes `model.path`, or random
+    weights from `seed` (without an adapter: it belongs to weights that can be loaded again).
     """
     auto = AUTO[model.objective]
     source = checkpoint or model.path
@@ -83,8 +100,19 @@ def build_model(
             if model.initial_positions == "sinusoidal":
                 _sinusoidal_positions(net, config)
         else:
+            adapter = source if is_adapter(source) else None
             revision = model.revision if checkpoint is None else None
-            net = auto.from_pretrained(source, config=config, revision=revision, **kwargs)
+            if adapter is not None:
+                source, revision = base_of(adapter)
+            kwargs |= quantized_loading(model.lora)
+            # Quantized loading leaves a mark in the configuration it gets.
+            net = auto.from_pretrained(source, config=deepcopy(config), revision=revision, **kwargs)
+            if adapter is not None:
+                load_adapter(net, adapter)
+            elif model.lora is not None:
+                causal = model.objective == "causal"
+                add_adapter(net, model.lora, str(source), revision, causal, seed)
+            compute_in_input_dtype(net)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model: cannot build {source or config.model_type}: {error}") from None
     if model.gradient_checkpointing:
@@ -118,10 +146,35 @@ def _sinusoidal_positions(net: nn.Module, config: PretrainedConfig) -> None:
         table[:, 1::2] = angles[:, : width // 2].cos() * scale
 
 
+def load_for_evaluation(
+    checkpoint: str | Path,
+    objective: Literal["masked", "causal"],
+    attention: str,
+    revision: str | None = None,
+) -> nn.Module:
+    """A model or an adapter with its base, in fp32 on the CPU, in eval mode.
+
+    Raises:
+        UserError: the adapter's base model is gone.
+    """
+    adapter = checkpoint if is_adapter(checkpoint) else None
+    if adapter is not None:
+        checkpoint, revision = base_of(adapter)
+    net = AUTO[objective].from_pretrained(
+        checkpoint, dtype=torch.float32, attn_implementation=attention, revision=revision
+    )
+    if adapter is not None:
+        load_adapter(net, adapter)
+    return net.eval()
+
+
 def empty_model(model: Model, config: PretrainedConfig) -> nn.Module:
-    """The model without memory for its weights: for a dry run."""
+    """The model, with its adapter, without memory for its weights: for a dry run."""
     with torch.device("meta"):
-        return AUTO[model.objective].from_config(config)
+        net = AUTO[model.objective].from_config(config)
+        if model.lora is not None:
+            add_adapter(net, model.lora, model.path, None, model.objective == "causal", 0)
+    return net
 
 
 class PredictedPositions:

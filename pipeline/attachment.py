@@ -1,0 +1,238 @@
+"""Add MIGU to somebody else's training loop: a DeepSpeed engine, plain PyTorch, DDP, FSDP2, a
+Hugging Face Trainer (with and without DeepSpeed) and what derives from it (TRL's SFTTrainer)."""
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from pipeline.errors import UserError
+from pipeline.migu.gradient_mask import GradientMask, ShardedModel
+from pipeline.migu.shard import ParameterShards
+from pipeline.recipe import Mask, mask_problems
+
+
+def _nothing() -> None:
+    pass
+
+
+class Attached:
+    """A mask that works in another loop's steps.
+
+    Magnitudes are taken in every forward of the model in train mode with gradients on; a step's
+    mask is selected from all forwards since the last step.
+    """
+
+    def __init__(self, model: nn.Module, shards: ShardedModel, settings: Mask, seed: int):
+        self.mask = GradientMask(model, settings, seed)
+        self.steps = 0
+        self._shards = shards
+        self._applied = False
+        self._open = ExitStack()
+        self._hooks: list[Any] = [
+            model.register_forward_pre_hook(self._before_forward),
+            model.register_forward_hook(self._after_forward, always_call=True),
+        ]
+
+    def apply(self) -> None:
+        """Mask the gradients of this step now, once.
+
+        Call it before you clip, so that the norm is that of the masked gradient; otherwise it
+        happens in the optimizer's step. Under a DeepSpeed engine and a Trainer it always happens
+        before the clipping.
+        """
+        if not self._applied:
+            self.mask.apply(self._shards, self.steps + 1)
+            self._applied = True
+
+    def detach(self) -> None:
+        """Take every hook away: training is dense again."""
+        for hook in self._hooks:
+            hook.remove()
+        self.mask.close()
+
+    def _before_forward(self, module: nn.Module, _inputs: Any) -> None:
+        if module.training and torch.is_grad_enabled():
+            self._open.enter_context(self.mask.recording())
+
+    def _after_forward(self, *_: Any) -> None:
+        self._open.close()
+
+    def _wrap(
+        self,
+        owner: Any,
+        name: str,
+        before: Callable[[], None] = _nothing,
+        around: Callable[[], AbstractContextManager] = nullcontext,
+        after: Callable[[], None] = _nothing,
+    ) -> None:
+        """Replace a method of one object by one that does something more, until `detach`."""
+        method = getattr(owner, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            before()
+            with around():
+                result = method(*args, **kwargs)
+            after()
+            return result
+
+        setattr(owner, name, wrapped)
+        self._hooks.append(_Restore(owner, name, method))
+
+    def _after_step(self, *_: Any) -> None:
+        self.steps += 1
+        self._applied = False
+
+
+def attach(target: Any, optimizer: Any = None, *, seed: int = 0, **settings: Any) -> Attached:
+    """Mask the gradients of every optimizer step from now on.
+
+    Args:
+        target: a DeepSpeed engine; a model (plain, DDP or FSDP2) together with its `optimizer`; or
+            a Hugging Face `Trainer`, before `train()` is called.
+        optimizer: the torch optimizer that steps the model; only with a model.
+        seed: for criterion "random".
+        settings: the fields of `recipe.Mask`, e.g. threshold=0.7, components=["ffn"],
+            update="strict".
+
+    Returns:
+        The attachment; with a Trainer, one that is filled in when training begins.
+
+    Raises:
+        UserError: where the mask could not take effect: no linear to mask, weights that the
+            optimizer does not step, FSDP1, a wrong setting.
+    """
+    try:
+        mask = TypeAdapter(Mask).validate_python(settings)
+    except ValidationError as error:
+        wrong = [f"{e['loc'][-1]}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
+        raise UserError("attach: " + "; ".join(wrong)) from None
+    problems = mask_problems(mask)
+    if not mask.enabled:
+        problems.append("mask.enabled: attach with a mask that is off has no effect")
+    if mask.from_stage != 1:
+        problems.append("mask.from_stage: has no effect here; attach when masking is to begin")
+    if problems:
+        raise UserError("attach: " + "; ".join(problems))
+    trainer = _class("transformers", "Trainer")
+    if trainer and isinstance(target, trainer):
+        if optimizer is not None:
+            raise UserError("attach: a Trainer has its own optimizer; do not give one")
+        return _TrainerAttachment(target, mask, seed)  # type: ignore[return-value]
+    engine = _class("deepspeed", "DeepSpeedEngine")
+    if engine and isinstance(target, engine):
+        if optimizer is not None:
+            raise UserError("attach: a DeepSpeed engine has its own optimizer; do not give one")
+        return _attach_engine(target, mask, seed)
+    if not isinstance(target, nn.Module):
+        raise UserError(
+            f"attach: {type(target).__name__} is not a DeepSpeed engine, a model or a Trainer"
+        )
+    if optimizer is None:
+        raise UserError("attach: give the model's optimizer too: attach(model, optimizer)")
+    return _attach_model(target, optimizer, mask, seed)
+
+
+def _attach_engine(engine: Any, mask: Mask, seed: int) -> Attached:
+    from pipeline.engine.zero_shards import ZeroShards
+
+    if not hasattr(engine, "_take_model_step"):
+        raise UserError("attach: this version of DeepSpeed is not supported; see constraints.txt")
+    if engine.optimizer is None:
+        raise UserError("attach: this DeepSpeed engine has no optimizer")
+    attached = Attached(engine.module, ZeroShards(engine), mask, seed)
+    _require_stepped(attached, engine.module, engine.module.parameters())
+    hold = partial(attached.mask.hold, attached._shards)
+    attached._wrap(engine.basic_optimizer, "step", around=hold)
+    # Called once per step, after the reduction, before clipping and the overflow check.
+    attached._wrap(engine, "_take_model_step", attached.apply, after=attached._after_step)
+    return attached
+
+
+def _attach_model(model: nn.Module, optimizer: Any, mask: Mask, seed: int) -> Attached:
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise UserError("attach: FSDP1 flattens its parameters; use fully_shard (FSDP2)")
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(f"attach: {type(optimizer).__name__} is not a torch optimizer")
+    attached = Attached(model, ParameterShards(model), mask, seed)
+    stepped = [p for group in optimizer.param_groups for p in group["params"]]
+    _require_stepped(attached, model, stepped)
+    holds = ExitStack()
+
+    def before(*_: Any) -> None:
+        attached.apply()
+        holds.enter_context(attached.mask.hold(attached._shards))
+
+    def after(*_: Any) -> None:
+        holds.close()
+        attached._after_step()
+
+    attached._hooks += [
+        optimizer.register_step_pre_hook(before),
+        optimizer.register_step_post_hook(after),
+    ]
+    return attached
+
+
+class _TrainerAttachment:
+    """Attaches when the Trainer has made its engine or optimizer: when training begins."""
+
+    def __init__(self, trainer: Any, mask: Mask, seed: int):
+        from transformers import TrainerCallback
+
+        attachment = self
+        self._attached: Attached | None = None
+
+        class Begin(TrainerCallback):
+            def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                attachment._begin(trainer, mask, seed)
+
+        trainer.add_callback(Begin())
+
+    def _begin(self, trainer: Any, mask: Mask, seed: int) -> None:
+        if self._attached is not None:
+            self._attached.detach()
+        engine = _class("deepspeed", "DeepSpeedEngine")
+        if engine and isinstance(trainer.model_wrapped, engine):
+            self._attached = _attach_engine(trainer.model_wrapped, mask, seed)
+            return
+        self._attached = _attach_model(trainer.model_wrapped, trainer.optimizer, mask, seed)
+        self._attached._wrap(trainer.accelerator, "clip_grad_norm_", before=self._attached.apply)
+
+    def __getattr__(self, name: str) -> Any:
+        if self._attached is None:
+            raise UserError("attach: the Trainer has not begun to train yet")
+        return getattr(self._attached, name)
+
+
+class _Restore:
+    """Puts a wrapped method back; shaped like torch's hook handles."""
+
+    def __init__(self, owner: Any, name: str, method: Any):
+        self._owner, self._name, self._method = owner, name, method
+
+    def remove(self) -> None:
+        setattr(self._owner, self._name, self._method)
+
+
+def _require_stepped(attached: Attached, model: nn.Module, stepped: Any) -> None:
+    known = {id(p) for p in stepped}
+    names = dict(model.named_parameters())
+    left_out = [t.name for t in attached.mask.targets if id(names[t.name]) not in known]
+    if left_out:
+        attached.detach()
+        raise UserError(
+            f"attach: the optimizer does not step {left_out[0]} and {len(left_out) - 1} more "
+            "masked weights; give the optimizer that trains this model"
+        )
+
+
+def _class(module: str, name: str) -> Any:
+    """A class of a library that the caller has already imported, else None."""
+    return getattr(sys.modules.get(module), name, None)

@@ -1,0 +1,174 @@
+"""The FSDP2 engine: PyTorch's own `fully_shard`, with HSDP as replicas of the sharded model."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from pipeline.engine.config import precision_of
+from pipeline.engine.optimizer import weight_groups
+from pipeline.engine.zero import start_distributed
+from pipeline.errors import TrainingStopped
+from pipeline.migu.shard import ParameterShards, Shard
+from pipeline.migu.targets import find_blocks
+
+
+class FsdpEngine:
+    """One stage's model under FSDP2; the interface is that of `ZeroEngine`.
+
+    Every weight is cut into rows over the ranks of a replica; the shards are fp32, so they are the
+    master weights of bf16 training too. The blocks are gathered one at a time.
+    """
+
+    def __init__(self, model: nn.Module, config: dict[str, Any], optimizer: Any):
+        """
+        Args:
+            model: on the CPU, fp32, in train mode; alike on every rank.
+            config: from `resolve_fsdp_config`.
+            optimizer: has the fields of `recipe.Optimizer`.
+        """
+        start_distributed()
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        mesh = _mesh(self.device.type, config["fsdp"]["replicas"])
+        self._shard_group = mesh.get_group("shard")
+        policy = MixedPrecisionPolicy()
+        if precision_of(config) == "bf16":
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        reshard = config["fsdp"]["reshard_after_forward"]
+        for name in find_blocks(model):
+            fully_shard(
+                model.get_submodule(name),
+                mesh=mesh,
+                mp_policy=policy,
+                reshard_after_forward=reshard,
+            )
+        # Backward begins with what is left for the root: it would be gathered again at once.
+        self._module: Any = fully_shard(
+            model, mesh=mesh, mp_policy=policy, reshard_after_forward=False
+        )
+        self._parameters: dict[str, Any] = dict(model.named_parameters())
+        self._shards = ParameterShards(model)
+        self._optimizer = torch.optim.AdamW(
+            weight_groups(model, optimizer.weight_decay),
+            lr=optimizer.lr,
+            betas=tuple(optimizer.betas),
+            eps=optimizer.eps,
+        )
+        self._accumulation: int = config["gradient_accumulation_steps"]
+        self._clip: float = config["gradient_clipping"]
+        self._norm = float("nan")
+
+    @property
+    def module(self) -> nn.Module:
+        return self._module
+
+    @property
+    def monitor(self) -> SimpleNamespace:
+        """Off: the metric writers are DeepSpeed's."""
+        return SimpleNamespace(enabled=False)
+
+    def forward(self, **inputs: Tensor) -> Any:
+        return self._module(**inputs)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Accumulate; the `last` micro-batch of a step also reduces the gradient over the ranks.
+
+        loss: this micro-batch's mean; the step's gradient is the mean over micro-batches and ranks.
+        """
+        self._module.set_requires_gradient_sync(last)
+        (loss / self._accumulation).backward()
+
+    @torch.no_grad()
+    def step(
+        self, lr: float, hold: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> bool:
+        """Clip and step with learning rate `lr`; True, as no step is skipped without loss scaling.
+
+        hold: makes a context that is entered around the update of the weights.
+
+        Raises:
+            TrainingStopped: the gradient's norm is not finite; on every rank, before the update.
+        """
+        gradients = [p.grad.to_local() for p in self._parameters.values() if p.grad is not None]
+        square = nn.utils.get_total_norm(gradients).to(self.device) ** 2
+        dist.all_reduce(square, group=self._shard_group)
+        norm = square.sqrt()
+        self._norm = norm.item()
+        if not norm.isfinite():
+            raise TrainingStopped(f"the gradient's norm is {self._norm}")
+        if self._clip:
+            torch._foreach_mul_(gradients, (self._clip / (norm + 1e-6)).clamp(max=1.0))
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        with hold():
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+        return True
+
+    @property
+    def gradient_norm(self) -> float:
+        """L2 norm of the last step's (masked) gradient, before clipping."""
+        return self._norm
+
+    def gradient_shards(self, names: list[str]) -> Iterator[Shard]:
+        return self._shards.gradient_shards(names)
+
+    def weight_shards(self, names: list[str]) -> Iterator[Shard]:
+        return self._shards.weight_shards(names)
+
+    def master_shards(self, names: list[str]) -> Iterator[Shard]:
+        return self._shards.master_shards(names)
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter whole, on the CPU, in fp32; all ranks call it."""
+        for name, p in self._parameters.items():
+            yield name, p.detach().full_tensor().cpu()
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimizer state as a distributed checkpoint; all ranks call it."""
+        dcp.save(self._state(), checkpoint_id=folder)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, on this or another number of ranks; all ranks call it."""
+        dcp.load(self._state(), checkpoint_id=folder)
+
+    def _state(self) -> dict[str, Any]:
+        """Live tensors by parameter name; AdamW's state is allocated where it is not yet."""
+        state: dict[str, Any] = {"weights": {}, "optimizer": {}}
+        for name, p in self._parameters.items():
+            state["weights"][name] = p.detach()
+            if not p.requires_grad:
+                continue
+            adam = self._optimizer.state[p]
+            if not adam:
+                adam["step"] = torch.zeros(())
+                adam["exp_avg"] = torch.zeros_like(p)
+                adam["exp_avg_sq"] = torch.zeros_like(p)
+            state["optimizer"][name] = adam
+        return state
+
+    def close(self) -> None:
+        """Free the optimizer's state and the gradients."""
+        self._optimizer.zero_grad()
+        self._optimizer.state.clear()
+
+
+@cache  # its process groups live as long as the process
+def _mesh(device: str, replicas: int) -> DeviceMesh:
+    ranks = dist.get_world_size()
+    if replicas == 1:
+        return init_device_mesh(device, (ranks,), mesh_dim_names=("shard",))
+    return init_device_mesh(
+        device, (replicas, ranks // replicas), mesh_dim_names=("replica", "shard")
+    )

@@ -1,0 +1,164 @@
+"""LoRA adapters (Hu et al. 2022) through PEFT, over plain or quantized base weights (docs/lora.md).
+
+The adapter lives in the transformers model itself (`PreTrainedModel.add_adapter`), without PEFT's
+wrapper around it: modules keep their names and the model keeps its class. PEFT is imported only
+where an adapter is used: with bitsandbytes it takes seconds.
+"""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.engine.config import offloads, zero_stage
+from pipeline.errors import UserError
+from pipeline.migu.targets import block_linears
+from pipeline.recipe import Lora
+
+ADAPTER = "adapter_config.json"
+
+
+def is_adapter(folder: str | Path | None) -> bool:
+    """Whether `folder` holds an adapter in PEFT's format, not a whole model."""
+    return folder is not None and (Path(folder) / ADAPTER).is_file()
+
+
+def base_of(adapter: str | Path) -> tuple[str, str | None]:
+    """The base model (folder or hub id) and its revision, as the adapter's configuration has them.
+
+    The base of a run that built its model is the run's own stage 0. If the run folder was moved,
+    it is found there: at stages/00_base beside the adapter's stage.
+
+    Raises:
+        UserError: no base is recorded, or its folder is gone.
+    """
+    recorded = json.loads((Path(adapter) / ADAPTER).read_text())
+    base, revision = recorded.get("base_model_name_or_path"), recorded.get("revision")
+    if not base:
+        raise UserError(f"{adapter}: {ADAPTER} names no base model (base_model_name_or_path)")
+    if Path(base).is_absolute() and not Path(base).exists():
+        moved = Path(adapter).resolve().parents[1] / Path(*Path(base).parts[-2:])
+        if not moved.exists():
+            raise UserError(
+                f"{adapter}: its base model {base} is gone; put it back, or correct "
+                f"base_model_name_or_path in {ADAPTER}"
+            )
+        base = str(moved)
+    return base, revision
+
+
+def adapted_linears(net: nn.Module, lora: Lora) -> list[str]:
+    """Names of the modules that get an adapter: the block linears, or those that `targets` names.
+
+    Raises:
+        UserError: a target that is no linear layer of a block; experts in a 3-D parameter where
+            `targets` does not say what to adapt.
+    """
+    linears = dict(block_linears(net, experts=lora.targets is not None))
+    if lora.targets is None:
+        return list(linears)
+    for suffix in lora.targets:
+        if not any(f".{name}".endswith(f".{suffix}") for name in linears):
+            last = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            raise UserError(
+                f"model.lora.targets: no linear layer in a block of {type(net).__name__} is named "
+                f"{suffix!r}; there are {', '.join(last)}"
+            )
+    return [n for n in linears if any(f".{n}".endswith(f".{s}") for s in lora.targets)]
+
+
+def add_adapter(
+    net: nn.Module, lora: Lora, base: str | None, revision: str | None, causal: bool, seed: int
+) -> None:
+    """Freeze `net` and give it a new adapter: A random from `seed`, B zero (so it changes nothing).
+
+    base: what the adapter's configuration records; a folder becomes an absolute path.
+    """
+    names = adapted_linears(net, lora)
+    transposed = isinstance(net.get_submodule(names[0]), Conv1D)
+    settings = _peft().LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=names,
+        fan_in_fan_out=transposed,
+        revision=revision,
+        task_type="CAUSAL_LM" if causal else None,
+    )
+    with torch.random.fork_rng(devices=[]):  # the same A on every rank
+        torch.manual_seed(seed)
+        net.add_adapter(settings)  # type: ignore[operator]
+    if base is not None and Path(base).exists():
+        base = str(Path(base).resolve())
+    settings.base_model_name_or_path = base
+    # PEFT keeps a set; sorted, the published file is the same in every run.
+    settings.target_modules = sorted(settings.target_modules)  # type: ignore[arg-type]
+
+
+def load_adapter(net: Any, adapter: str | Path) -> None:
+    """Load a published adapter into its base model, to be trained on."""
+    _peft()
+    net.requires_grad_(False)
+    base, revision = base_of(adapter)
+    net.load_adapter(str(adapter), is_trainable=True, adapter_kwargs={"revision": None})
+    settings = net.peft_config["default"]
+    settings.base_model_name_or_path, settings.revision = base, revision
+    settings.target_modules = sorted(settings.target_modules)
+
+
+def quantized_loading(lora: Lora | None) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that quantize the base weights; {} where none are.
+
+    4bit: bitsandbytes' nf4 (Dettmers et al. 2023); 8bit: LLM.int8() (Dettmers et al. 2022).
+    """
+    if lora is None or lora.quantize == "none":
+        return {}
+    _peft()
+    if lora.quantize == "4bit":
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    else:
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    cuda = torch.cuda.is_available()
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def compute_in_input_dtype(net: nn.Module) -> None:
+    """Let 4-bit layers compute in the dtype of their inputs; transformers fixes fp32."""
+    layers: list[Any] = [m for m in net.modules() if hasattr(m, "compute_type_is_set")]
+    for layer in layers:
+        layer.compute_dtype, layer.compute_type_is_set = None, False
+
+
+def _peft() -> Any:
+    # On CPU bitsandbytes, which PEFT imports, says that an optional faster kernel is missing.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    import peft
+
+    return peft
+
+
+def check_engine(lora: Lora | None, ds_config: dict[str, Any]) -> None:
+    """Raises UserError where the engine cannot shard or offload the quantized base weights."""
+    if lora is None or lora.quantize == "none":
+        return
+    if "fsdp" in ds_config:
+        raise UserError(
+            "model.lora.quantize: FSDP does not shard quantized weights. Use engine.kind=deepspeed."
+        )
+    if lora.quantize == "8bit" and zero_stage(ds_config) == 3:
+        raise UserError(
+            "model.lora.quantize: 8bit does not work under ZeRO-3 (bitsandbytes holds the int8 "
+            "weights beside the parameters that ZeRO shards). Use 4bit, or a ZeRO-2 configuration."
+        )
+    if offloads(ds_config, "param"):
+        raise UserError(
+            "model.lora.quantize: quantized weights cannot be offloaded "
+            "(zero_optimization.offload_param). Remove one of them."
+        )
