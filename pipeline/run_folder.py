@@ -130,6 +130,7 @@ def _environment(engine_config: dict[str, Any]) -> dict[str, Any]:
             "device": "cuda" if cuda else "cpu",
             "name": torch.cuda.get_device_name() if cuda else platform.machine(),
             "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
             "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
         },
         "ranks": world_size(),

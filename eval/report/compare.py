@@ -5,6 +5,7 @@ mask as much as a smaller learning rate, also forgets less.
 """
 
 import statistics
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -171,7 +172,7 @@ def terminal_summary(comparison: Comparison) -> str:
     level = comparison.level
     if level is not None:
         lines.append(f"nats per token; equal learning is read at {level:.3f} nats learned")
-    return "\n".join(lines)
+    return "\n".join([*lines, *textwrap.wrap(comparison.headline, 100)])
 
 
 def _rows(runs: list[Run]) -> list[Row]:
@@ -187,6 +188,7 @@ def _rows(runs: list[Run]) -> list[Row]:
         learned, forgotten = curve[-1] if len(curve) > 1 else (None, None)
         final = [v for v in run.matrix.values[run.evaluated] if v is not None]
         mine = _step_seconds(run)
+        comparable = _machine(run) == _machine(runs[0])
         repeated = settings.count(setting) > 1
         rows.append(
             Row(
@@ -200,7 +202,7 @@ def _rows(runs: list[Run]) -> list[Row]:
                 forgotten=forgotten,
                 final_loss=statistics.mean(final) if run.evaluated > 0 and final else None,
                 tokens_per_second=_tokens_per_second(run),
-                step_ratio=mine / first if mine and first else None,
+                step_ratio=mine / first if mine and first and comparable else None,
             )
         )
     return rows
@@ -232,10 +234,10 @@ def _warnings(runs: list[Run]) -> list[str]:
                     f"{run.name} and {runs[0].name} do not start from the same loss on {domain} "
                     f"({mine:.3f} and {theirs:.3f}): not the same model or held-out text."
                 )
-    machine = ("hardware", "engine", "precision", "ranks")
-    if len({repr([run.environment.get(key) for key in machine]) for run in runs}) > 1:
+    if len({_machine(run) for run in runs}) > 1:
         found.append(
-            "The runs differ in hardware, engine, precision or ranks: speeds do not compare."
+            "The runs differ in hardware, threads, engine, precision or ranks: speeds do not "
+            "compare."
         )
     for run in runs:
         found += [f"{run.name}: {warning}" for warning in run.warnings]
@@ -247,6 +249,10 @@ def _warnings(runs: list[Run]) -> list[str]:
                 f"{run.name}: {record.get('count')} unreadable line(s) of {domain} skipped."
             )
     return found
+
+
+def _machine(run: Run) -> str:
+    return repr([run.environment.get(k) for k in ("hardware", "engine", "precision", "ranks")])
 
 
 def _why_not(row: Row, level: float | None) -> str:
