@@ -1,8 +1,8 @@
 """What the mask adds to a training step: steps with and without it, in turn, on one model.
 
-    python benchmarks/mask_cost.py --stages 0 2 3 --hidden 768 --layers 2
+    python benchmarks/mask_cost.py --engines zero2 fsdp --hidden 768 --layers 2
 
-Prints, per ZeRO stage, the median step without the mask and the median, over pairs of neighbouring
+Prints, per engine, the median step without the mask and the median, over pairs of neighbouring
 steps, of the ratio with / without. Times of whole steps: forward, backward, mask, optimizer.
 """
 
@@ -10,22 +10,23 @@ import argparse
 import statistics
 import time
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch.nn import functional as F
 from transformers import RobertaConfig, RobertaForMaskedLM
 
-from pipeline.engine.config import resolve_ds_config
+from pipeline.engine.config import resolve_ds_config, resolve_fsdp_config
+from pipeline.engine.fsdp import FsdpEngine
 from pipeline.engine.zero import ZeroEngine, start_distributed
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.recipe import Mask, load_recipe
 
 
-def measure(stage: int, args: argparse.Namespace) -> tuple[float, float]:
-    """(median seconds of a dense step, median ratio of a masked step to the dense one beside it)."""
+def measure(name: str, args: argparse.Namespace) -> tuple[float, float]:
+    """(median seconds of a dense step, median ratio of a masked step to its neighbour)."""
     recipe = load_recipe("demo", [f"train.batch_size={args.batch}"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = resolve_ds_config({"zero_optimization": {"stage": stage}}, recipe, 1, device)
     torch.manual_seed(0)
     model = RobertaForMaskedLM(
         RobertaConfig(
@@ -37,8 +38,15 @@ def measure(stage: int, args: argparse.Namespace) -> tuple[float, float]:
             max_position_embeddings=args.length + 2,
         )
     )
-    engine = ZeroEngine(model.train(), config, recipe.optimizer)
-    mask = GradientMask(engine.module, Mask(threshold=args.threshold), seed=0)
+    engine: ZeroEngine | FsdpEngine
+    if name == "fsdp":
+        engine = FsdpEngine(model.train(), resolve_fsdp_config(recipe, 1, device), recipe.optimizer)
+    else:
+        zero = {"zero_optimization": {"stage": int(name.removeprefix("zero"))}}
+        config = resolve_ds_config(zero, recipe, 1, device)
+        engine = ZeroEngine(model.train(), config, recipe.optimizer)
+    settings = Mask(threshold=args.threshold, update=args.update)
+    mask = GradientMask(engine.module, settings, seed=0)
     ids = torch.randint(5, args.vocabulary, (args.batch, args.length), device=engine.device)
 
     def step(masked: bool, number: int) -> float:
@@ -48,7 +56,7 @@ def measure(stage: int, args: argparse.Namespace) -> tuple[float, float]:
         engine.backward(F.cross_entropy(logits.flatten(0, 1), ids.flatten()), last=True)
         if masked:
             mask.apply(engine, number)
-        engine.step(1e-5)
+        engine.step(1e-5, hold=partial(mask.hold, engine) if masked else nullcontext)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter() - start
@@ -69,7 +77,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], help="ZeRO stages")
+    names = ["zero0", "zero1", "zero2", "zero3", "fsdp"]
+    parser.add_argument("--engines", nargs="+", default=names, choices=names)
+    parser.add_argument("--update", default="gradient", choices=["gradient", "strict"])
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=8192)
@@ -81,9 +91,9 @@ def main() -> None:
     start_distributed()
     print(f"{args.layers} layers of {args.hidden}, {args.batch} x {args.length} tokens, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
-    for stage in args.stages:
-        dense, ratio = measure(stage, args)
-        print(f"ZeRO-{stage}: dense step {dense * 1000:.1f} ms, with the mask x {ratio:.3f}")
+    for name in args.engines:
+        dense, ratio = measure(name, args)
+        print(f"{name}: dense step {dense * 1000:.1f} ms, with the mask x {ratio:.3f}")
 
 
 if __name__ == "__main__":
