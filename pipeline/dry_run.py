@@ -41,7 +41,7 @@ def describe_run(recipe: Recipe, engine_config: dict[str, Any], ranks: int) -> s
         lines += _lora_lines(m.lora, model)
     lines += _mask_lines(recipe, model)
     lines += _stage_lines(recipe, tokenizer)
-    lines += _memory_lines(model, m.lora, engine_config, ranks)
+    lines += _memory_lines(model, m.lora, engine_config, ranks, recipe.optimizer.name)
     return "\n".join(lines)
 
 
@@ -60,7 +60,7 @@ def _mask_lines(recipe: Recipe, model: Any) -> list[str]:
     k = recipe.mask
     if not k.enabled:
         return ["mask       off: every row is updated"]
-    counts = count_rows(find_targets(model, k.components), k.threshold, k.rule)
+    counts = count_rows(find_targets(model, k.components, k.split_fused), k.threshold, k.rule)
     total = {key: sum(c[key] for c in counts.values()) for key in ("linears", "rows", "kept")}
     lines = [f"mask       criterion {k.criterion}, T = {k.threshold}, from stage {k.from_stage}:"]
     for name, c in [*counts.items(), ("all", total)]:
@@ -97,10 +97,10 @@ def _frozen_bytes(model: Any, lora: Lora, size: int) -> float:
 
 
 def _memory_lines(
-    model: Any, lora: Lora | None, engine_config: dict[str, Any], ranks: int
+    model: Any, lora: Lora | None, engine_config: dict[str, Any], ranks: int, optimizer: str
 ) -> list[str]:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    sizes = memory_per_rank(trained, engine_config, ranks)
+    sizes = memory_per_rank(trained, engine_config, ranks, optimizer)
     if lora is not None:  # frozen weights take no gradient and no optimizer state
         size = 4 if precision_of(engine_config) == "fp32" else 2
         frozen = round(_frozen_bytes(model, lora, size) / size)

@@ -116,6 +116,7 @@ class Mask:
     components: list[str] | None = None  # default: every Q, K, V, O and FFN linear
     normalize: Literal["none", "token"] = "none"
     rule: Literal["exact", "quantile"] = "exact"
+    split_fused: bool = False  # select in each part of a fused linear (q, k, v; gate, up) by itself
     criterion: Literal["output", "random", "weight", "gradient"] = "output"
     random_redraw: Literal["stage", "step"] = "stage"  # criterion: random
     # gradient: AdamW sees zeros (the authors' code); strict: masked rows do not move (Eq. 6)
@@ -127,6 +128,8 @@ class Mask:
 class Optimizer:
     """AdamW; the schedule restarts with every stage."""
 
+    # adamw8bit: bitsandbytes' AdamW with 8-bit moments (docs/engines.md)
+    name: Literal["adamw", "adamw8bit"] = "adamw"
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -344,6 +347,16 @@ def _contradictions(r: Recipe) -> list[str]:
     need(
         not (e.kind == "fsdp" and t.precision == "fp16"),
         "train.precision: fp16 needs loss scaling, which fsdp does not have here; use bf16",
+    )
+    need(
+        not (e.kind == "fsdp" and o.name == "adamw8bit"),
+        "optimizer.name: adamw8bit does not step FSDP's sharded tensors; use adamw, or "
+        "engine.kind=deepspeed",
+    )
+    need(
+        not (o.name == "adamw8bit" and k.enabled and k.update == "gradient"),
+        "optimizer.name: adamw8bit rounds a moment of zero to one that is not, so masked rows "
+        "would drift; set mask.update=strict",
     )
     need(
         m.objective == "causal" or not (m.config or {}).get("is_decoder"),

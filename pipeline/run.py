@@ -84,7 +84,7 @@ def run_recipe(
     Raises:
         UserError: the folder is in use or another recipe's; bad data; a full disk; at the end, if
             an evaluation failed.
-        TrainingStopped: the loss is not finite.
+        TrainingStopped: a loss, magnitude or gradient is not finite.
     """
     folder = runs / recipe.name
     with open_run(folder, recipe, engine_config):

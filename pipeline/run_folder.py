@@ -159,7 +159,7 @@ def describe_model(folder: Path, recipe: Recipe, config: PretrainedConfig) -> No
     known["parameters"] = sum(p.numel() for p in model.parameters())
     if recipe.mask.enabled:
         k = recipe.mask
-        counts = count_rows(find_targets(model, k.components), k.threshold, k.rule)
+        counts = count_rows(find_targets(model, k.components, k.split_fused), k.threshold, k.rule)
         known["masked_linears"] = sum(c["linears"] for c in counts.values())
         known["masked_rows"] = {
             "total": sum(c["rows"] for c in counts.values()),

@@ -72,14 +72,15 @@ def train_stage(
             engine.backward(loss * scale, last=i == len(micro_batches))
             loss_sum += loss.detach()
         mean_loss = total(loss_sum.item(), engine.device) / max(predicted, 1)
-        if not math.isfinite(mean_loss):
-            raise TrainingStopped(f"stage {stage} ({name}), step {step}: the loss is {mean_loss}")
+        where = f"stage {stage} ({name}), step {step}: the loss is {mean_loss}"
         timer.start("mask")
-        try:
+        try:  # before the loss is looked at: this names the layer
             kept = mask.apply(engine, step) if mask else 1.0
         except NonFiniteMagnitude as error:
-            raise TrainingStopped(f"stage {stage} ({name}), step {step}: {error}") from None
+            raise TrainingStopped(f"{where}, {error}") from None
         timer.stop("mask")
+        if not math.isfinite(mean_loss):
+            raise TrainingStopped(where)
         lr = learning_rate(recipe.optimizer, peak_lr, step, steps)
         applied = engine.step(lr, hold=partial(mask.hold, engine) if mask else nullcontext)
         timer.stop("step")

@@ -4,14 +4,20 @@ from fractions import Fraction
 from itertools import pairwise
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     BertConfig,
     BertForMaskedLM,
     GPT2Config,
@@ -20,14 +26,80 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from pipeline.attachment import attach
 from pipeline.errors import UserError
 from pipeline.migu.gradient_mask import GradientMask, NonFiniteMagnitude
 from pipeline.migu.magnitude import MagnitudeRecorder
 from pipeline.migu.mask import kept_count, select_rows
 from pipeline.migu.shard import Shard
-from pipeline.migu.targets import find_targets
+from pipeline.migu.targets import count_rows, find_targets
 from pipeline.recipe import Mask
 from tests.reference import MODELS, masked_linears
+
+SIZES = {
+    "vocab_size": 29,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 20,
+}
+ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GROUPED = {**SIZES, **ENDS, "num_key_value_heads": 1}
+T5 = {"vocab_size": 29, "d_model": 8, "d_kv": 4, "d_ff": 20, "num_layers": 1, "num_heads": 2}
+SIDES = {"layers": 1, "attention_heads": 2, "ffn_dim": 20}
+BART = {f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in SIDES.items()}
+Q_K_V = {"q", "k", "v", "o", "ffn_in", "ffn_out"}
+GATED = {*Q_K_V, "ffn_gate"}
+FUSED = {"qkv", "o", "ffn_in", "ffn_out"}
+FAMILIES = {  # (model type, configuration, components, linears in the blocks): docs/models.md
+    "roberta": ("roberta", SIZES, Q_K_V, 6),
+    "bert": ("bert", SIZES, Q_K_V, 6),
+    "electra": ("electra", {**SIZES, "embedding_size": 6}, Q_K_V, 6),
+    "distilbert": (
+        "distilbert",
+        {"vocab_size": 29, "dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 20},
+        Q_K_V,
+        6,
+    ),
+    "deberta": (
+        "deberta-v2",
+        {
+            **SIZES,
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "share_att_key": False,
+        },
+        Q_K_V,
+        8,
+    ),
+    "albert": ("albert", {**SIZES, "embedding_size": 6}, Q_K_V, 6),
+    "modernbert": ("modernbert", {**SIZES, **ENDS, "cls_token_id": 1, "sep_token_id": 2}, FUSED, 4),
+    "llama": ("llama", GROUPED, GATED, 7),
+    "mistral": ("mistral", GROUPED, GATED, 7),
+    "qwen3": ("qwen3", {**GROUPED, "head_dim": 6}, GATED, 7),
+    "phi3": ("phi3", GROUPED, FUSED, 4),
+    "opt": ("opt", {**SIZES, "ffn_dim": 20, "word_embed_proj_dim": 6}, Q_K_V, 6),
+    "bloom": ("bloom", {"vocab_size": 29, "hidden_size": 8, "n_layer": 1, "n_head": 2}, FUSED, 4),
+    "gpt2": (
+        "gpt2",
+        {**ENDS, "vocab_size": 29, "n_embd": 8, "n_layer": 1, "n_head": 2},
+        FUSED,
+        4,
+    ),
+    "gpt_neox": ("gpt_neox", SIZES, FUSED, 4),
+    "t5": ("t5", T5, Q_K_V, 16),
+    "t5_gated": ("t5", {**T5, "feed_forward_proj": "gated-gelu"}, GATED, 18),
+    "bart": ("bart", {**BART, "vocab_size": 29, "d_model": 8}, Q_K_V, 16),
+}
+CAUSAL = ("llama", "mistral", "qwen3", "phi3", "opt", "bloom", "gpt2", "gpt_neox")
+
+
+def family(name):
+    kind, sizes, *_ = FAMILIES[name]
+    auto = AutoModelForCausalLM if name in CAUSAL else AutoModelForMaskedLM
+    auto = AutoModelForSeq2SeqLM if kind in ("t5", "bart") else auto
+    torch.manual_seed(0)
+    return auto.from_config(AutoConfig.for_model(kind, **sizes)).eval()
 
 
 @given(
@@ -102,6 +174,95 @@ def test_all_linears_of_the_blocks_are_targets(name):
     targets = find_targets(model)
     assert [t.name for t in targets] == [f"{n}.weight" for n in masked_linears(name, model)]
     assert all(t.component != "other" for t in targets)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_linear_of_a_known_family_has_a_component(name):
+    targets = find_targets(family(name))
+    _, _, components, linears = FAMILIES[name]
+    assert {t.component for t in targets} == components
+    assert len(targets) == linears
+
+
+@pytest.mark.parametrize(
+    ("name", "qkv", "ffn_in"),
+    [
+        ("gpt2", (8, 8, 8), (32,)),
+        ("phi3", (8, 4, 4), (20, 20)),
+        ("modernbert", (8, 8, 8), (20, 20)),
+    ],
+)
+def test_the_parts_of_a_fused_linear_are_where_the_model_cuts_it(name, qkv, ffn_in):
+    model = family(name)
+    targets = {t.component: t for t in find_targets(model, split_fused=True)}
+    parts = {component: t.parts for component, t in targets.items()}
+    assert parts == {"qkv": qkv, "o": (8,), "ffn_in": ffn_in, "ffn_out": (8,)}
+    entered = {}
+    for component in ("o", "ffn_out"):
+        targets[component].observed.register_forward_pre_hook(
+            lambda _module, inputs, component=component: entered.update({component: inputs[0]})
+        )
+
+    def without(component, part):
+        """What enters the linear that follows, with one part's rows set to zero."""
+        target = targets[component]
+        before = target.weight.detach().clone()
+        with torch.no_grad():
+            target.weight.split(target.parts, dim=target.output_dim)[part].zero_()
+            model(input_ids=torch.arange(5, 15)[None])
+            target.weight.copy_(before)
+        return entered["o" if component == "qkv" else "ffn_out"]
+
+    assert not without("qkv", 2).any()  # attention over values that are zero
+    q, k = without("qkv", 0), without("qkv", 1)  # without q or without k: the same mean of values
+    assert q.any()
+    torch.testing.assert_close(q, k)
+    if len(ffn_in) == 2:  # a product: zero without the gate and without the other
+        assert not without("ffn_in", 0).any()
+        assert not without("ffn_in", 1).any()
+
+
+def test_split_fused_selects_in_each_part():
+    model = family("phi3")
+    mask = GradientMask(model, Mask(split_fused=True), seed=0)
+    with mask.recording():
+        model(input_ids=torch.arange(5, 15)[None]).logits.square().sum().backward()
+    magnitudes = mask.recorder.magnitudes.clone()
+    mask.apply(Plain(model), 1)
+    at = 0
+    for target in mask.targets:
+        keep, _ = mask.rows_by_name(mask.keep)[target.name]
+        assert torch.equal(target.weight.grad.abs().sum(1) > 0, keep)
+        for part in target.parts:
+            best = magnitudes[at : at + part].topk(kept_count(part, 0.7)).indices
+            assert set(mask.keep[at : at + part].nonzero().flatten().tolist()) == set(best.tolist())
+            at += part
+    counts = count_rows(mask.targets, 0.7, "exact")
+    assert counts["qkv"] == {"linears": 1, "rows": 16, "kept": 3 + 2 + 2}  # jointly 5
+    assert sum(c["kept"] for c in counts.values()) == int(mask.keep.sum())
+
+
+def test_of_a_fused_lora_layer_only_b_has_parts():
+    model = peft.get_peft_model(
+        family("gpt2"), peft.LoraConfig(r=6, target_modules=["c_attn"], fan_in_fan_out=True)
+    )
+    assert [t.parts for t in find_targets(model, split_fused=True)] == [(6,), (8, 8, 8)]
+
+
+def test_split_fused_is_refused_where_it_cannot_work():
+    for name, layer in (
+        ("bloom", r"transformer\.h\.0\.self_attention\.query_key_value"),
+        ("gpt_neox", r"gpt_neox\.layers\.0\.attention\.query_key_value"),
+    ):
+        with pytest.raises(UserError, match=layer):
+            find_targets(family(name), split_fused=True)
+    for name, components in (("llama", None), ("gpt2", ["ffn"]), ("bloom", ["ffn"])):
+        with pytest.raises(UserError, match="split_fused: has no effect"):
+            find_targets(family(name), components, split_fused=True)
+    unknown = family("phi3")
+    unknown.config.model_type = "phi30"
+    with pytest.raises(UserError, match=r"qkv_proj.*'phi30'"):
+        find_targets(unknown, split_fused=True)
 
 
 def test_components_choose_among_the_linears():
@@ -211,6 +372,58 @@ def test_a_module_called_twice_adds_up_and_a_recompute_does_not():
         results.append(recorder.reduce())
         recorder.close()
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("name", ["roberta", "llama"])
+def test_a_compiled_model_records_the_same_magnitudes_without_a_graph_break(name):
+    model, ids = MODELS[name](), torch.randint(5, 53, (2, 7))
+    recorder = MagnitudeRecorder(find_targets(model))
+    with recorder.recording():
+        model(input_ids=ids)
+    eager = recorder.reduce()
+    torch.compiler.reset()
+    graphs = []
+
+    def count_graphs(module, inputs):
+        graphs.append(module)
+        return aot_eager(module, inputs)
+
+    compiled = torch.compile(model, backend=count_graphs, fullgraph=True)  # raises at a break
+    for _ in range(3):
+        with recorder.recording():
+            compiled(input_ids=ids)
+        assert torch.equal(recorder.reduce(), eager)
+        compiled(input_ids=ids)
+        assert not recorder.reduce().any()
+    assert len(graphs) == 2  # one that records and one that does not
+
+
+def test_attach_masks_a_compiled_model_alike():
+    kept = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        model = MODELS["llama"]().train()
+        if compiled:
+            model = torch.compile(model, backend="aot_eager", fullgraph=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        attached = attach(model, optimizer)
+        for _ in range(2):
+            model(input_ids=torch.arange(5, 15)[None]).logits.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        kept.append(attached.mask.keep)
+    assert torch.equal(*kept)
+
+
+def test_attach_to_a_model_that_has_run_compiled_is_not_silent():
+    torch.compiler.reset()
+    model = torch.compile(MODELS["llama"](), backend="aot_eager")
+    model(input_ids=torch.arange(5, 15)[None])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach(model, optimizer)
+    model(input_ids=torch.arange(5, 15)[None]).logits.square().mean().backward()
+    with pytest.raises(RuntimeError, match="recorded no forward"):
+        optimizer.step()
 
 
 class Plain:

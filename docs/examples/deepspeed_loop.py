@@ -1,6 +1,6 @@
 """MIGU in somebody's own DeepSpeed loop: `pipeline.attach(engine)`, for every ZeRO stage.
 
-    deepspeed docs/examples/deepspeed_loop.py
+deepspeed docs/examples/deepspeed_loop.py
 """
 
 import argparse

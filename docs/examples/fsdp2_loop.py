@@ -1,6 +1,6 @@
 """MIGU in a plain FSDP2 loop: shard, make the optimizer, attach.
 
-    torchrun --nproc_per_node 2 docs/examples/fsdp2_loop.py
+torchrun --nproc_per_node 2 docs/examples/fsdp2_loop.py
 """
 
 import torch

@@ -1,7 +1,7 @@
 """MIGU in a Hugging Face Trainer, plain or with DeepSpeed: `pipeline.attach(trainer)`.
 
-    python docs/examples/hf_trainer.py
-    deepspeed docs/examples/hf_trainer.py --zero 2
+python docs/examples/hf_trainer.py
+deepspeed docs/examples/hf_trainer.py --zero 2
 """
 
 import argparse

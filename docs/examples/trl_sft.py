@@ -1,7 +1,7 @@
 """MIGU in TRL's SFTTrainer, which is a Trainer: `pipeline.attach(trainer)`.
 
-    pip install trl
-    python docs/examples/trl_sft.py
+pip install trl
+python docs/examples/trl_sft.py
 """
 
 import tempfile

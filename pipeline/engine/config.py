@@ -138,6 +138,9 @@ def resolve_ds_config(
     _resolve_batch(config, recipe, ranks, problems)
     _agree(config, "gradient_clipping", recipe.train.gradient_clipping, "train", problems)
     _check_optimizer(config, recipe, problems)
+    eight_bit = recipe.optimizer.name == "adamw8bit"
+    if eight_bit:  # DeepSpeed's own tests do not cover it
+        _agree(config, "zero_allow_untested_optimizer", True, "optimizer.name", problems)
     for key in _autos(config):
         problems.append(f'{key}: "auto" is not filled here; write a value or remove the key')
     if problems:
@@ -147,7 +150,7 @@ def resolve_ds_config(
     if precision in PRECISIONS:
         config[precision]["enabled"] = True
     config.pop("optimizer", None)  # built by the engine, from the recipe
-    if device == "cpu" or not offloads(config, "optimizer"):
+    if device == "cpu" or eight_bit or not offloads(config, "optimizer"):
         config["zero_force_ds_cpu_optimizer"] = False  # no compiled CPU Adam: start at once
     config.setdefault("steps_per_print", 10**9)
     return config
@@ -205,20 +208,20 @@ def describe(config: dict[str, Any]) -> str:
 
 
 def memory_per_rank(
-    parameters: int, config: dict[str, Any], ranks: int
+    parameters: int, config: dict[str, Any], ranks: int, optimizer: str = "adamw"
 ) -> dict[str, tuple[int, int]]:
     """Bytes of model state per rank, (device, host), without activations and buffers.
 
-    Weights and gradients in the training precision; AdamW keeps two fp32 moments, and an fp32
-    master copy where the precision is lower. ZeRO-1 shards the optimizer, 2 the gradients too,
-    3 the weights too (Rajbhandari et al. 2020).
+    Weights and gradients in the training precision; AdamW keeps two fp32 moments (two bytes with
+    adamw8bit), and an fp32 master copy where the precision is lower. ZeRO-1 shards the optimizer,
+    2 the gradients too, 3 the weights too (Rajbhandari et al. 2020).
     """
     if "fsdp" in config:
         return _fsdp_memory(parameters, config, ranks)
     stage = zero_stage(config)
     size = 4 if precision_of(config) == "fp32" else 2
     host_only = not torch.cuda.is_available()
-    adam = 8 if size == 4 else 12
+    adam = (2 if optimizer == "adamw8bit" else 8) + (0 if size == 4 else 4)
     sizes = {}
     for part, total, sharded_from, offloaded in (
         ("weights", parameters * size, 3, "param"),
@@ -401,7 +404,10 @@ def _check_optimizer(config: dict[str, Any], recipe: Recipe, problems: list[str]
     if block is None:
         return
     if not isinstance(block, dict) or str(block.get("type", "AdamW")).lower() != "adamw":
-        problems.append('optimizer.type: only "AdamW"; its settings are the recipe\'s `optimizer`')
+        problems.append(
+            'optimizer.type: only "AdamW"; its settings are the recipe\'s `optimizer` '
+            "(optimizer.name=adamw8bit for 8-bit moments)"
+        )
         return
     o = recipe.optimizer
     values = {"lr": o.lr, "betas": list(o.betas), "eps": o.eps, "weight_decay": o.weight_decay}

@@ -60,7 +60,7 @@ class ZeroEngine:
         self.config = ds_config
         self.stage = zero_stage(ds_config)
         groups = weight_groups(model, optimizer.weight_decay)
-        adam = self._optimizer_class()
+        adam = self._optimizer_class(optimizer.name)
         kwargs = {"lr": optimizer.lr, "betas": tuple(optimizer.betas), "eps": optimizer.eps}
         inner = adam(groups, **kwargs)
         update = inner.step
@@ -72,7 +72,13 @@ class ZeroEngine:
         self._parameters = dict(self._engine.module.named_parameters())
         self._norm = float("nan")
 
-    def _optimizer_class(self):
+    def _optimizer_class(self, name: str):
+        if name == "adamw8bit":
+            # On CPU bitsandbytes says that an optional faster kernel is missing.
+            logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+            from bitsandbytes.optim import AdamW8bit
+
+            return AdamW8bit
         if deepspeed.get_accelerator().device_name() == "cpu" or not offloads(
             self.config, "optimizer"
         ):
@@ -118,6 +124,9 @@ class ZeroEngine:
 
         hold: makes a context that is entered around the update of the fp32 weights (ZeRO-3 updates
             them in several goes).
+
+        Raises:
+            TrainingStopped: the gradient's norm is not finite; on every rank, before the update.
         """
         self._hold = hold
         for group in self._engine.optimizer.param_groups:
@@ -129,12 +138,17 @@ class ZeroEngine:
                 [p for p in self._parameters.values() if p.grad is not None], clip or float("inf")
             )
             self._norm = float(norm)
+            if not math.isfinite(self._norm):
+                raise TrainingStopped(f"the gradient's norm is {self._norm}")
         self._engine.step()
         if self._engine.get_global_grad_norm() is not None:
             self._norm = float(self._engine.get_global_grad_norm())
         applied = self._engine.was_step_applied()
-        if applied and not math.isfinite(self._norm):
-            # The weights in memory are spoilt by now, those that were published are not.
+        if not applied and precision_of(self.config) == "fp16":
+            return False  # the next step has a smaller loss scale
+        if not applied or not math.isfinite(self._norm):
+            # DeepSpeed skips such a step without a word, in fp32 and bf16 too. (With
+            # bf16.check_grad_overflow off ZeRO-1 and 2 do not: their weights are spoilt by now.)
             raise TrainingStopped(f"the gradient's norm is {self._norm}")
         return applied
 

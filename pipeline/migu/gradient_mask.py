@@ -42,8 +42,9 @@ class GradientMask:
     def __init__(self, model: nn.Module, settings: Any, seed: int):
         self.settings = settings
         self.seed = seed
-        self.targets = find_targets(model, settings.components)
+        self.targets = find_targets(model, settings.components, settings.split_fused)
         self.sizes = [t.rows for t in self.targets]
+        self.parts = [part for t in self.targets for part in t.parts]
         self.recorder = (
             MagnitudeRecorder(self.targets, settings.normalize)
             if settings.criterion == "output"
@@ -68,7 +69,7 @@ class GradientMask:
         if not finite.all():
             layer = self._layer_of(int((~finite).nonzero()[0]))
             raise NonFiniteMagnitude(f"non-finite {self.settings.criterion} magnitude in {layer}")
-        self.keep = select_rows(scores, self.sizes, self.settings.threshold, self.settings.rule)
+        self.keep = select_rows(scores, self.parts, self.settings.threshold, self.settings.rule)
         rows = self.rows_by_name(self.keep)
         for shard in engine.gradient_shards([t.name for t in self.targets]):
             keep, output_dim = rows[shard.name]

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -16,13 +16,15 @@ from pipeline.migu.mask import kept_count
 # A name with a dot is compared with the end of the module's path.
 COMPONENTS = {
     "qkv": ("query_key_value", "qkv_proj", "c_attn", "Wqkv", "in_proj"),
-    "q": ("query", "q_proj", "q_lin", "query_proj", "q"),
-    "k": ("key", "k_proj", "k_lin", "key_proj", "k"),
+    "q": ("query", "q_proj", "q_lin", "query_proj", "pos_query_proj", "q_attn", "q"),
+    "k": ("key", "k_proj", "k_lin", "key_proj", "pos_key_proj", "k"),
     "v": ("value", "v_proj", "v_lin", "value_proj", "v"),
     "o": (
         "attention.output.dense",
+        "crossattention.output.dense",
         "attention.dense",
         "attn.c_proj",
+        "crossattention.c_proj",
         "self_attention.dense",
         "o_proj",
         "out_proj",
@@ -67,7 +69,8 @@ class Target:
 
     name: the parameter's name in the model; observed: the module whose output gives the
     magnitudes; rows: its output features; output_dim: the dimension of the weight that indexes
-    them (0 for nn.Linear's [out, in], 1 for GPT-2's Conv1D [in, out]).
+    them (0 for nn.Linear's [out, in], 1 for GPT-2's Conv1D [in, out]); parts: the sizes of the
+    consecutive pieces of the rows in which rows are selected separately, by default one of all.
     """
 
     name: str
@@ -76,9 +79,16 @@ class Target:
     component: str
     rows: int
     output_dim: int = 0
+    parts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            object.__setattr__(self, "parts", (self.rows,))
 
 
-def find_targets(model: nn.Module, components: list[str] | None = None) -> list[Target]:
+def find_targets(
+    model: nn.Module, components: list[str] | None = None, split_fused: bool = False
+) -> list[Target]:
     """The weights that MIGU masks in `model`, in the order of its modules.
 
     Of a LoRA layer (PEFT) these are A, masked by its own output x_A, and B, masked by the output
@@ -87,9 +97,11 @@ def find_targets(model: nn.Module, components: list[str] | None = None) -> list[
 
     components: a subset of COMPONENTS, GROUPS and "head" (an untied output head, which the
     authors' code masks too). Default: everything in the blocks.
+    split_fused: give the linears that hold several in one weight (q, k, v; gate, up) their parts.
 
     Raises:
-        UserError: nothing to mask, an unknown component, a model that masking would not cover.
+        UserError: nothing to mask, an unknown component, a model that masking would not cover;
+            with `split_fused`, no fused linear, or one whose layout is not known.
     """
     wanted = _wanted(components)
     _check_adapters(model)
@@ -112,7 +124,7 @@ def find_targets(model: nn.Module, components: list[str] | None = None) -> list[
             f"mask: nothing to mask in {kind}: {what}. Set mask.enabled=false, or choose "
             f"mask.components among {', '.join([*COMPONENTS, *GROUPS, 'head'])}."
         )
-    return found
+    return _split(model, found) if split_fused else found
 
 
 def block_linears(model: nn.Module, experts: bool = False) -> Iterator[tuple[str, nn.Module]]:
@@ -139,6 +151,50 @@ def block_linears(model: nn.Module, experts: bool = False) -> Iterator[tuple[str
                 "cannot record and LoRA does not adapt. Set mask.enabled=false and, for LoRA, "
                 "model.lora.targets."
             )
+
+
+def _split(model: nn.Module, targets: list[Target]) -> list[Target]:
+    """The targets, the fused ones with their parts. The A of a fused LoRA layer is not fused: its
+    rows are those of the rank."""
+    config: Any = next((m.config for m in model.modules() if hasattr(m, "config")), None)
+    split = [t if ".lora_A." in t.name else replace(t, parts=_parts(t, config)) for t in targets]
+    if all(len(t.parts) == 1 for t in split):
+        raise UserError(
+            f"mask.split_fused: has no effect, no masked linear of {type(model).__name__} is "
+            "fused; remove it"
+        )
+    return split
+
+
+def _parts(target: Target, config: Any) -> tuple[int, ...]:
+    """The sizes of the parts of a linear, one after the other; (rows,) where it is not fused.
+
+    Whether and how a linear is fused is the model's own affair: its forward cuts up the output.
+    Hence the table of the models whose parts are known to be contiguous.
+    """
+    path = target.name.removesuffix(".weight").split(".lora_B.")[0]
+    name, rows = path.rsplit(".", 1)[-1], target.rows
+    if target.component not in ("qkv", "other") and name not in ("gate_up_proj", "Wi"):
+        return (rows,)
+    kind = getattr(config, "model_type", type(config).__name__)
+    parts: tuple[int, ...] = ()
+    if (kind, name) == ("gpt2", "c_attn"):  # in cross-attention it is k and v
+        parts = (config.n_embd,) * (rows // config.n_embd)
+    elif (kind, name) == ("modernbert", "Wqkv"):
+        parts = (rows // 3,) * 3
+    elif (kind, name) in (("modernbert", "Wi"), ("phi3", "gate_up_proj")):
+        parts = (rows // 2,) * 2
+    elif (kind, name) == ("phi3", "qkv_proj"):
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        parts = (heads * size, kv_heads * size, kv_heads * size)
+    if sum(parts) != rows:
+        raise UserError(
+            f"mask.split_fused: {path}: it is not known that the parts of this layer of a "
+            f"{kind!r} model are contiguous (in some models they alternate by head). Remove "
+            "split_fused, or leave the layer out with mask.components."
+        )
+    return parts
 
 
 def _targets_of(name: str, module: nn.Module, component: str) -> list[Target]:
@@ -269,5 +325,5 @@ def count_rows(targets: list[Target], threshold: float, rule: Literal["exact", "
         counts = found.setdefault(target.component, {"linears": 0, "rows": 0, "kept": 0})
         counts["linears"] += 1
         counts["rows"] += target.rows
-        counts["kept"] += kept_count(target.rows, threshold, rule)
+        counts["kept"] += sum(kept_count(part, threshold, rule) for part in target.parts)
     return found

@@ -1,0 +1,90 @@
+"""AdamW with 8-bit moments (bitsandbytes) under the mask."""
+
+import pytest
+import torch
+from transformers import RobertaConfig, RobertaForMaskedLM
+
+from pipeline.engine.config import memory_per_rank, resolve_ds_config
+from pipeline.errors import UserError
+from pipeline.recipe import load_recipe
+from pipeline.train import train_stage
+from tests.reference import micro_batches
+from tests.spawn import run_ranks
+from tests.test_parity import ENGINES, History, recipe_for, zero_engine
+
+
+def small_roberta() -> RobertaForMaskedLM:
+    """Large enough that bitsandbytes keeps 8-bit moments of its matrices: from 4096 elements."""
+    torch.manual_seed(0)
+    return RobertaForMaskedLM(
+        RobertaConfig(
+            vocab_size=53,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=96,
+            max_position_embeddings=20,
+            type_vocab_size=1,
+        )
+    )
+
+
+def two_strict_steps(engine, precision):
+    """Returns (layers, layers whose changed rows are not those kept in either step, dtypes of the
+    moments of large tensors)."""
+    settings = recipe_for("roberta", 2)
+    settings.optimizer.name = "adamw8bit"
+    settings.mask.update = "strict"
+    settings.train.precision = precision
+    model = small_roberta().train()
+    if precision == "bf16":
+        model.bfloat16().float()  # what the fp32 master weights begin with
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    sharded = zero_engine(model, settings, ENGINES[engine])
+    mask = History(sharded.module, settings.mask, seed=0)
+    train_stage(sharded, mask, iter(micro_batches("roberta", 2, 1)), settings, 1, 2, log=None)
+    weights = dict(sharded.full_weights())
+    kept = {n: mask.history[0][n][0] | mask.history[1][n][0] for n in mask.history[0]}
+    wrong = [n for n, k in kept.items() if not torch.equal((weights[n] != before[n]).any(1), k)]
+    state = sharded._engine.basic_optimizer.state
+    large = [s["state1"].dtype for p, s in state.items() if p.numel() >= 4096]
+    mask.close()
+    sharded.close()
+    return len(kept), wrong, set(large)
+
+
+def every_engine():
+    out = {engine: two_strict_steps(engine, "fp32") for engine in ENGINES}
+    return out | {f"{e}, bf16": two_strict_steps(e, "bf16") for e in ("zero0", "zero1", "zero2")}
+
+
+def test_rows_never_kept_stay_and_the_moments_have_8_bits():
+    [results] = run_ranks(every_engine, 1)
+    for case, (layers, wrong, dtypes) in results.items():
+        assert layers == 12, case
+        assert not wrong, case
+        assert dtypes == {torch.uint8}, case
+
+
+def test_the_configuration_follows_the_recipe():
+    eight_bit = ["optimizer.name=adamw8bit", "mask.update=strict"]
+    recipe = load_recipe("demo", eight_bit)
+    zero2 = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}
+    config = resolve_ds_config(zero2, recipe, 1, "cuda")
+    assert config["zero_allow_untested_optimizer"]
+    assert not config["zero_force_ds_cpu_optimizer"]
+    with pytest.raises(UserError, match="zero_allow_untested_optimizer: False, but"):
+        resolve_ds_config(zero2 | {"zero_allow_untested_optimizer": False}, recipe, 1, "cpu")
+    with pytest.raises(UserError, match=r'optimizer.type: only "AdamW"'):
+        resolve_ds_config({"optimizer": {"type": "AdamW8bit"}}, recipe, 1, "cpu")
+    with pytest.raises(UserError, match=r"adamw8bit does not step FSDP"):
+        load_recipe("demo", [*eight_bit, "engine.kind=fsdp"])
+    with pytest.raises(UserError, match=r"masked rows would drift; set mask.update=strict"):
+        load_recipe("demo", eight_bit[:1])
+    load_recipe("demo", [eight_bit[0], "mask.enabled=false"])
+    assert sum(memory_per_rank(100, config, 1, "adamw8bit")["optimizer"]) == 200
+
+
+def test_plain_adamw_is_the_default():
+    config = resolve_ds_config({"zero_optimization": {"stage": 2}}, load_recipe("demo"), 1, "cpu")
+    assert "zero_allow_untested_optimizer" not in config
