@@ -1,7 +1,7 @@
 # An image for NVIDIA GPUs (A100 and later).
 #
 #   docker build -t migu .
-#   docker run --gpus all --ipc=host -v "$PWD/runs:/work/runs" migu \
+#   docker run --gpus all --ipc=host -v "$PWD/runs:/opt/migu/runs" migu \
 #       deepspeed launch/cpt.py --config ds_configs/zero2.json
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
 
@@ -11,7 +11,7 @@ RUN apt-get update \
 ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:$PATH
 RUN python3 -m venv $VIRTUAL_ENV && pip install --no-cache-dir torch==2.13.0
 
-WORKDIR /work
+WORKDIR /opt/migu
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY pipeline pipeline
 COPY eval eval
@@ -21,6 +21,6 @@ COPY ds_configs ds_configs
 COPY launch launch
 
 # Caches and run folders are written by whoever the container runs as.
-RUN useradd --create-home user && chown user:user /work
+RUN useradd --create-home user && chown user:user /opt/migu
 USER user
 CMD ["deepspeed", "launch/cpt.py", "--config", "ds_configs/zero2.json"]

@@ -55,8 +55,8 @@ def measure(name: str, args: argparse.Namespace) -> tuple[float, float]:
             logits = engine.forward(input_ids=ids).logits
         engine.backward(F.cross_entropy(logits.flatten(0, 1), ids.flatten()), last=True)
         if masked:
-            mask.apply(engine, number)
-        engine.step(1e-5, hold=partial(mask.hold, engine) if masked else nullcontext)
+            mask.apply(engine.shards, number)
+        engine.step(1e-5, hold=partial(mask.hold, engine.shards) if masked else nullcontext)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter() - start

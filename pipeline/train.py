@@ -75,14 +75,14 @@ def train_stage(
         where = f"stage {stage} ({name}), step {step}: the loss is {mean_loss}"
         timer.start("mask")
         try:  # before the loss is looked at: this names the layer
-            kept = mask.apply(engine, step) if mask else 1.0
+            kept = mask.apply(engine.shards, step) if mask else 1.0
         except NonFiniteMagnitude as error:
             raise TrainingStopped(f"{where}, {error}") from None
         timer.stop("mask")
         if not math.isfinite(mean_loss):
             raise TrainingStopped(where)
         lr = learning_rate(recipe.optimizer, peak_lr, step, steps)
-        applied = engine.step(lr, hold=partial(mask.hold, engine) if mask else nullcontext)
+        applied = engine.step(lr, hold=partial(mask.hold, engine.shards) if mask else nullcontext)
         timer.stop("step")
         if progress is not None and log is not None:
             norm = engine.gradient_norm

@@ -18,7 +18,7 @@ from pipeline.engine.config import precision_of
 from pipeline.engine.optimizer import weight_groups
 from pipeline.engine.zero import start_distributed
 from pipeline.errors import TrainingStopped
-from pipeline.migu.shard import ParameterShards, Shard
+from pipeline.migu.shard import ParameterShards
 from pipeline.migu.targets import find_blocks
 
 
@@ -58,7 +58,7 @@ class FsdpEngine:
             model, mesh=mesh, mp_policy=policy, reshard_after_forward=False
         )
         self._parameters: dict[str, Any] = dict(model.named_parameters())
-        self._shards = ParameterShards(model)
+        self.shards = ParameterShards(model)
         self._optimizer = torch.optim.AdamW(
             weight_groups(model, optimizer.weight_decay),
             lr=optimizer.lr,
@@ -120,15 +120,6 @@ class FsdpEngine:
     def gradient_norm(self) -> float:
         """L2 norm of the last step's (masked) gradient, before clipping."""
         return self._norm
-
-    def gradient_shards(self, names: list[str]) -> Iterator[Shard]:
-        return self._shards.gradient_shards(names)
-
-    def weight_shards(self, names: list[str]) -> Iterator[Shard]:
-        return self._shards.weight_shards(names)
-
-    def master_shards(self, names: list[str]) -> Iterator[Shard]:
-        return self._shards.master_shards(names)
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter whole, on the CPU, in fp32; all ranks call it."""

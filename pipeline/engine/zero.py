@@ -20,7 +20,6 @@ from pipeline.engine.config import offloads, precision_of, zero_stage
 from pipeline.engine.optimizer import weight_groups
 from pipeline.engine.zero_shards import ZeroShards
 from pipeline.errors import TrainingStopped
-from pipeline.migu.shard import Shard
 
 Hold = Callable[[], AbstractContextManager[None]]
 
@@ -68,7 +67,7 @@ class ZeroEngine:
         self._hold: Hold = nullcontext
         self._engine: Any = None
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=inner, config=ds_config)
-        self._shards = ZeroShards(self._engine)
+        self.shards = ZeroShards(self._engine)
         self._parameters = dict(self._engine.module.named_parameters())
         self._norm = float("nan")
 
@@ -157,18 +156,9 @@ class ZeroEngine:
         """L2 norm of the last step's (masked) gradient, before clipping."""
         return self._norm
 
-    def gradient_shards(self, names: list[str]) -> Iterator[Shard]:
-        return self._shards.gradient_shards(names)
-
-    def weight_shards(self, names: list[str]) -> Iterator[Shard]:
-        return self._shards.weight_shards(names)
-
-    def master_shards(self, names: list[str]) -> Iterator[Shard]:
-        return self._shards.master_shards(names)
-
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter whole, on the CPU, in the optimizer's fp32; all ranks call it."""
-        masters = self._shards.stage0_masters()
+        masters = self.shards.stage0_masters()
         for name, p in self._parameters.items():
             full = masters.get(id(p))
             if full is None and p.requires_grad:

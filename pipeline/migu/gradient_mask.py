@@ -15,7 +15,7 @@ from pipeline.migu.targets import find_targets
 
 
 class ShardedModel(Protocol):
-    """What the mask needs of an engine."""
+    """Where a model's gradients and weights are on this rank: `engine.shards`."""
 
     def gradient_shards(self, names: list[str]) -> Iterator[Shard]: ...
     def weight_shards(self, names: list[str]) -> Iterator[Shard]: ...
@@ -35,8 +35,8 @@ class GradientMask:
             loss = forward(micro_batch)
         backward(loss)
         ...
-        mask.apply(engine, step)    # after the last micro-batch, before clipping and the step
-        engine.step(lr, hold=partial(mask.hold, engine))
+        mask.apply(engine.shards, step)  # after the last micro-batch, before clipping and the step
+        engine.step(lr, hold=partial(mask.hold, engine.shards))
     """
 
     def __init__(self, model: nn.Module, settings: Any, seed: int):
@@ -56,13 +56,13 @@ class GradientMask:
         return self.recorder.recording() if self.recorder else nullcontext()
 
     @torch.no_grad()
-    def apply(self, engine: ShardedModel, step: int) -> float:
+    def apply(self, shards: ShardedModel, step: int) -> float:
         """Mask the reduced gradients of this step in place; returns the fraction of kept rows.
 
         Raises:
             NonFiniteMagnitude: the scores cannot be ranked; on every rank alike.
         """
-        scores = self._scores(engine, step)
+        scores = self._scores(shards, step)
         if not scores.any():
             raise RuntimeError("the mask recorded no forward of this step: nothing to rank rows by")
         finite = torch.isfinite(scores)
@@ -71,14 +71,14 @@ class GradientMask:
             raise NonFiniteMagnitude(f"non-finite {self.settings.criterion} magnitude in {layer}")
         self.keep = select_rows(scores, self.parts, self.settings.threshold, self.settings.rule)
         rows = self.rows_by_name(self.keep)
-        for shard in engine.gradient_shards([t.name for t in self.targets]):
+        for shard in shards.gradient_shards([t.name for t in self.targets]):
             keep, output_dim = rows[shard.name]
             shard.mask(keep.to(shard.tensor.device), output_dim)
         return float(self.keep.sum()) / self.keep.numel()
 
     @contextmanager
     @torch.no_grad()
-    def hold(self, engine: ShardedModel) -> Iterator[None]:
+    def hold(self, shards: ShardedModel) -> Iterator[None]:
         """To be entered around the optimizer's update. Under `update: strict` the masked rows come
         out of it as they went in: neither momentum nor weight decay moves them. Their moments decay
         as under a zero gradient.
@@ -87,10 +87,10 @@ class GradientMask:
             yield
             return
         rows = self.rows_by_name(self.keep)
-        shards = list(engine.master_shards([t.name for t in self.targets]))
-        before = [shard.tensor.clone() for shard in shards]
+        held = list(shards.master_shards([t.name for t in self.targets]))
+        before = [shard.tensor.clone() for shard in held]
         yield
-        for shard, old in zip(shards, before, strict=True):
+        for shard, old in zip(held, before, strict=True):
             keep, output_dim = rows[shard.name]
             shard.restore(old, keep.to(old.device), output_dim)
 
@@ -103,7 +103,7 @@ class GradientMask:
         if self.recorder:
             self.recorder.close()
 
-    def _scores(self, engine: ShardedModel, step: int) -> Tensor:
+    def _scores(self, shards: ShardedModel, step: int) -> Tensor:
         criterion = self.settings.criterion
         if self.recorder:
             return self.recorder.reduce()
@@ -116,7 +116,7 @@ class GradientMask:
         rows = self.rows_by_name(scores)
         names = [t.name for t in self.targets]
         weights = criterion == "weight"
-        for shard in engine.weight_shards(names) if weights else engine.gradient_shards(names):
+        for shard in shards.weight_shards(names) if weights else shards.gradient_shards(names):
             shard.add_magnitudes(*rows[shard.name])
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(scores)
