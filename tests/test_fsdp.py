@@ -75,7 +75,7 @@ def shards_of_two_rows():
     model.model.layers[0].mlp.down_proj = torch.nn.Linear(41, 2, bias=False)
     engine = fsdp_engine(model, recipe_for("llama", 6), {})
     name = "model.layers.0.mlp.down_proj.weight"
-    return [(s.start, s.tensor.numel(), s.shape) for s in engine.weight_shards([name])]
+    return [(s.start, s.tensor.numel(), s.shape) for s in engine.shards.weight_shards([name])]
 
 
 def overflow():

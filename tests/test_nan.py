@@ -24,7 +24,7 @@ MESSAGES = {
 
 
 def spoil_weight(engine):
-    for shard in engine.weight_shards([LAYER]):
+    for shard in engine.shards.weight_shards([LAYER]):
         shard.tensor[-1] = torch.nan
 
 
