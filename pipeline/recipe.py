@@ -176,6 +176,10 @@ class Recipe:
     evaluate: Evaluation = field(default_factory=Evaluation)
     seed: int = 0
 
+    def stage_seed(self, stage: int) -> int:
+        """For what is drawn once per stage, alike on every rank."""
+        return self.seed * 1009 + stage
+
     def heldout_domains(self) -> list[str]:
         return self.evaluate.domains or list(self.data.domains)
 

@@ -141,8 +141,8 @@ def _prepare(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Run
 def _train(run: Run, stage: int) -> dict[str, Any]:
     """Train a stage from the checkpoint before it and publish it; its numbers for the log."""
     recipe = run.recipe
-    steps = stage_steps(recipe, stage, run.tokenizer)
-    torch.manual_seed((recipe.seed * 1009 + stage) * 100_003 + rank())
+    steps = on_rank0(partial(stage_steps, recipe, stage, run.tokenizer))  # may read the corpus
+    torch.manual_seed(recipe.stage_seed(stage) * 100_003 + rank())
     source = None if stage == 1 and recipe.model.path else run.checkpoint(stage - 1)
     model = build_model(recipe.model, run.config, source, recipe.seed)
     dtype = getattr(torch, recipe.train.publish_dtype)
@@ -151,7 +151,7 @@ def _train(run: Run, stage: int) -> dict[str, Any]:
     engine = _engine(model, run.engine_config, recipe)
     mask = None
     if recipe.mask.enabled and stage >= recipe.mask.from_stage:
-        mask = GradientMask(engine.module, recipe.mask, recipe.seed * 1009 + stage)
+        mask = GradientMask(engine.module, recipe.mask, recipe.stage_seed(stage))
     bad: dict[str, BadLines] = {}
     batches = prefetch(
         training_batches(recipe, stage, run.tokenizer, rank(), world_size(), bad),

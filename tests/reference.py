@@ -140,6 +140,19 @@ def micro_batches(model: str, steps: int, per_step: int, sequences: int = 2) -> 
     return out
 
 
+def step_loss(name: str, model: torch.nn.Module, batches: list[dict]) -> torch.Tensor:
+    """The mean over all tokens that a step's micro-batches predict."""
+    total, count = torch.zeros(()), 0
+    for batch in batches:
+        labels = batch["labels"]
+        if name in CAUSAL:
+            labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+        total = total + F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        count += int((labels >= 0).sum())
+    return total / count
+
+
 def train_reference(
     name: str, steps: list[list[dict]], strict: bool = False
 ) -> tuple[dict, list[dict]]:
@@ -171,18 +184,8 @@ def train_reference(
     kept = []
     for batches in steps:
         magnitude.clear()
-        total = 0.0
-        count = 0
-        for batch in batches:
-            labels = batch["labels"]
-            if name in CAUSAL:
-                labels = F.pad(labels[:, 1:], (0, 1), value=-100)
-            inputs = {k: v for k, v in batch.items() if k != "labels"}
-            logits = model(**inputs).logits
-            total = total + F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-            count += int((labels >= 0).sum())
         optimizer.zero_grad()
-        (total / count).backward()
+        step_loss(name, model, batches).backward()
         masks = {}
         for layer, module in linears.items():
             d_out = len(magnitude[layer])

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch.nn import functional as F
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from eval.lm import evaluate_share, merge_shares
@@ -27,7 +26,6 @@ from pipeline.run import run_recipe
 from pipeline.train import train_stage
 from tests.reference import (
     BETAS,
-    CAUSAL,
     CLIP,
     EPS,
     LR,
@@ -36,6 +34,7 @@ from tests.reference import (
     WEIGHT_DECAY,
     masked_linears,
     micro_batches,
+    step_loss,
 )
 from tests.spawn import run_ranks
 from tests.test_fsdp import fsdp_engine
@@ -96,19 +95,10 @@ def train_reference(name: str, steps: list[list[dict]]) -> tuple[dict, list[dict
     optimizer = torch.optim.AdamW(trained, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
     kept = []
     for batches in steps:
-        total, count = 0.0, 0
         for layer in layers.values():
             layer.n.clear()
-        for batch in batches:
-            labels = batch["labels"]
-            if name in CAUSAL:
-                labels = F.pad(labels[:, 1:], (0, 1), value=-100)
-            inputs = {k: v for k, v in batch.items() if k != "labels"}
-            logits = model(**inputs).logits
-            total = total + F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-            count += int((labels >= 0).sum())
         optimizer.zero_grad()
-        (total / count).backward()
+        step_loss(name, model, batches).backward()
         masks = {}
         for full, (layer, x) in weights.items():
             d = len(layer.n[x])

@@ -94,7 +94,7 @@ def training_batches(
         streams=recipe.train.batch_size,
         rank=rank,
         world_size=ranks,
-        seed=recipe.seed * 1009 + stage,
+        seed=recipe.stage_seed(stage),
         shuffle_window=recipe.data.shuffle_window,
         masked=masked,
     )
