@@ -55,6 +55,15 @@ class Model:
 
 
 @dataclass
+class Instruction:
+    """Which fields of a row hold the parts of an instruction example."""
+
+    prompt: str = "instruction"
+    input: str | None = None  # context that is put behind the prompt where it is not empty
+    response: str = "response"
+
+
+@dataclass
 class Domain:
     """One corpus: exactly one of `embedded`, `files`, `hub`."""
 
@@ -65,11 +74,14 @@ class Domain:
     split: str = "train"
     revision: str | None = None
     text_field: str = "text"
+    instruction: Instruction | None = None  # rows are prompts and responses; {}: default fields
     txt_documents: Literal["paragraph", "line"] = "paragraph"  # what a document is in a .txt file
     heldout_files: list[str] = field(default_factory=list)
     heldout_split: str | None = None
     heldout_fraction: float = 0.05  # of the documents, by hash, where nothing else is given
     max_documents: int | None = None
+    sample: float = 1.0  # fraction of the documents, drawn by hash; the paper's Magicoder: 0.2
+    sample_seed: int = 0
 
 
 @dataclass
@@ -81,6 +93,7 @@ class Data:
     masking: float = 0.15  # fraction of the tokens to predict (masked LM)
     heldout_masking: float = 0.15  # fixed, so that runs with another `masking` stay comparable
     whole_word: bool = False
+    template: Literal["alpaca", "chat"] = "alpaca"  # of instructions; chat: the tokenizer's own
     cross_document: bool = False  # let documents that share a sequence see each other
     shuffle_window: int = 1024  # documents
     bad_lines: int = 100  # broken rows to skip in a corpus before giving up
@@ -97,6 +110,7 @@ class Stage:
     epochs: float | None = None
     tokens: int | None = None
     lr: float | None = None  # default: the optimizer's
+    evaluate_every: float | None = None  # in the stage's own unit: epochs, steps or tokens
 
     @property
     def domains(self) -> list[str]:
@@ -157,10 +171,43 @@ class Engine:
 
 
 @dataclass
+class Benchmark:
+    """One task of lm-eval, scored by log-likelihood (docs/evaluation.md)."""
+
+    task: str | None = None  # lm-eval's name; default: the key of the entry
+    shots: int = 0
+    limit: int | None = None  # the first documents only
+    files: list[str] = field(default_factory=list)  # local documents instead of the hub's
+    metric: str | None = None  # default: acc_norm where the task has it, else acc
+
+
+@dataclass
+class HumanEval:
+    """Python programs from docstrings (Chen et al. 2021), run in a sandbox (docs/evaluation.md)."""
+
+    limit: int | None = None  # the first problems only
+    samples: int = 0  # per problem, beside the greedy completion; 10 or more give pass@10
+    temperature: float = 0.8
+    top_p: float = 0.95
+    max_new_tokens: int = 512
+    batch_size: int = 16  # sequences
+    template: Literal["none", "alpaca", "chat"] = "none"  # none: the bare prompt is continued
+    timeout: float = 10.0  # seconds per program
+    # auto: the strongest that works here; `unsafe` runs generated code without any protection
+    sandbox: Literal["auto", "bubblewrap", "landlock", "unsafe"] = "auto"
+
+
+@dataclass
 class Evaluation:
     domains: list[str] | None = None  # default: every domain
     batch_size: int = 32  # sequences
     overlap: bool = True  # kept rows shared between domains (the paper's Figure 5)
+    benchmarks: dict[str, Benchmark] = field(default_factory=dict)
+    benchmark_files: str | None = None  # folder with <task>/*.jsonl[.gz], instead of the hub
+    # skip: where the hub cannot be reached, say so on the page and go on
+    unreachable: Literal["fail", "skip"] = "fail"
+    humaneval: HumanEval | None = None  # {}: with the defaults
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the evaluated weights
 
 
 @dataclass
@@ -316,12 +363,16 @@ def _contradictions(r: Recipe) -> list[str]:
         need(len(lengths) == 1, f"stages[{i}]: give exactly one of `steps`, `epochs`, `tokens`")
         need(all(x > 0 for x in lengths), f"stages[{i}]: `steps`, `epochs`, `tokens` are positive")
         need(stage.lr is None or stage.lr > 0, f"stages[{i}].lr: must be positive")
+        need(
+            stage.evaluate_every is None or stage.evaluate_every > 0,
+            f"stages[{i}].evaluate_every: must be positive",
+        )
     for name in r.evaluate.domains or []:
         need(
             name in d.domains,
             f"evaluate.domains: {name!r} is not in data.domains{_near(name, d.domains)}",
         )
-    need(r.evaluate.batch_size >= 1, "evaluate.batch_size: must be at least 1")
+    found += _evaluation_problems(r)
     found += mask_problems(k)
     if k.enabled:
         need(
@@ -369,6 +420,49 @@ def _contradictions(r: Recipe) -> list[str]:
     return found
 
 
+def _evaluation_problems(r: Recipe) -> list[str]:
+    found: list[str] = []
+
+    def need(condition: bool, message: str) -> None:
+        if not condition:
+            found.append(message)
+
+    e, h = r.evaluate, r.evaluate.humaneval
+    need(e.batch_size >= 1, "evaluate.batch_size: must be at least 1")
+    for name, benchmark in e.benchmarks.items():
+        where = f"evaluate.benchmarks.{name}"
+        need(
+            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None,
+            f"{where}: a name is made of letters, digits, '.', '_' and '-'",
+        )
+        need(benchmark.shots >= 0, f"{where}.shots: must be at least 0")
+        need(
+            benchmark.limit is None or benchmark.limit >= 1,
+            f"{where}.limit: must be at least 1; leave it out for all documents",
+        )
+    if e.benchmarks or h:
+        what = "evaluate.benchmarks" if e.benchmarks else "evaluate.humaneval"
+        need(
+            r.model.objective == "causal",
+            f"{what}: needs a causal model: a masked LM such as RoBERTa gives text no likelihood, "
+            "and its scores would mean nothing. Remove it, or set model.objective=causal",
+        )
+    need(
+        e.benchmark_files is None or Path(e.benchmark_files).is_dir(),
+        f"evaluate.benchmark_files: no such folder: {e.benchmark_files}",
+    )
+    if h:
+        where = "evaluate.humaneval"
+        need(h.limit is None or h.limit >= 1, f"{where}.limit: must be at least 1")
+        need(h.samples >= 0, f"{where}.samples: must be at least 0")
+        need(h.temperature > 0, f"{where}.temperature: must be positive; greedy always runs too")
+        need(0 < h.top_p <= 1, f"{where}.top_p: {h.top_p} is outside (0, 1]")
+        for key in ("max_new_tokens", "batch_size"):
+            need(getattr(h, key) >= 1, f"{where}.{key}: must be at least 1")
+        need(h.timeout > 0, f"{where}.timeout: must be positive, in seconds")
+    return found
+
+
 def mask_problems(mask: Mask) -> list[str]:
     """What is wrong with a mask's settings by themselves."""
     found = []
@@ -405,17 +499,26 @@ def _explain(error: Any, path: Path, overridden: set[str]) -> str:
 
 def _dataclass_at(loc: list[Any]) -> type | None:
     owner: Any = Recipe
+    entry: Any = None
     for part in loc:
         if isinstance(part, int):
             continue
-        if owner is Data and part == "domains":
+        if owner in (Data, Evaluation) and part in _NAMED:
             owner = dict
+            entry = _NAMED[part]
         elif owner is dict:
-            owner = Domain
+            owner = entry
         else:
             hint = get_type_hints(owner).get(part)
-            owner = {"stages": Stage, "lora": Lora}.get(part, hint)
+            owner = _OPTIONAL.get(part, hint)
     return owner if isinstance(owner, type) and dataclasses.is_dataclass(owner) else None
+
+
+# What the entries of a mapping are, and what a key holds whose type is not a plain dataclass.
+_NAMED: dict[str, type] = {"domains": Domain, "benchmarks": Benchmark}
+_OPTIONAL: dict[str, type] = {
+    "stages": Stage, "lora": Lora, "instruction": Instruction, "humaneval": HumanEval,
+}  # fmt: skip
 
 
 def _near(word: str, known: Any) -> str:
@@ -432,6 +535,9 @@ def _all(path: Path, problems: list[str]) -> UserError:
     return UserError("\n".join([f"{path}: {len(problems)} {noun}", *(f"  {p}" for p in problems)]))
 
 
-for _cls in (Lora, Model, Domain, Data, Stage, Mask, Optimizer, Train, Engine, Evaluation, Recipe):
+for _cls in (
+    Lora, Model, Instruction, Domain, Data, Stage, Mask, Optimizer, Train, Engine, Benchmark,
+    HumanEval, Evaluation, Recipe,
+):  # fmt: skip
     _cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[union-attr]
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
