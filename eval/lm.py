@@ -14,35 +14,31 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers.utils.logging import disable_progress_bar
 
 from pipeline.data.heldout import load_heldout
 from pipeline.data.mlm import collate_causal, collate_mlm
 from pipeline.migu.magnitude import MagnitudeRecorder
 from pipeline.migu.mask import select_rows
 from pipeline.migu.targets import find_targets
-from pipeline.model.load import PredictedPositions, load_for_evaluation
+from pipeline.model.load import PredictedPositions
 
 
 @torch.inference_mode()
 def evaluate_share(
-    checkpoint: str | Path,
+    model: nn.Module,
     heldout: Path,
     output: Path,
     share: tuple[int, int] = (0, 1),
     batch_size: int = 32,
     overlap: bool = True,
-    attention: str = "sdpa",
-    device: str = "cpu",
-    revision: str | None = None,
 ) -> None:
     """Evaluate blocks i with i % share[1] == share[0]; write the sums to `output` (.npz)."""
-    disable_progress_bar()
+    device = next(model.parameters()).device
     manifest, domains = load_heldout(heldout)
     masked = manifest["objective"] == "masked"
-    model = load_for_evaluation(checkpoint, manifest["objective"], attention, revision).to(device)
     # A layer's rows are its outputs': of an adapter B alone, which is masked by them.
     linears = [t for t in find_targets(model) if ".lora_A." not in t.name] if overlap else []
     recorder = MagnitudeRecorder(linears) if overlap else None
@@ -52,7 +48,7 @@ def evaluate_share(
     count = sum(-(-len(d["labels"]) // batch_size) for d in domains.values())
     bar = tqdm(
         total=count,
-        desc="evaluate",
+        desc="held-out loss",
         unit="batch",
         disable=None if share[0] == 0 else True,
         leave=False,
@@ -83,7 +79,9 @@ def evaluate_share(
         if recorder:
             arrays[f"magnitude/{name}"] = recorder.reduce().double().cpu().numpy()
     bar.close()
+    head.close()
     if recorder:
+        recorder.close()
         arrays["rows"] = np.array([t.rows for t in linears])
         arrays["components"] = np.array([t.component for t in linears])
     with output.open("wb") as file:
@@ -102,13 +100,13 @@ def merge_shares(
     """
     from safetensors import safe_open
 
-    start = info.pop("started")
+    start = info["started"]
     manifest, domains = load_heldout(heldout)
     shares = [dict(np.load(p)) for p in parts]
     summed = {
         k: sum(s[k] for s in shares) for k in shares[0] if k.startswith(("loss/", "magnitude/"))
     }
-    result: dict[str, Any] = {**info, "domains": {}}
+    result: dict[str, Any] = {**{k: v for k, v in info.items() if k != "started"}, "domains": {}}
     sequences: dict[str, Any] = {}
     for name, data in domains.items():
         tokens = _predicted(data["labels"].numpy(), manifest["objective"])

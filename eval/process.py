@@ -4,11 +4,12 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from eval.lm import merge_shares
+from eval.checkpoint import merge
 from pipeline.ranks import on_rank0, rank, total, world_size
 from pipeline.recipe import Recipe
 from pipeline.run import Evaluation
@@ -18,51 +19,68 @@ SCRIPT = Path(__file__).resolve().parent.parent / "launch" / "evaluate.py"
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def evaluate_in_processes(task: Evaluation, recipe: Recipe) -> None:
-    """Called by every rank; rank 0 merges the shares into `task.result`.
+def evaluate_in_processes(task: Evaluation, recipe: Recipe, kinds: list[str]) -> None:
+    """Called by every rank; rank 0 merges the shares of each kind into a file in `task.folder`.
 
     Raises:
-        RuntimeError: a share failed (on every rank alike).
+        RuntimeError: something could not be measured (on every rank alike); the rest is there.
     """
     started = time.time()
-    folder = task.result.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    parts = [folder / f"share-{r}.npz" for r in range(world_size())]
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "--checkpoint",
-        task.checkpoint,
-        "--heldout",
-        str(task.run / "heldout"),
-        "--output",
-        str(parts[rank()]),
-        "--share",
-        f"{rank()}/{world_size()}",
-        "--batch-size",
-        str(recipe.evaluate.batch_size),
-        "--attention",
-        recipe.model.attention,
-    ]
-    if task.revision:
-        command += ["--revision", task.revision]
-    if not recipe.evaluate.overlap:
-        command.append("--no-overlap")
+    folder = task.folder
+    on_rank0(partial(_prepare, folder))
+    command = [sys.executable, str(SCRIPT), *_arguments(task, recipe, kinds)]
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
         command += ["--device", str(device)]
     environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
-    code = subprocess.run(command, env=environment).returncode
-    failures = total(float(code != 0), device)
-    if failures:
-        raise RuntimeError(f"{failures:.0f} of {world_size()} evaluation processes failed")
+    subprocess.run(command, env=environment)  # what it could not do, it writes down
+    _done(folder, rank()).touch()
+    while not all(_done(folder, r).exists() for r in range(world_size())):
+        time.sleep(0.1)  # not in a collective: its timeout is shorter than a long evaluation
+    total(0.0, device)  # every rank has seen every file
     info = {
         "stage": task.stage,
         "name": task.name,
         "checkpoint": task.checkpoint,
         "started": started,
     }
-    on_rank0(
-        lambda: merge_shares(parts, task.run / "heldout", task.result, recipe.mask.threshold, info)
+    if task.step is not None:
+        info |= {"step": task.step, "progress": task.progress}
+    heldout, threshold = task.run / "heldout", recipe.mask.threshold
+    failed = on_rank0(
+        partial(merge, folder, kinds, world_size(), recipe.evaluate, heldout, threshold, info)
     )
+    on_rank0(partial(_clear, folder))
+    if failed:
+        raise RuntimeError("; ".join(failed))
+
+
+def _arguments(task: Evaluation, recipe: Recipe, kinds: list[str]) -> list[str]:
+    arguments = {
+        "--checkpoint": task.checkpoint,
+        "--revision": task.revision,
+        "--tokenizer": recipe.model.tokenizer if task.stage == 0 else None,
+        "--recipe": str(task.run / "recipe.yaml"),
+        "--heldout": str(task.run / "heldout"),
+        "--output": str(task.folder),
+        "--share": f"{rank()}/{world_size()}",
+        "--attention": recipe.model.attention,
+    }
+    given = [x for name, value in arguments.items() if value for x in (name, value)]
+    return [*given, "--tasks", *kinds]
+
+
+def _prepare(folder: Path) -> None:
+    """An empty place for the shares: those of a broken attempt may be of another number."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    for leftover in folder.glob("share-*"):
+        leftover.unlink()
+
+
+def _done(folder: Path, of: int) -> Path:
+    return folder / f"share-{of}.done"

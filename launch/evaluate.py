@@ -1,86 +1,174 @@
-"""Held-out loss of a checkpoint on every domain of a run (and the rows that domains share).
+"""Measure any checkpoint: held-out loss, lm-eval's benchmarks, HumanEval.
 
-    python launch/evaluate.py --checkpoint runs/demo/stages/01_math/checkpoint \
-        --heldout runs/demo/heldout
+  python launch/evaluate.py --checkpoint runs/code/stages/01_code/checkpoint \\
+      --tasks hellaswag arc_challenge winogrande humaneval --limit 100
+  python launch/evaluate.py --checkpoint runs/demo/stages/01_math/checkpoint \\
+      --tasks heldout --heldout runs/demo/heldout
 """
 
 import argparse
+import os
 from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pipeline.cli import run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", required=True, help="folder or hub id of the model")
-    parser.add_argument("--revision", help="of a hub model")
-    parser.add_argument(
-        "--heldout",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="a run's heldout folder: text and masks",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="write this process' share here (.npz) instead of printing the result",
-    )
-    parser.add_argument(
-        "--share",
-        default="0/1",
-        metavar="R/N",
-        help="evaluate batches R, R + N, ... only (default: all)",
-    )
-    parser.add_argument("--batch-size", type=int, default=32, help="sequences (default: 32)")
-    parser.add_argument(
-        "--attention", default="sdpa", choices=("sdpa", "eager", "flash_attention_2")
-    )
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--no-overlap", action="store_true", help="do not compare kept rows")
-    parser.add_argument(
-        "--threshold",
-        type=float,
-        default=0.7,
-        help="of the kept rows that are compared (default: 0.7)",
-    )
-    args = parser.parse_args()
+    args = _parser().parse_args()
 
-    import json
     import tempfile
     import time
 
     import torch
 
-    from eval.lm import evaluate_share, merge_shares
+    from eval.checkpoint import Checkpoint, check, measure_share, merge, objective_of
     from pipeline.errors import UserError
+    from pipeline.recipe import load_recipe
 
-    if not (args.heldout / "manifest.json").is_file():
-        raise UserError(f"--heldout {args.heldout}: not a held-out folder (no manifest.json)")
-    share = tuple(int(x) for x in args.share.split("/"))
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        started = time.time()
-        output = args.output or Path(folder) / "share.npz"
-        evaluate_share(
-            args.checkpoint,
-            args.heldout,
-            output,
-            share,
-            args.batch_size,
-            not args.no_overlap,
-            args.attention,
-            device,
-            args.revision,
+    recipe = load_recipe(args.recipe) if args.recipe else None
+    settings, kinds = _settings(args, recipe)
+    if "heldout" in kinds and not (args.heldout and (args.heldout / "manifest.json").is_file()):
+        raise UserError(
+            f"--heldout {args.heldout or ''}: not a held-out folder (no manifest.json). Give the "
+            "`heldout` folder of a run, or other --tasks"
         )
-        if args.output is None:
-            result = Path(folder) / "eval.json"
-            info = {"checkpoint": args.checkpoint, "started": started}
-            merge_shares([output], args.heldout, result, args.threshold, info)
-            print(json.dumps(json.loads(result.read_text()), indent=2))
+    objective = objective_of(args.heldout)
+    if objective == "masked" and kinds != ["heldout"]:
+        raise UserError(
+            "--tasks: benchmarks and HumanEval need a causal model: a masked LM such as RoBERTa "
+            "gives text no likelihood, and its scores would mean nothing"
+        )
+    checkpoint = Checkpoint(
+        args.checkpoint,
+        args.revision,
+        args.tokenizer,
+        objective,
+        args.precision or settings.precision,
+        args.attention,
+        args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    share = tuple(int(x) for x in args.share.split("/")) if args.share else None
+    seed = recipe.seed if recipe else 0
+    if share:  # a rank of a run: it merges
+        folder, shared = args.output, (share[0], share[1])
+        failed = measure_share(checkpoint, kinds, settings, args.heldout, folder, shared, seed)
+    else:
+        check(settings)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = args.output or Path(temporary)
+            folder.mkdir(parents=True, exist_ok=True)
+            info = {"checkpoint": args.checkpoint, "started": time.time()}
+            measure_share(checkpoint, kinds, settings, args.heldout, folder, (0, 1), seed)
+            failed = merge(folder, kinds, 1, settings, args.heldout, args.threshold, info)
+            _print(folder, [k for k in kinds if not any(f.startswith(k) for f in failed)])
+    if failed:
+        raise UserError("could not be measured:\n  " + "\n  ".join(failed))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="folder, hub id or .gguf file of the model")
+    add("--revision", help="of a hub model")
+    add("--tokenizer", help="folder or hub id (default: the checkpoint's own)")
+    add(
+        "--tasks",
+        nargs="+",
+        metavar="TASK",
+        help="heldout, humaneval, benchmarks (those of the recipe), or names of the recipe's "
+        "benchmarks or of lm-eval's log-likelihood tasks (default: what the recipe measures; "
+        "without a recipe, heldout)",
+    )
+    add("--recipe", metavar="YAML", help="take `evaluate` from it, e.g. runs/NAME/recipe.yaml")
+    add("--heldout", type=Path, metavar="DIR", help="a run's heldout folder: text and masks")
+    add("--limit", type=int, metavar="N", help="the first N documents and problems only")
+    add("--shots", type=int, metavar="N", help="examples before each question (default: 0)")
+    add(
+        "--benchmark-files",
+        metavar="DIR",
+        help="folder with <task>/*.jsonl[.gz] to read instead of the hub (docs/benchmarks.md)",
+    )
+    add("--samples", type=int, metavar="N", help="HumanEval completions beside the greedy one")
+    add("--max-new-tokens", type=int, metavar="N", help="of a HumanEval completion (default: 512)")
+    add("--sandbox", choices=("auto", "bubblewrap", "landlock", "unsafe"), help="for HumanEval")
+    add("--batch-size", type=int, help="sequences (default: 32, HumanEval: 16)")
+    add("--precision", choices=("fp32", "bf16"), help="of the weights (default: fp32)")
+    add("--attention", default="sdpa", choices=("sdpa", "eager", "flash_attention_2"))
+    add("--device", help="default: cuda where there is one, else cpu")
+    add("--no-overlap", action="store_true", help="do not compare kept rows of the domains")
+    add("--threshold", type=float, default=0.7, help="of the kept rows compared (default: 0.7)")
+    add(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="write eval.json, benchmarks.json, humaneval.json and what belongs to them here "
+        "(default: print the numbers only)",
+    )
+    add("--share", metavar="R/N", help=argparse.SUPPRESS)  # a rank's part, written to --output
+    return parser
+
+
+def _settings(args: argparse.Namespace, recipe: Any) -> tuple[Any, list[str]]:
+    """The recipe's `evaluate` with the command line over it, and the kinds of measurement."""
+    from dataclasses import replace
+
+    from pipeline.errors import UserError
+    from pipeline.recipe import Benchmark, Evaluation, HumanEval, evaluation_problems
+
+    settings = recipe.evaluate if recipe else Evaluation()
+    tasks = args.tasks
+    if tasks is None:
+        tasks = ["heldout"] if args.heldout or not recipe else []
+        tasks += ["benchmarks"] * bool(settings.benchmarks)
+        tasks += ["humaneval"] * bool(settings.humaneval)
+    known = settings.benchmarks
+    named = [t for t in tasks if t not in ("heldout", "humaneval", "benchmarks")]
+    if "benchmarks" in tasks:
+        if not known:
+            raise UserError("--tasks benchmarks: no recipe lists any; name them, e.g. hellaswag")
+        named = list(dict.fromkeys([*known, *named]))
+    benchmarks = {name: known.get(name) or Benchmark(task=name) for name in named}
+    limit = {} if args.limit is None else {"limit": args.limit}
+    shots = {} if args.shots is None else {"shots": args.shots}
+    benchmarks = {name: replace(b, **limit, **shots) for name, b in benchmarks.items()}
+    humaneval = None
+    if "humaneval" in tasks:
+        given = {
+            "samples": args.samples,
+            "max_new_tokens": args.max_new_tokens,
+            "sandbox": args.sandbox,
+            "batch_size": args.batch_size,
+        }
+        given = {k: v for k, v in given.items() if v is not None}
+        humaneval = replace(settings.humaneval or HumanEval(), **given, **limit)
+    settings = replace(
+        settings,
+        benchmarks=benchmarks,
+        humaneval=humaneval,
+        batch_size=args.batch_size or settings.batch_size,
+        benchmark_files=args.benchmark_files or settings.benchmark_files,
+        overlap=settings.overlap and not args.no_overlap,
+        precision=args.precision or settings.precision,
+    )
+    problems = evaluation_problems(settings)
+    if problems:
+        raise UserError("\n".join(problems))
+    kinds = ["heldout"] * ("heldout" in tasks) + ["benchmarks"] * bool(benchmarks)
+    return settings, kinds + ["humaneval"] * bool(humaneval)
+
+
+def _print(folder: Path, kinds: list[str]) -> None:
+    import json
+
+    from pipeline.run import RESULTS
+
+    results = {k: json.loads((folder / RESULTS[k]).read_text()) for k in kinds}
+    print(json.dumps(results["heldout"] if kinds == ["heldout"] else results, indent=2))
 
 
 if __name__ == "__main__":

@@ -9,16 +9,12 @@ from typing import NoReturn
 from pipeline.errors import TrainingStopped, UserError
 
 
-def training_parser(description: str, recipe: str) -> argparse.ArgumentParser:
+def training_parser(description: str, recipe: str, examples: str) -> argparse.ArgumentParser:
     """The arguments of the training commands; `recipe` is the default one."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n"
-        "  deepspeed launch/cpt.py --config ds_configs/zero2.json\n"
-        "  deepspeed launch/cpt.py --config ds_configs/zero3.json --recipe roberta_das --dry-run\n"
-        "  deepspeed launch/cpt.py --config ds_configs/zero2.json name=ft mask.enabled=false\n"
-        "  torchrun --nproc_per_node 2 launch/cpt.py engine.kind=fsdp",
+        epilog=f"examples:\n{examples}",
     )
     parser.add_argument(
         "--config",

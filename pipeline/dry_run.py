@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from pipeline.data.batches import stage_steps
+from pipeline.data.batches import plan_stage
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.engine.config import describe, memory_per_rank, precision_of
 from pipeline.migu.targets import block_linears, count_rows, find_targets
+from pipeline.model.gguf import local_weights
 from pipeline.model.load import check_model, empty_model, load_config
 from pipeline.model.lora import check_engine
 from pipeline.recipe import Lora, Recipe
@@ -19,7 +20,7 @@ def describe_run(recipe: Recipe, engine_config: dict[str, Any], ranks: int) -> s
     """
     m = recipe.model
     if m.train_tokenizer is None:
-        tokenizer = load_tokenizer(m.tokenizer or str(m.path), m.revision)
+        tokenizer = load_tokenizer(local_weights(m.tokenizer or str(m.path)), m.revision)
         vocabulary = len(tokenizer)
     else:
         tokenizer, vocabulary = None, m.train_tokenizer
@@ -81,9 +82,14 @@ def _stage_lines(recipe: Recipe, tokenizer: Any) -> list[str]:
                 "tokenizer is trained)"
             )
             continue
-        steps = stage_steps(recipe, i, tokenizer)
+        plan = plan_stage(recipe, i, tokenizer)
+        steps = plan.steps
         lr = stage.lr or recipe.optimizer.lr
         lines.append(f"  {i} {stage.name}: {steps:,} steps, {steps * per_step:,} tokens, lr {lr:g}")
+        if plan.examples:
+            lines.append(f"    {plan.examples.describe(recipe.data.sequence_length)}")
+        if pauses := plan.pauses(stage.evaluate_every):
+            lines.append(f"    evaluated within, after the steps {', '.join(map(str, pauses))}")
     return lines
 
 

@@ -352,6 +352,18 @@ def _contradictions(r: Recipe) -> list[str]:
         need(getattr(d, key) >= 1, f"data.{key}: must be at least 1")
     need(d.bad_lines >= 0, "data.bad_lines: must be at least 0")
     need(d.prefetch >= 0, "data.prefetch: must be at least 0")
+    if m.attention == "flash_attention_2":
+        need(
+            d.cross_document or all(x.instruction for x in d.domains.values()),
+            "data.cross_document: flash_attention_2 cannot keep documents that share a sequence "
+            "apart; set it to true, or model.attention=sdpa",
+        )
+    instructions = [n for n, domain in d.domains.items() if domain.instruction]
+    need(
+        not instructions or m.objective == "causal",
+        f"data.domains.{(instructions or [''])[0]}.instruction: responses are learnt by a causal "
+        "model; set model.objective=causal",
+    )
     need(bool(r.stages), "stages: list at least one domain to train on")
     for i, stage in enumerate(r.stages):
         for name in stage.domains:
@@ -372,7 +384,14 @@ def _contradictions(r: Recipe) -> list[str]:
             name in d.domains,
             f"evaluate.domains: {name!r} is not in data.domains{_near(name, d.domains)}",
         )
-    found += _evaluation_problems(r)
+    found += evaluation_problems(r.evaluate)
+    for what in ("benchmarks", "humaneval"):
+        need(
+            not getattr(r.evaluate, what) or m.objective == "causal",
+            f"evaluate.{what}: needs a causal model: a masked LM such as RoBERTa gives text no "
+            "likelihood, and its scores would mean nothing. Remove it, or set "
+            "model.objective=causal",
+        )
     found += mask_problems(k)
     if k.enabled:
         need(
@@ -420,14 +439,15 @@ def _contradictions(r: Recipe) -> list[str]:
     return found
 
 
-def _evaluation_problems(r: Recipe) -> list[str]:
+def evaluation_problems(e: Evaluation) -> list[str]:
+    """What is wrong with the settings of the evaluation by themselves."""
     found: list[str] = []
 
     def need(condition: bool, message: str) -> None:
         if not condition:
             found.append(message)
 
-    e, h = r.evaluate, r.evaluate.humaneval
+    h = e.humaneval
     need(e.batch_size >= 1, "evaluate.batch_size: must be at least 1")
     for name, benchmark in e.benchmarks.items():
         where = f"evaluate.benchmarks.{name}"
@@ -439,13 +459,6 @@ def _evaluation_problems(r: Recipe) -> list[str]:
         need(
             benchmark.limit is None or benchmark.limit >= 1,
             f"{where}.limit: must be at least 1; leave it out for all documents",
-        )
-    if e.benchmarks or h:
-        what = "evaluate.benchmarks" if e.benchmarks else "evaluate.humaneval"
-        need(
-            r.model.objective == "causal",
-            f"{what}: needs a causal model: a masked LM such as RoBERTa gives text no likelihood, "
-            "and its scores would mean nothing. Remove it, or set model.objective=causal",
         )
     need(
         e.benchmark_files is None or Path(e.benchmark_files).is_dir(),

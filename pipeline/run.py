@@ -5,9 +5,11 @@ interrupted and continued is the same run (docs/runs.md).
 """
 
 import gc
+import json
+import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -17,8 +19,14 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
-from pipeline.checkpoint import is_published, publish, require_space, verify
-from pipeline.data.batches import prefetch, stage_documents, stage_steps, training_batches
+from pipeline.checkpoint import MANIFEST, is_published, publish, require_space, verify
+from pipeline.data.batches import (
+    StagePlan,
+    plan_stage,
+    prefetch,
+    stage_documents,
+    training_batches,
+)  # fmt: skip
 from pipeline.data.heldout import prepare_heldout
 from pipeline.data.reader import BadLines
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
@@ -26,30 +34,46 @@ from pipeline.engine.fsdp import FsdpEngine
 from pipeline.engine.zero import ZeroEngine
 from pipeline.errors import UserError
 from pipeline.migu.gradient_mask import GradientMask
+from pipeline.model.gguf import local_weights
 from pipeline.model.load import build_model, check_model, load_config
 from pipeline.model.lora import check_engine
 from pipeline.progress import EventLog, now, say
 from pipeline.ranks import on_rank0, rank, world_size
 from pipeline.recipe import Recipe
-from pipeline.run_folder import describe_model, open_run, stage_folder
-from pipeline.train import StageResult, train_stage
+from pipeline.run_folder import describe_model, open_run, stage_folder, step_folder
+from pipeline.train import train_stage
 
 TOKENIZER_DOCUMENTS = 100_000
 
 
+RESULTS = {"heldout": "eval.json", "benchmarks": "benchmarks.json", "humaneval": "humaneval.json"}
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """What to evaluate (a published folder or a hub id), and where the result goes."""
+    """What to evaluate (a published folder or a hub id), and where the results go."""
 
     run: Path
     stage: int
     name: str
     checkpoint: str
     revision: str | None = None
+    step: int | None = None  # within the stage; None at its end
+    progress: float | None = None  # at that step, in the stage's unit
 
     @property
-    def result(self) -> Path:
-        return stage_folder(self.run, self.stage, self.name) / "eval.json"
+    def folder(self) -> Path:
+        folder = stage_folder(self.run, self.stage, self.name)
+        return folder if self.step is None else step_folder(folder, self.step)
+
+    def pending(self, recipe: Recipe) -> list[str]:
+        """What of RESULTS the recipe wants and is not there yet."""
+        wanted = {
+            "heldout": True,
+            "benchmarks": bool(recipe.evaluate.benchmarks),
+            "humaneval": recipe.evaluate.humaneval is not None,
+        }
+        return [k for k, yes in wanted.items() if yes and not (self.folder / RESULTS[k]).is_file()]
 
 
 @dataclass
@@ -72,7 +96,7 @@ def run_recipe(
     recipe: Recipe,
     engine_config: dict[str, Any],
     runs: Path,
-    evaluate: Callable[[Evaluation, Recipe], None],
+    evaluate: Callable[[Evaluation, Recipe, list[str]], None],
     report: Callable[[Path], Path],
 ) -> Path:
     """Do what is not done yet of a recipe; returns the report's page. All ranks call it.
@@ -91,28 +115,30 @@ def run_recipe(
         run = _prepare(folder, recipe, engine_config)
         failed: list[str] = []
 
-        def measure(stage: int, name: str, checkpoint: str, revision: str | None = None) -> float:
-            task = Evaluation(folder, stage, name, checkpoint, revision)
+        def measure(task: Evaluation) -> float:
             start = time.perf_counter()
-            if not on_rank0(task.result.is_file):
+            pending = on_rank0(partial(task.pending, recipe))
+            if pending:
                 try:
-                    evaluate(task, recipe)
+                    evaluate(task, recipe, pending)
                 except RuntimeError as error:
-                    failed.append(f"{task.result}: {error}")
-                    _tell(f"stage {stage} {name}: evaluation failed ({error}); training goes on")
+                    failed.append(f"{task.folder}: {error}")
+                    _tell(f"{_place(task)}: evaluation failed ({error}); training goes on")
                 on_rank0(partial(report, folder))
             return time.perf_counter() - start
 
-        measure(0, "base", _base_checkpoint(run), recipe.model.revision)
+        measure(Evaluation(folder, 0, "base", _base_checkpoint(run), recipe.model.revision))
         for stage, s in enumerate(recipe.stages, start=1):
             published = run.checkpoint(stage)
             result = None
             if on_rank0(partial(is_published, published)):
                 _tell(f"stage {stage} {s.name}: finished before")
                 on_rank0(partial(verify, published))
+                for task in on_rank0(partial(_within, run, stage)):  # what failed there before
+                    measure(task)
             else:
-                result = _train(run, stage)
-            eval_seconds = measure(stage, s.name, str(published))
+                result = _train(run, stage, measure)
+            eval_seconds = measure(Evaluation(folder, stage, s.name, str(published)))
             if result is not None and run.log is not None:
                 run.log.write(
                     "stage", stage=stage, domain=s.name, **result, eval_seconds=eval_seconds
@@ -138,10 +164,13 @@ def _prepare(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Run
     return Run(folder, recipe, engine_config, config, tokenizer, log)
 
 
-def _train(run: Run, stage: int) -> dict[str, Any]:
+def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict[str, Any]:
     """Train a stage from the checkpoint before it and publish it; its numbers for the log."""
     recipe = run.recipe
-    steps = on_rank0(partial(stage_steps, recipe, stage, run.tokenizer))  # may read the corpus
+    s = recipe.stages[stage - 1]
+    plan: StagePlan = on_rank0(partial(plan_stage, recipe, stage, run.tokenizer))
+    _tell_examples(plan, recipe, s.name)
+    on_rank0(partial(_clear_within, run, stage))
     torch.manual_seed(recipe.stage_seed(stage) * 100_003 + rank())
     source = None if stage == 1 and recipe.model.path else run.checkpoint(stage - 1)
     model = build_model(recipe.model, run.config, source, recipe.seed)
@@ -157,23 +186,46 @@ def _train(run: Run, stage: int) -> dict[str, Any]:
         training_batches(recipe, stage, run.tokenizer, rank(), world_size(), bad),
         recipe.data.prefetch,
     )
-    result = train_stage(engine, mask, batches, recipe, stage, steps, run.log)
+    pause = partial(_evaluate_within, run, stage, engine, dtype, measure)
+    pauses = plan.pauses(s.evaluate_every)
+    result = train_stage(engine, mask, batches, recipe, stage, plan.steps, run.log, pauses, pause)
     batches.close()
     _report_bad_lines(bad, run.log)
     start = time.perf_counter()
-    _publish(run, stage, engine, dtype, result)
+    info = {"stage": stage, "name": s.name, "steps": result.steps, "tokens": result.tokens}
+    _publish(run, run.checkpoint(stage), engine, dtype, info)
     publish_seconds = time.perf_counter() - start
     if mask:
         mask.close()
     engine.close()
-    del engine, model, mask
+    del engine, model, mask, pause
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return {
         "steps": result.steps, "tokens": result.tokens, "seconds": result.seconds,
         "publish_seconds": publish_seconds,
+        "data": asdict(plan.examples) if plan.examples else None,
     }  # fmt: skip
+
+
+def _evaluate_within(
+    run: Run,
+    stage: int,
+    engine: ZeroEngine | FsdpEngine,
+    dtype: torch.dtype,
+    measure: Callable[[Evaluation], float],
+    step: int,
+    progress: float,
+) -> None:
+    """Publish and measure the model as it is after a step of a stage."""
+    name = run.recipe.stages[stage - 1].name
+    target = step_folder(stage_folder(run.folder, stage, name), step) / "checkpoint"
+    info = {"stage": stage, "name": name, "steps": step, "progress": progress}
+    _publish(run, target, engine, dtype, info)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # room for the evaluation's own copy of the model
+    measure(Evaluation(run.folder, stage, name, str(target), None, step, progress))
 
 
 def _engine(
@@ -184,7 +236,11 @@ def _engine(
 
 
 def _publish(
-    run: Run, stage: int, engine: ZeroEngine | FsdpEngine, dtype: torch.dtype, result: StageResult
+    run: Run,
+    target: Path,
+    engine: ZeroEngine | FsdpEngine,
+    dtype: torch.dtype,
+    info: dict[str, Any],
 ) -> None:
     """Gather the weights on rank 0 and write them in Hugging Face format."""
     module: Any = engine.module
@@ -203,11 +259,7 @@ def _publish(
         module.save_pretrained(folder, state_dict=weights)
         run.tokenizer.save_pretrained(folder)
 
-    info = {
-        "stage": stage, "name": run.recipe.stages[stage - 1].name, "steps": result.steps,
-        "tokens": result.tokens, "published": now(),
-    }  # fmt: skip
-    on_rank0(partial(publish, run.checkpoint(stage), write, info))
+    on_rank0(partial(publish, target, write, {**info, "published": now()}))
 
 
 def _base_checkpoint(run: Run) -> str:
@@ -233,11 +285,13 @@ def _tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerFast:
     if vocabulary is None:
         name = recipe.model.tokenizer or recipe.model.path
         assert name is not None  # a recipe without both is refused
-        return load_tokenizer(name, recipe.model.revision)
+        return load_tokenizer(local_weights(name), recipe.model.revision)
     target = folder / "tokenizer"
 
     def train() -> None:
-        texts = islice(stage_documents(recipe, recipe.stages[0].domains)(0), TOKENIZER_DOCUMENTS)
+        documents = stage_documents(recipe, recipe.stages[0].domains)(0)
+        every = (d if isinstance(d, str) else f"{d.prompt}\n{d.response}" for d in documents)
+        texts = islice(every, TOKENIZER_DOCUMENTS)
         first = next(texts, None)
         if first is None:
             raise UserError(f"data.domains.{recipe.stages[0].name}: no document to train on")
@@ -259,6 +313,34 @@ def _report_bad_lines(bad: dict[str, BadLines], log: EventLog | None) -> None:
             examples = [{"file": f, "line": n, "reason": r} for f, n, r in lines.examples]
             log.write("bad_lines", domain=name, count=lines.count, examples=examples)
             _tell(f"  {name}: skipped {lines.count} broken rows, for example\n{lines.listing()}")
+
+
+def _within(run: Run, stage: int) -> list[Evaluation]:
+    """The evaluations within a finished stage, from the checkpoints that lie there."""
+    name = run.recipe.stages[stage - 1].name
+    tasks = []
+    for folder in sorted(stage_folder(run.folder, stage, name).glob("step-*/checkpoint")):
+        info = json.loads((folder / MANIFEST).read_text())
+        tasks.append(
+            Evaluation(run.folder, stage, name, str(folder), None, info["steps"], info["progress"])
+        )
+    return tasks
+
+
+def _clear_within(run: Run, stage: int) -> None:
+    """Delete what a broken attempt of this stage published."""
+    folder = stage_folder(run.folder, stage, run.recipe.stages[stage - 1].name)
+    for leftover in folder.glob("step-*"):
+        shutil.rmtree(leftover)
+
+
+def _place(task: Evaluation) -> str:
+    return f"stage {task.stage} {task.name}" + (f", step {task.step}" if task.step else "")
+
+
+def _tell_examples(plan: StagePlan, recipe: Recipe, name: str) -> None:
+    if plan.examples:
+        _tell(f"{name}: {plan.examples.describe(recipe.data.sequence_length)}")
 
 
 def _tell(text: str) -> None:

@@ -32,6 +32,11 @@ def stage_folder(run: Path, stage: int, name: str) -> Path:
     return run / "stages" / f"{stage:02d}_{name}"
 
 
+def step_folder(stage: Path, step: int) -> Path:
+    """Of a checkpoint within a stage."""
+    return stage / f"step-{step:06d}"
+
+
 @contextmanager
 def open_run(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Iterator[None]:
     """Hold the run folder's lock and write what the run is. All ranks enter; rank 0 does it.

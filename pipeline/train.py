@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +37,8 @@ def train_stage(
     stage: int,
     steps: int,
     log: EventLog | None,
+    pauses: Mapping[int, float] | None = None,
+    pause: Callable[[int, float], None] | None = None,
 ) -> StageResult:
     """Train `steps` steps; the model, the optimizer and the schedule start fresh with the stage.
 
@@ -45,6 +47,8 @@ def train_stage(
         batches: per step, this rank's micro-batches.
         stage: from 1.
         log: None on every rank but 0.
+        pauses: steps after which `pause(step, pauses[step])` is called, to evaluate within the
+            stage. Its time does not count as training.
 
     Raises:
         TrainingStopped: before the optimizer step, so the weights are those of the last good step.
@@ -57,7 +61,7 @@ def train_stage(
     progress = StageProgress(title, steps) if rank() == 0 else None
     timer = Stopwatch(engine.device)
     tokens_per_step = recipe.train.batch_size * recipe.data.sequence_length
-    start = time.perf_counter()
+    start, paused = time.perf_counter(), 0.0
     for step in range(1, steps + 1):
         timer.start("step")
         micro_batches = [_to(batch, engine.device) for batch in next(batches)]
@@ -103,11 +107,15 @@ def train_stage(
                 mask_seconds=timer.seconds("mask"),
             )
             _monitor(engine, recipe, stage, step, mean_loss, norm, lr, kept)
+        if pauses and pause and step in pauses:
+            since = time.perf_counter()
+            pause(step, pauses[step])
+            paused += time.perf_counter() - since
     if progress is not None:
         progress.close()
     if head is not None:
         head.close()
-    return StageResult(steps, steps * tokens_per_step, time.perf_counter() - start)
+    return StageResult(steps, steps * tokens_per_step, time.perf_counter() - start - paused)
 
 
 def learning_rate(optimizer: Optimizer, peak: float, step: int, steps: int) -> float:

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Generator, Iterator
-from itertools import chain, islice
+from dataclasses import dataclass
+from itertools import chain, count, islice, takewhile
 from queue import Full, Queue
 from threading import Event, Thread
 from typing import TypeVar
@@ -11,9 +12,10 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.data.instruct import Document, Example, ExampleStatistics, example_statistics
 from pipeline.data.mlm import collate_causal, collate_mlm, mask_tokens
-from pipeline.data.reader import BadLines, read_documents
-from pipeline.data.stream import PackedStream, Sequence
+from pipeline.data.reader import BadLines, document_of, read_documents
+from pipeline.data.stream import PackedStream, Sequence, example_lengths
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 
@@ -24,26 +26,26 @@ SAMPLE = 2000  # documents
 
 def stage_documents(
     recipe: Recipe, names: list[str], bad: dict[str, BadLines] | None = None
-) -> Callable[[int], Iterator[str]]:
+) -> Callable[[int], Iterator[Document]]:
     """Gives the training documents of an epoch; several domains take turns until all are used up.
 
     bad: filled, per domain, while the first epoch is read.
     """
 
-    def documents(epoch: int) -> Iterator[str]:
-        streams: list[Iterator[str]] = []
+    def documents(epoch: int) -> Iterator[Document]:
+        streams: list[Iterator[Document]] = []
         for name in names:
             found = BadLines(budget=recipe.data.bad_lines)
             if bad is not None and epoch == 0:
                 bad[name] = found
             domain = recipe.data.domains[name]
-            streams.append(row["text"] for row in read_documents(domain, "train", found))
+            streams.append(map(document_of, read_documents(domain, "train", found)))
         return _take_turns(streams)
 
     return documents
 
 
-def _take_turns(streams: list[Iterator[str]]) -> Iterator[str]:
+def _take_turns(streams: list[Iterator[T]]) -> Iterator[T]:
     while streams:
         alive = []
         for stream in streams:
@@ -53,24 +55,80 @@ def _take_turns(streams: list[Iterator[str]]) -> Iterator[str]:
         streams = alive
 
 
-def stage_steps(recipe: Recipe, stage: int, tokenizer: PreTrainedTokenizerFast) -> int:
-    """Optimizer steps of stage 1..; `epochs` is turned into steps by estimating the corpus' tokens
-    as its characters times the tokens per character of its first documents."""
+@dataclass
+class StagePlan:
+    """How long a stage is."""
+
+    steps: int
+    steps_per_unit: float  # of the unit in which the recipe gives the length
+    examples: ExampleStatistics | None  # of its instruction domains
+
+    def pauses(self, every: float | None) -> dict[int, float]:
+        """Steps before the last at which to evaluate, and how many units are done by then."""
+        if every is None:
+            return {}
+        places = takewhile(
+            lambda place: place[0] < self.steps,
+            ((round(i * every * self.steps_per_unit), i * every) for i in count(1)),
+        )
+        return {max(1, step): progress for step, progress in places}
+
+
+def plan_stage(recipe: Recipe, stage: int, tokenizer: PreTrainedTokenizerFast) -> StagePlan:
+    """Optimizer steps of stage 1..., read from the corpus where the recipe does not say them.
+
+    An epoch of text is estimated as its characters times the tokens per character of its first
+    documents; instruction examples are tokenized and counted as they fill sequences.
+
+    Raises:
+        UserError: no document, or no example that is short enough.
+    """
     s = recipe.stages[stage - 1]
+    per_step = recipe.train.batch_size * recipe.data.sequence_length
+    instructions = [n for n in s.domains if recipe.data.domains[n].instruction]
+    statistics = _count_examples(recipe, instructions, tokenizer) if instructions else None
     if s.steps is not None:
-        return s.steps
+        return StagePlan(s.steps, 1, statistics)
     if s.tokens is not None:
-        tokens: float = s.tokens
-    else:
-        documents = stage_documents(recipe, s.domains)(0)
-        sample = list(islice(documents, SAMPLE))
-        if not sample:
-            raise UserError(f"stages[{stage - 1}]: no document to train on in {s.name}")
-        encoded = sum(len(e) for e in tokenizer(sample, add_special_tokens=True)["input_ids"])
-        per_character = encoded / sum(map(len, sample))
-        characters = sum(len(d) for d in chain(sample, documents))
-        tokens = (s.epochs or 0) * characters * per_character
-    return max(1, math.ceil(tokens / (recipe.train.batch_size * recipe.data.sequence_length)))
+        return StagePlan(max(1, math.ceil(s.tokens / per_step)), 1 / per_step, statistics)
+    tokens = float(statistics.sequences * recipe.data.sequence_length if statistics else 0)
+    for name in s.domains:
+        if name not in instructions:
+            tokens += _estimate_tokens(recipe, name, tokenizer)
+    per_epoch = tokens / per_step
+    return StagePlan(max(1, math.ceil((s.epochs or 0) * per_epoch)), per_epoch, statistics)
+
+
+def packs_examples(recipe: Recipe) -> bool:
+    """Whether examples share sequences: flash attention takes no mask that keeps them apart."""
+    return recipe.model.attention != "flash_attention_2"
+
+
+def _count_examples(
+    recipe: Recipe, names: list[str], tokenizer: PreTrainedTokenizerFast
+) -> ExampleStatistics:
+    examples = stage_documents(recipe, names)(0)
+    lengths = example_lengths(
+        (e for e in examples if isinstance(e, Example)), tokenizer, recipe.data.template
+    )
+    found = example_statistics(lengths, recipe.data.sequence_length, packs_examples(recipe))
+    if not found.examples:
+        raise UserError(
+            f"data.sequence_length: none of the {found.too_long} examples of {'+'.join(names)} "
+            f"fits into {recipe.data.sequence_length} tokens; raise it (the longest has "
+            f"{found.longest})"
+        )
+    return found
+
+
+def _estimate_tokens(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerFast) -> float:
+    documents = (d for d in stage_documents(recipe, [name])(0) if isinstance(d, str))
+    sample = list(islice(documents, SAMPLE))
+    if not sample:
+        raise UserError(f"data.domains.{name}: no document to train on")
+    encoded = sum(len(e) for e in tokenizer(sample, add_special_tokens=True)["input_ids"])
+    per_character = encoded / sum(map(len, sample))
+    return per_character * sum(len(d) for d in chain(sample, documents))
 
 
 def training_batches(
@@ -97,6 +155,8 @@ def training_batches(
         seed=recipe.stage_seed(stage),
         shuffle_window=recipe.data.shuffle_window,
         masked=masked,
+        template=recipe.data.template,
+        pack_examples=packs_examples(recipe),
     )
     size = recipe.train.micro_batch_size or len(range(rank, recipe.train.batch_size, ranks))
     for step, (sequences, _state) in enumerate(stream):
@@ -113,9 +173,14 @@ def training_batches(
         ]
         collate = collate_mlm if masked else collate_causal
         yield [
-            collate(rows[i : i + size], cross_document=recipe.data.cross_document)
+            collate(rows[i : i + size], cross_document=shares_attention(recipe))
             for i in range(0, len(rows), size)
         ]
+
+
+def shares_attention(recipe: Recipe) -> bool:
+    """Whether the documents of a sequence see each other, so that the mask is for padding only."""
+    return recipe.data.cross_document or not packs_examples(recipe)
 
 
 def example(
@@ -139,7 +204,7 @@ def example(
         )
         return ids, labels, sequence.segments
     ids = sequence.ids.astype(np.int64)
-    return ids, np.where(sequence.segments >= 0, ids, -100), sequence.segments
+    return ids, np.where(sequence.predicted, ids, -100), sequence.segments
 
 
 def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
+from pipeline.data.instruct import Document, Example
 from pipeline.errors import UserError
 
 EMBEDDED: dict[str, str] = {
@@ -34,7 +35,9 @@ EMBEDDED: dict[str, str] = {
     "torch_docs": "torch's docstrings",
     "networkx_docs": "networkx's docstrings",
     "numpy_docs": "numpy's docstrings",
+    "functions": "instructions: documented functions of the standard library and of packages",
 }
+INSTRUCTIONS = ("functions",)  # these consist of Examples, the others of texts
 
 VERSION = 2  # raise it when the extraction changes, so that no older cache is read
 MAX_BYTES = 2_500_000  # UTF-8 bytes of one corpus
@@ -57,6 +60,7 @@ PACKAGES = {
     "torch_docs": ["torch"],
     "networkx_docs": ["networkx"],
     "numpy_docs": ["numpy"],
+    "functions": ["networkx", "sympy", "numpy"],
 }
 
 # Not code that people write: tests, generated tables, bundled wheels, the tables of encodings.
@@ -78,12 +82,13 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "migu"
 
 
-def embedded_documents(name: str) -> list[str]:
+def embedded_documents(name: str) -> list[Document]:
     """The documents of one embedded corpus, at most 2.5 MB, extracted once and then cached.
 
     A document is a file, or a run of neighbouring definitions or sections of it (3 to 9 kB where
-    the file is long enough). The order is fixed and mixed: any prefix is a fair sample. Raises
-    UserError for an unknown name and for a package that is not installed.
+    the file is long enough); in `functions`, one function. The order is fixed and mixed: any
+    prefix is a fair sample. Raises UserError for an unknown name and for a package that is not
+    installed.
     """
     if name not in EMBEDDED:
         raise UserError(f"no embedded corpus is called {name!r}; choose one of: {choices()}")
@@ -121,28 +126,33 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _read(path: Path) -> list[str] | None:
+def _read(path: Path) -> list[Document] | None:
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
-            return [json.loads(line)["text"] for line in file]
-    except (OSError, EOFError, ValueError):  # absent or damaged: extract again
+            rows = [json.loads(line) for line in file]
+        return [row["text"] if "text" in row else Example(**row) for row in rows]
+    except (OSError, EOFError, ValueError, TypeError, KeyError):  # absent or damaged: extract again
         return None
 
 
-def _write(path: Path, documents: list[str]) -> None:
+def _write(path: Path, documents: list[Document]) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with os.fdopen(handle, "wb") as raw, gzip.open(raw, "wt", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": text}) + "\n" for text in documents)
+            for document in documents:
+                row = {"text": document} if isinstance(document, str) else document._asdict()
+                file.write(json.dumps(row) + "\n")
         os.replace(temporary, path)
     except OSError:
         os.unlink(temporary)
         raise
 
 
-def _extract(name: str) -> list[str]:
+def _extract(name: str) -> list[Document]:
     """Read the sources until the cap is reached; the order of files is fixed by a hash."""
     stdlib = Path(sysconfig.get_path("stdlib"))
+    if name == "functions":
+        return list(_functions(stdlib))
     texts: Iterable[str]
     if name == "prose":
         docstrings = map(_docstrings, _files(stdlib, ".py"))
@@ -155,17 +165,22 @@ def _extract(name: str) -> list[str]:
     else:
         texts = map(_docstrings, _files(_package(name), ".py"))
 
-    documents, size = [], 0
+    documents: list[str] = []
+    size = 0
     for document in _without_repeats(piece for text in texts for piece in _pieces(text)):
         size += len(document.encode())
         if size > MAX_BYTES:
             break
         documents.append(document)
-    return sorted(documents, key=lambda text: hashlib.md5(text.encode()).digest())
+    return [*sorted(documents, key=lambda text: hashlib.md5(text.encode()).digest())]
 
 
 def _package(name: str) -> Path:
     (package,) = PACKAGES[name]
+    return _package_folder(name, package)
+
+
+def _package_folder(name: str, package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         installed = importlib.util.find_spec
@@ -305,3 +320,37 @@ def _without_repeats(documents: Iterable[str]) -> Iterator[str]:
         text = "\n\n".join(kept)
         if len(text) >= 300:
             yield text
+
+
+def _functions(stdlib: Path) -> Iterator[Example]:
+    """Write this function, given its signature and what it does; each body once."""
+    folders = [stdlib, *(_package_folder("functions", p) for p in PACKAGES["functions"])]
+    found: dict[str, Example] = {}
+    for folder in folders:
+        size = 0
+        for path in _files(folder, ".py", left_out=("lib2to3", "distutils")):
+            for example in _documented_functions(path):
+                found.setdefault(example.response.partition("\n")[2], example)
+                size += len(example.prompt) + len(example.response)
+            if size > MAX_BYTES / len(folders):
+                break
+    yield from sorted(found.values(), key=lambda e: hashlib.md5(e.response.encode()).digest())
+
+
+def _documented_functions(path: Path) -> Iterator[Example]:
+    """Functions of a module (no methods) with a docstring, neither trivial nor long."""
+    parsed = _parse(path)
+    if parsed is None:
+        return
+    for node in parsed[1].body:
+        if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+            continue
+        if node.decorator_list or len(node.body) < 2:
+            continue
+        docstring = ast.get_docstring(node) or ""
+        description = docstring.partition("\n\n")[0].strip()
+        del node.body[0]
+        code = ast.unparse(node)  # without comments, in one style
+        if 20 <= len(description) <= 400 and 60 <= len(code) <= 1200:
+            signature = code.partition("\n")[0].removeprefix("def ").rstrip(":")
+            yield Example(f"Write a Python function `{signature}`. {description}", "", code)

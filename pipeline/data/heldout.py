@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.checkpoint import publish
-from pipeline.data.batches import example, stage_documents
-from pipeline.data.reader import BadLines, read_documents
+from pipeline.data.batches import example, packs_examples, shares_attention, stage_documents
+from pipeline.data.reader import BadLines, document_of, read_documents
 from pipeline.data.stream import heldout_sequences
 from pipeline.recipe import Recipe
 
@@ -34,13 +34,15 @@ def prepare_heldout(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: 
         for name in recipe.heldout_domains():
             domain = recipe.data.domains[name]
             bad = BadLines(budget=recipe.data.bad_lines)
-            documents = (row["text"] for row in read_documents(domain, "heldout", bad))
+            documents = map(document_of, read_documents(domain, "heldout", bad))
             sequences = heldout_sequences(
                 documents,
                 tokenizer,
                 recipe.data.sequence_length,
                 recipe.data.heldout_sequences,
                 masked,
+                recipe.data.template,
+                packs_examples(recipe),
             )
             rows = [
                 example(
@@ -68,7 +70,7 @@ def prepare_heldout(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: 
     info = {
         "domains": recipe.heldout_domains(),
         "objective": recipe.model.objective,
-        "cross_document": recipe.data.cross_document,
+        "cross_document": shares_attention(recipe),
         "sources": {n: asdict(recipe.data.domains[n]) for n in recipe.heldout_domains()},
     }
     publish(folder, write, info)
@@ -86,7 +88,8 @@ def _unigram_loss(
     """Cross-entropy (nats) of the labels under the add-one token frequencies of training text:
     what a model reaches that knows the domain's words but ignores the context."""
     counts = np.ones(len(tokenizer))
-    texts = list(islice(stage_documents(recipe, [name])(0), UNIGRAM_DOCUMENTS))
+    documents = islice(stage_documents(recipe, [name])(0), UNIGRAM_DOCUMENTS)
+    texts = [d if isinstance(d, str) else d.response for d in documents]
     for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []:
         np.add.at(counts, ids, 1)
     targets = labels[labels >= 0]

@@ -17,7 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.data.embedded import EMBEDDED, choices, embedded_documents
+from pipeline.data.embedded import EMBEDDED, INSTRUCTIONS, choices, embedded_documents
+from pipeline.data.instruct import Document, Example
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:  # heavy, or importing this module
@@ -109,26 +110,53 @@ def check_domain(name: str, domain: "Domain") -> list[str]:
         f"{domain.max_documents} is less than 1; leave it out to read everything",
     )
     need(domain.text_field, ".text_field", "is empty; name the field that holds the text")
+    need(0 < domain.sample <= 1, ".sample", f"{domain.sample} is outside (0, 1]; 1 takes all")
+    if domain.embedded in EMBEDDED:
+        pairs = domain.embedded in INSTRUCTIONS
+        need(
+            pairs == (domain.instruction is not None),
+            ".instruction",
+            "give {}: this corpus consists of prompts and responses"
+            if pairs
+            else f"the embedded corpus {domain.embedded!r} is text without prompts; remove it",
+        )
+    if domain.instruction:
+        fields = domain.instruction
+        need(
+            domain.text_field == "text",
+            ".text_field",
+            "has no effect with `instruction`; remove it",
+        )
+        need(fields.prompt and fields.response, ".instruction", "a field's name is empty")
+        need(
+            not any(".txt" in Path(f).suffixes for f in [*domain.files, *domain.heldout_files]),
+            ".files",
+            "a .txt file has no fields for prompt and response; use .jsonl or .parquet",
+        )
     return found
 
 
 def read_documents(
     domain: "Domain", split: Literal["train", "heldout"], bad: BadLines
 ) -> "IterableDataset":
-    """The documents of one side of a domain, in a fixed order, as rows `{"text": str}`.
+    """The documents of one side of a domain, in a fixed order, as rows: `{"text": str}`, or
+    `{"prompt", "context", "response"}` of an instruction domain (`document_of` a row).
 
     The result streams and resumes exactly (`state_dict`, `load_state_dict`). Rows that cannot be
     used are counted in `bad` while iterating, in the iterating process. `max_documents` counts
-    documents before the split. Relative paths start at the working directory.
+    documents before the split, which comes before the `sample`. Relative paths start at the
+    working directory.
 
     Raises:
         UserError: here, for sources that cannot be opened; while iterating, for a corpus without
-            a document, a text field that no row of a file has, and too many bad rows.
+            a document, a field that no row of a file has, and too many bad rows.
     """
     heldout = split == "heldout"
     keep, files = _side(heldout, domain.heldout_fraction), domain.files
     if domain.heldout_files or domain.heldout_split:
         keep = _everything
+    if not heldout and domain.sample < 1:
+        keep = _and(keep, _sampled(domain.sample, domain.sample_seed))
     if heldout and domain.heldout_files:
         files = domain.heldout_files
     elif domain.hub:
@@ -139,22 +167,22 @@ def read_documents(
         paths = _resolve(files)
         where = f"{paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
     else:
-        texts = embedded_documents(domain.embedded or "")
+        embedded = embedded_documents(domain.embedded or "")
         where = f"the embedded corpus {domain.embedded!r}"
 
-    def read() -> Iterator[str]:
+    def read() -> Iterator[Document]:
         if not files:
-            return iter(texts)
-        by_line = domain.txt_documents == "line"
-        return (t for path in paths for t in read_file(path, domain.text_field, bad, by_line))
+            return iter(embedded)
+        return (d for path in paths for d in read_file(path, domain, bad))
 
     def rows() -> Iterator[dict[str, str]]:
         seen = kept = 0
-        for text in itertools.islice(read(), domain.max_documents):
+        for document in itertools.islice(read(), domain.max_documents):
             seen += 1
-            if keep(text):
+            row = _row(document)
+            if keep(row):
                 kept += 1
-                yield {"text": text}
+                yield row
         if not kept:
             raise UserError(_nothing(where, split, seen, domain.heldout_fraction, bad))
 
@@ -163,31 +191,84 @@ def read_documents(
     return datasets.IterableDataset.from_generator(rows)
 
 
-def read_file(path: str, text_field: str, bad: BadLines, by_line: bool = False) -> Iterator[str]:
-    """The texts of one local file (.jsonl and .txt plain, .gz or .zst; .parquet), in order.
+def document_of(row: dict[str, str]) -> Document:
+    """The document of a row that `read_documents` gives."""
+    return row["text"] if "text" in row else Example(**row)
 
-    In a text file, documents are separated by blank lines; with `by_line`, each line is one.
+
+def read_file(path: str, domain: "Domain", bad: BadLines) -> Iterator[Document]:
+    """The documents of one local file (.jsonl and .txt plain, .gz or .zst; .parquet), in order.
+
+    In a text file, documents are separated by blank lines, or lines (`txt_documents`).
     """
-    if path.endswith(".parquet"):
-        return _read_parquet(path, text_field, bad)
     if ".txt" in Path(path).suffixes:
-        return _read_text(path, bad, by_line)
-    return _read_jsonl(path, text_field, bad)
+        return _read_text(path, bad, domain.txt_documents == "line")
+    rows = _read_parquet if path.endswith(".parquet") else _read_jsonl
+    return rows(path, _Fields.of(domain), bad)
 
 
-def _everything(text: str) -> bool:
+@dataclass(frozen=True)
+class _Fields:
+    """Which fields of a row make a document, and what it is then."""
+
+    needed: list[str]
+    optional: list[str]
+    instruction: bool
+
+    @classmethod
+    def of(cls, domain: "Domain") -> "_Fields":
+        if domain.instruction is None:
+            return cls([domain.text_field], [], False)
+        names = domain.instruction
+        return cls([names.prompt, names.response], [names.input] if names.input else [], True)
+
+    def document(self, row: dict[str, Any]) -> tuple[Document, str | None]:
+        """The document, and why it cannot be used (or None)."""
+        values = [row[name] for name in self.needed]
+        more = ["" if row.get(name) is None else row[name] for name in self.optional]
+        for name, value in zip(self.needed, values, strict=True):
+            if reason := _problem(value):
+                return "", reason.replace(
+                    "the text", f"{name!r}" if self.instruction else "the text"
+                )
+        if not self.instruction:
+            return values[0], None
+        context = more[0] if more else ""
+        if context != "" and (reason := _problem(context)) and "empty" not in reason:
+            return "", reason.replace("the text", f"{self.optional[0]!r}")
+        return Example(values[0], context, values[1]), None
+
+
+def _row(document: Document) -> dict[str, str]:
+    return {"text": document} if isinstance(document, str) else document._asdict()
+
+
+def _digest(row: dict[str, str], salt: str = "") -> int:
+    """64 bits of a hash of a document."""
+    content = "\0".join([salt, *row.values()]) if salt or len(row) > 1 else row["text"]
+    return int.from_bytes(hashlib.sha1(content.encode()).digest()[:8], "big")
+
+
+Keep = Callable[[dict[str, str]], bool]
+
+
+def _everything(row: dict[str, str]) -> bool:
     return True
 
 
-def _side(heldout: bool, fraction: float) -> Callable[[str], bool]:
-    """Which texts fall on the wanted side of the split by hash."""
+def _side(heldout: bool, fraction: float) -> Keep:
+    """Which documents fall on the wanted side of the split by hash."""
     limit = fraction * 2**64
+    return lambda row: (_digest(row) < limit) == heldout
 
-    def keep(text: str) -> bool:
-        value = int.from_bytes(hashlib.sha1(text.encode()).digest()[:8], "big")
-        return (value < limit) == heldout
 
-    return keep
+def _sampled(fraction: float, seed: int) -> Keep:
+    limit = fraction * 2**64
+    return lambda row: _digest(row, f"sample {seed}") < limit
+
+
+def _and(first: Keep, second: Keep) -> Keep:
+    return lambda row: first(row) and second(row)
 
 
 def _nothing(where: str, split: str, seen: int, fraction: float, bad: BadLines) -> str:
@@ -232,11 +313,16 @@ def _problem(text: object) -> str | None:
     return None
 
 
-def _no_field(where: str, text_field: str, fields: Iterable[str]) -> UserError:
-    names = ", ".join(sorted(map(repr, fields))) or "none"
+def _no_field(where: str, wanted: _Fields, seen: Iterable[str]) -> UserError:
+    names = ", ".join(sorted(map(repr, seen))) or "none"
+    missing = " and ".join(repr(n) for n in wanted.needed if n not in set(seen))
+    fix = (
+        "Set `prompt`, `input` and `response` of the domain's `instruction`."
+        if wanted.instruction
+        else "Set `text_field` of the domain to the one that holds the text."
+    )
     return UserError(
-        f"{where}: no row has the text field {text_field!r}; fields seen: {names}. "
-        "Set `text_field` of the domain to the one that holds the text."
+        f"{where}: no row has the field {missing or wanted.needed}; fields seen: {names}. {fix}"
     )
 
 
@@ -292,9 +378,9 @@ def _lines(path: str, bad: BadLines) -> Iterator[tuple[int, bytes]]:
             yield number + 1, last
 
 
-def _read_jsonl(path: str, text_field: str, bad: BadLines) -> Iterator[str]:
+def _read_jsonl(path: str, fields: _Fields, bad: BadLines) -> Iterator[Document]:
     found = False
-    fields: set[str] = set()
+    seen: set[str] = set()
     for number, line in _lines(path, bad):
         if not line.strip():
             continue
@@ -306,19 +392,21 @@ def _read_jsonl(path: str, text_field: str, bad: BadLines) -> Iterator[str]:
         if not isinstance(row, dict):
             bad.add(path, number, f"not a JSON object but {type(row).__name__}")
             continue
-        if text_field not in row:
-            fields |= row.keys()
+        missing = [name for name in fields.needed if name not in row]
+        if missing:
+            seen |= row.keys()
             if not found and bad.count >= bad.budget:  # the likelier mistake is the field's name
-                raise _no_field(path, text_field, fields)
-            bad.add(path, number, f"no field {text_field!r}")
+                raise _no_field(path, fields, seen)
+            bad.add(path, number, f"no field {missing[0]!r}")
             continue
         found = True
-        if reason := _problem(row[text_field]):
+        document, reason = fields.document(row)
+        if reason:
             bad.add(path, number, reason)
         else:
-            yield row[text_field]
-    if fields and not found:
-        raise _no_field(path, text_field, fields)
+            yield document
+    if seen and not found:
+        raise _no_field(path, fields, seen)
 
 
 def _read_text(path: str, bad: BadLines, by_line: bool) -> Iterator[str]:
@@ -339,56 +427,58 @@ def _read_text(path: str, bad: BadLines, by_line: bool) -> Iterator[str]:
             block = []
 
 
-def _read_parquet(path: str, text_field: str, bad: BadLines) -> Iterator[str]:
+def _read_parquet(path: str, fields: _Fields, bad: BadLines) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if text_field not in file.schema_arrow.names:
-                raise _no_field(path, text_field, file.schema_arrow.names)
-            for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
+            names = file.schema_arrow.names
+            if not set(fields.needed) <= set(names):
+                raise _no_field(path, fields, names)
+            columns = [n for n in fields.needed + fields.optional if n in names]
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                for row in batch.to_pylist():
                     number += 1
-                    if reason := _problem(text):
+                    document, reason = fields.document(row)
+                    if reason:
                         bad.add(path, number, reason)
                     else:
-                        yield text
+                        yield document
     except (pyarrow.ArrowException, OSError) as error:
         bad.add(path, number + 1, f"damaged parquet file: {str(error).splitlines()[0]}")
 
 
-def _from_hub(
-    domain: "Domain", split: str, keep: Callable[[str], bool], bad: BadLines
-) -> "IterableDataset":
+def _from_hub(domain: "Domain", split: str, keep: Keep, bad: BadLines) -> "IterableDataset":
     """A data set of the hub (or a folder in its layout), streamed."""
     import datasets
 
-    name, text_field = domain.hub or "", domain.text_field
+    name, fields = domain.hub or "", _Fields.of(domain)
     try:
         rows = datasets.load_dataset(
             name, domain.hub_config, split=split, revision=domain.revision, streaming=True
         )
-        fields = rows.column_names or list(next(iter(rows), {}))
+        columns = rows.column_names or list(next(iter(rows), {}))
     except Exception as error:  # many kinds: no network, no such name, config, split, revision
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(
             f"data set {name!r}, split {split!r}, cannot be opened ({type(error).__name__}: "
             f"{reason}). Check `hub`, `hub_config`, `split`, `revision` and the network."
         ) from None
-    if text_field not in fields:
-        raise _no_field(f"data set {name!r}, split {split!r}", text_field, fields)
+    if not set(fields.needed) <= set(columns):
+        raise _no_field(f"data set {name!r}, split {split!r}", fields, columns)
     where = f"{name}/{split}"
 
     def wanted(row: dict, index: int) -> bool:
-        if reason := _problem(row[text_field]):
+        document, reason = fields.document(row)
+        if reason:
             bad.add(where, index + 1, reason)
             return False
-        return keep(row[text_field])
+        return keep(_row(document))
 
     if domain.max_documents:
         rows = rows.take(domain.max_documents)
     return rows.filter(wanted, with_indices=True).map(
-        lambda row: {"text": row[text_field]}, remove_columns=fields
+        lambda row: _row(fields.document(row)[0]), remove_columns=columns
     )

@@ -5,6 +5,9 @@ belongs to virtual stream i % V, where V is the number of sequences of a step. E
 its own documents and gives one sequence a step; rank r owns the streams v with v % ranks == r and
 tokenizes only those. So what a step consists of does not depend on the number of ranks, and the
 place where a stream stands is two numbers: its document and the token in it.
+
+Texts are cut where a sequence ends; instruction examples are not, so a sequence that has no room
+for the next example is padded.
 """
 
 from collections import deque
@@ -16,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
+from pipeline.data.instruct import Document, Example, example_texts
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,11 +37,14 @@ class Sequence:
     words: int32 [length], which whole word of the sequence a token belongs to, counted from 0;
         -1 on special tokens and padding, and everywhere for causal models.
     segments: int16 [length], which document of the pack a token belongs to; -1 on padding.
+    predicted: bool [length], which tokens a causal model learns to predict: all of a text, the
+        response of an example, no padding.
     """
 
     ids: np.ndarray
     words: np.ndarray
     segments: np.ndarray
+    predicted: np.ndarray
 
 
 class PackedStream(IterableDataset):
@@ -46,7 +53,10 @@ class PackedStream(IterableDataset):
     Iterating never ends: epochs repeat with new shuffles. `documents(e)` gives the documents of
     epoch e = 0, 1, ... in a fixed order. For masked models every piece of a document is
     `<s> ... </s>`, and a sequence may hold several pieces; for causal models (`masked=False`) the
-    documents, each `bos? ... eos`, are concatenated and cut.
+    documents, each `bos? ... eos`, are concatenated and cut. An instruction example (causal models
+    only) is `bos? prompt response eos`, or what `template="chat"` makes of it; it is never cut and
+    left out if it is longer than a sequence. Several share one sequence unless `pack_examples` is
+    off.
 
     A state is a small JSON-able dict. It speaks for this rank's streams only: to go on with
     another number of ranks, gather the states of all ranks and `merge_states` them.
@@ -59,7 +69,7 @@ class PackedStream(IterableDataset):
 
     def __init__(
         self,
-        documents: Callable[[int], Iterable[str]],
+        documents: Callable[[int], Iterable[Document]],
         tokenizer: "PreTrainedTokenizerFast",
         length: int,
         streams: int,
@@ -69,11 +79,13 @@ class PackedStream(IterableDataset):
         seed: int = 0,
         shuffle_window: int = 1024,
         masked: bool = True,
+        template: str = "alpaca",
+        pack_examples: bool = True,
     ):
         if streams % world_size:
             raise ValueError(f"{streams} streams cannot be shared evenly by {world_size} ranks")
         self.documents = documents
-        self.encoder = _Encoder.of(tokenizer, length, masked)
+        self.encoder = _Encoder.of(tokenizer, length, masked, template, pack_examples)
         self.length, self.streams = length, streams
         self.owned = range(rank, streams, world_size)
         self.seed, self.shuffle_window = seed, shuffle_window
@@ -110,13 +122,13 @@ class PackedStream(IterableDataset):
             raise UserError("packing is sequential: use at most one worker (data.workers=1)")
         start = self._start
         positions = {v: start["positions"][str(v)] for v in self.owned}
-        texts: dict[int, deque[str]] = {v: deque() for v in self.owned}
+        texts: dict[int, deque[Document]] = {v: deque() for v in self.owned}
         windows = self._windows(start["epoch"], start["first"])
         # (epoch, number of its first document), of every epoch that a stream may still stand in
         epochs = deque([(start["epoch"], start["first"])])
 
-        def puller(stream: int) -> Callable[[], list[str]]:
-            def pull() -> list[str]:
+        def puller(stream: int) -> Callable[[], list[Document]]:
+            def pull() -> list[Document]:
                 waiting = texts[stream]
                 while not waiting:
                     epoch, first, window = next(windows)
@@ -150,10 +162,10 @@ class PackedStream(IterableDataset):
             }
             yield sequences, state
 
-    def _windows(self, epoch: int, first: int) -> Iterator[tuple[int, int, list[str]]]:
+    def _windows(self, epoch: int, first: int) -> Iterator[tuple[int, int, list[Document]]]:
         """(epoch, number of the first document, shuffled documents), window after window."""
         for e in count(epoch):
-            documents = (text for text in self.documents(e) if text.strip())
+            documents = (d for d in self.documents(e) if not _blank(d))
             start = first
             for w in count():
                 window = list(islice(documents, self.shuffle_window))
@@ -177,18 +189,20 @@ def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def heldout_sequences(
-    documents: Iterable[str],
+    documents: Iterable[Document],
     tokenizer: "PreTrainedTokenizerFast",
     length: int,
     count: int,
     masked: bool,
+    template: str = "alpaca",
+    pack_examples: bool = True,
 ) -> list[Sequence]:
     """The first `count` sequences of the documents packed in order, fewer if the text ends before.
 
     The last one may be padded. Raises UserError if there is no text.
     """
-    encoder = _Encoder.of(tokenizer, length, masked)
-    texts = (text for text in documents if text.strip())
+    encoder = _Encoder.of(tokenizer, length, masked, template, pack_examples)
+    texts = (d for d in documents if not _blank(d))
     cursor = _Cursor(lambda: list(islice(texts, BATCH)), encoder)
     packed = iter(lambda: encoder.pack(cursor, length), None)
     sequences = list(islice(packed, count))
@@ -197,18 +211,55 @@ def heldout_sequences(
     return sequences
 
 
+def example_lengths(
+    examples: Iterable[Example], tokenizer: "PreTrainedTokenizerFast", template: str
+) -> Iterator[tuple[int, int]]:
+    """(tokens of the prompt, tokens of the whole) of each example, as a stream encodes them."""
+    encoder = _Encoder.of(tokenizer, 1 << 40, False, template, True)
+    examples = iter(examples)
+    while batch := list(islice(examples, BATCH)):
+        for tokens in encoder.encode(batch):
+            yield tokens.prompt, len(tokens.ids)
+
+
+def _blank(document: Document) -> bool:
+    return isinstance(document, str) and not document.strip()
+
+
+@dataclass
+class _Tokens:
+    """A tokenized document: ids and words int32 [n]; the first `prompt` tokens of an example are
+    not predicted, and it is not cut."""
+
+    ids: np.ndarray
+    words: np.ndarray
+    prompt: int = 0
+    whole: bool = False
+
+
 @dataclass
 class _Encoder:
     """Text to tokens, and tokens to sequences, for one kind of model."""
 
-    backend: Any  # tokenizers.Tokenizer
+    tokenizer: "PreTrainedTokenizerFast"
+    backend: Any  # tokenizers.Tokenizer, to which special tokens in a document are text
     masked: bool
     before: list[int]  # special tokens before a piece (masked) or document (causal)
     after: list[int]
     pad: int
+    length: int
+    template: str
+    pack_examples: bool
 
     @classmethod
-    def of(cls, tokenizer: "PreTrainedTokenizerFast", length: int, masked: bool) -> "_Encoder":
+    def of(
+        cls,
+        tokenizer: "PreTrainedTokenizerFast",
+        length: int,
+        masked: bool,
+        template: str,
+        pack_examples: bool,
+    ) -> "_Encoder":
         from tokenizers import Tokenizer
 
         needed = ["mask_token", "pad_token", "cls_token", "sep_token"] if masked else ["eos_token"]
@@ -226,49 +277,85 @@ class _Encoder:
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = True  # "</s>" in a document is text
-        before = tokenizer.cls_token_id if masked else tokenizer.bos_token_id
-        # many causal tokenizers name one token as both ends; once is enough
-        if not masked and before == tokenizer.eos_token_id:
-            before = None
+        if masked:
+            before = [tokenizer.cls_token_id]
+        else:  # a text begins as the tokenizer itself begins it: Llama-2's with bos, GPT-2's not
+            added = tokenizer.bos_token_id in tokenizer("a")["input_ids"][:1]
+            before = [tokenizer.bos_token_id] if added else []
         after = tokenizer.sep_token_id if masked else tokenizer.eos_token_id
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else after
-        return cls(backend, masked, [] if before is None else [before], [after], pad)
+        return cls(
+            tokenizer, backend, masked, before, [after], pad, length, template, pack_examples
+        )
 
-    def encode(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids, words) of each text, int32; without special tokens for masked models."""
+    def encode(self, documents: list[Document]) -> list[_Tokens]:
+        """Without special tokens for masked models; nothing of an example that is too long."""
+        texts = [d for d in documents if isinstance(d, str)]
+        examples = [d for d in documents if not isinstance(d, str)]
+        encoded = iter(self._encode_texts(texts) if texts else [])
+        answered = iter(self._encode_examples(examples) if examples else [])
+        return [next(encoded if isinstance(d, str) else answered) for d in documents]
+
+    def _encode_texts(self, texts: list[str]) -> list[_Tokens]:
         if self.masked:
             encoded = self.backend.encode_batch(texts, add_special_tokens=False)
-            return [(np.array(e.ids, np.int32), _words(e.word_ids)) for e in encoded]
+            return [_Tokens(np.array(e.ids, np.int32), _words(e.word_ids)) for e in encoded]
         encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         ids = [np.array(self.before + e.ids + self.after, np.int32) for e in encoded]
-        return [(i, np.full_like(i, -1)) for i in ids]
+        return [_Tokens(i, np.full_like(i, -1)) for i in ids]
+
+    def _encode_examples(self, examples: list[Example]) -> list[_Tokens]:
+        pairs = [example_texts(self.template, self.tokenizer, e) for e in examples]
+        prompts, responses = (list(texts) for texts in zip(*pairs, strict=True))
+        chat = self.template == "chat"  # its special tokens stand in the text
+        self.backend.encode_special_tokens = not chat
+        try:
+            heads = self.backend.encode_batch_fast(prompts, add_special_tokens=False)
+            tails = self.backend.encode_batch_fast(responses, add_special_tokens=False)
+        finally:
+            self.backend.encode_special_tokens = True
+        found = []
+        for head, tail in zip(heads, tails, strict=True):
+            prompt = head.ids if chat else self.before + head.ids
+            ids = np.array(prompt + tail.ids + ([] if chat else self.after), np.int32)
+            if len(ids) > self.length:
+                ids = ids[:0]
+            found.append(_Tokens(ids, np.full_like(ids, -1), len(prompt), whole=True))
+        return found
 
     def pack(self, cursor: "_Cursor", length: int) -> Sequence | None:
         """The next sequence, or None at the end of the text."""
         ids = np.full(length, self.pad, np.int32)
         words = np.full(length, -1, np.int32)
         segments = np.full(length, -1, np.int16)
+        predicted = np.zeros(length, bool)
         ends = [self.before, self.after] if self.masked else [[], []]
         used = segment = next_word = 0
         while tokens := cursor.tokens():
-            rest, rest_words = (part[cursor.offset :] for part in tokens)
+            rest, rest_words = tokens.ids[cursor.offset :], tokens.words[cursor.offset :]
             room = length - used - len(ends[0]) - len(ends[1])
             take = self._piece(len(rest), room, first=used == 0)
-            if take == 0:
+            if take == 0 or (tokens.whole and take < len(rest)):
+                break
+            alone = tokens.whole and not self.pack_examples
+            if alone and used:
                 break
             start, stop = used + len(ends[0]), used + len(ends[0]) + take
             end = stop + len(ends[1])
             ids[used:start], ids[start:stop], ids[stop:end] = ends[0], rest[:take], ends[1]
             segments[used:end] = segment
+            predicted[used:end] = np.arange(cursor.offset, cursor.offset + end - used) >= (
+                tokens.prompt
+            )
             if self.masked:
                 # a word cut by the end of a piece counts as two
                 words[start:stop] = rest_words[:take] - rest_words[0] + next_word
                 next_word = int(words[stop - 1]) + 1
             used, segment = end, segment + 1
             cursor.advance(take)
-            if used == length:
+            if used == length or alone:
                 break
-        return Sequence(ids, words, segments) if used else None
+        return Sequence(ids, words, segments, predicted) if used else None
 
     def _piece(self, rest: int, room: int, first: bool) -> int:
         """How many of the `rest` tokens of a document to put into `room`; 0: pad instead."""
@@ -286,14 +373,14 @@ class _Encoder:
 class _Cursor:
     """Where a stream stands: `document` counts those used up, `offset` the tokens of the next."""
 
-    pull: Callable[[], list[str]]  # more texts, or none at the end
+    pull: Callable[[], list[Document]]  # more texts, or none at the end
     encoder: _Encoder
     document: int = 0
     offset: int = 0
-    encoded: deque[tuple[np.ndarray, np.ndarray]] = field(default_factory=deque)
+    encoded: deque[_Tokens] = field(default_factory=deque)
 
-    def tokens(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """(ids, words) of the whole current document, or None at the end of the text."""
+    def tokens(self) -> _Tokens | None:
+        """Of the whole current document, or None at the end of the text."""
         while not self.encoded:
             texts = self.pull()
             if not texts:
@@ -307,8 +394,8 @@ class _Cursor:
         self._skip_used()
 
     def _skip_used(self) -> None:
-        """Go on to a document with tokens left (a tokenizer may give none for odd text)."""
-        while self.encoded and self.offset >= len(self.encoded[0][0]):
+        """Go on to a document with tokens left (none: too long, or odd text)."""
+        while self.encoded and self.offset >= len(self.encoded[0].ids):
             self.encoded.popleft()
             self.document, self.offset = self.document + 1, 0
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig
 
 from pipeline.errors import UserError
+from pipeline.model.gguf import local_weights
 from pipeline.model.lora import (
     add_adapter,
     base_of,
@@ -48,7 +49,8 @@ def load_config(model: Model, vocab_size: int | None = None) -> PretrainedConfig
                 f"{base_of(str(model.path))[0]}"
             )
         try:
-            config = AutoConfig.from_pretrained(str(model.path), revision=model.revision)
+            source = local_weights(str(model.path))
+            config = AutoConfig.from_pretrained(source, revision=model.revision)
         except (OSError, ValueError) as error:
             raise UserError(f"model.path: cannot load {model.path!r}: {error}") from None
     for key, value in model.overrides.items():
@@ -91,7 +93,7 @@ def build_model(
     weights from `seed` (without an adapter: it belongs to weights that can be loaded again).
     """
     auto = AUTO[model.objective]
-    source = checkpoint or model.path
+    source = checkpoint or (model.path and local_weights(model.path))
     kwargs: dict[str, Any] = {"attn_implementation": model.attention, "dtype": torch.float32}
     try:
         if source is None:
@@ -151,8 +153,9 @@ def load_for_evaluation(
     objective: Literal["masked", "causal"],
     attention: str,
     revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """A model or an adapter with its base, in fp32 on the CPU, in eval mode.
+    """A model or an adapter with its base, on the CPU, in eval mode.
 
     Raises:
         UserError: the adapter's base model is gone.
@@ -160,8 +163,9 @@ def load_for_evaluation(
     adapter = checkpoint if is_adapter(checkpoint) else None
     if adapter is not None:
         checkpoint, revision = base_of(adapter)
+    checkpoint = local_weights(str(checkpoint))
     net = AUTO[objective].from_pretrained(
-        checkpoint, dtype=torch.float32, attn_implementation=attention, revision=revision
+        checkpoint, dtype=dtype, attn_implementation=attention, revision=revision
     )
     if adapter is not None:
         load_adapter(net, adapter)

@@ -43,7 +43,8 @@ def base_of(adapter: str | Path) -> tuple[str, str | None]:
     if not base:
         raise UserError(f"{adapter}: {ADAPTER} names no base model (base_model_name_or_path)")
     if Path(base).is_absolute() and not Path(base).exists():
-        moved = Path(adapter).resolve().parents[1] / Path(*Path(base).parts[-2:])
+        stages = [p for p in Path(adapter).resolve().parents if p.name == "stages"]
+        moved = (stages or [Path(adapter)])[0] / Path(*Path(base).parts[-2:])
         if not moved.exists():
             raise UserError(
                 f"{adapter}: its base model {base} is gone; put it back, or correct "

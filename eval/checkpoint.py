@@ -1,0 +1,163 @@
+"""Everything that is measured of one checkpoint: held-out loss, benchmarks, HumanEval.
+
+`launch/evaluate.py` runs `measure_share` once per rank, each in a process of its own and on its
+share of the work; `merge` puts the shares together. A part that fails leaves the others whole.
+"""
+
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
+
+from eval import benchmarks, humaneval, lm, sandbox
+from pipeline.data.heldout import load_heldout
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.errors import UserError
+from pipeline.model.gguf import local_weights
+from pipeline.model.load import load_for_evaluation
+from pipeline.recipe import Evaluation
+from pipeline.run import RESULTS
+
+SUFFIXES = {"heldout": "npz", "benchmarks": "json", "humaneval": "jsonl"}
+
+
+@dataclass
+class Checkpoint:
+    """A model to measure, loaded when it is first needed."""
+
+    path: str
+    revision: str | None
+    tokenizer_path: str | None  # default: the checkpoint's own
+    objective: Literal["masked", "causal"]
+    precision: Literal["fp32", "bf16"]
+    attention: str
+    device: str
+
+    @cached_property
+    def model(self) -> Any:
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        net = load_for_evaluation(self.path, self.objective, self.attention, self.revision, dtype)
+        return net.to(self.device)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return load_tokenizer(local_weights(self.tokenizer_path or self.path), self.revision)
+
+
+def check(settings: Evaluation) -> None:
+    """Whether this machine can do what the recipe asks for, before any training.
+
+    Raises:
+        UserError: no sandbox for generated programs, an unknown benchmark, unusable local files.
+    """
+    if settings.humaneval:
+        humaneval.load_problems(settings.humaneval.limit)
+        sandbox.probe(settings.humaneval.sandbox)
+    if settings.benchmarks:
+        benchmarks.check(settings.benchmarks, settings.benchmark_files)
+
+
+def part(folder: Path, kind: str, rank: int) -> Path:
+    """Where a share of a result lies until it is merged."""
+    return folder / f"share-{rank}.{kind}.{SUFFIXES[kind]}"
+
+
+def failure(folder: Path, kind: str, rank: int) -> Path:
+    """Holds the reason where a share could not be measured."""
+    return folder / f"share-{rank}.{kind}.failed"
+
+
+def measure_share(
+    checkpoint: Checkpoint,
+    kinds: list[str],
+    settings: Evaluation,
+    heldout: Path | None,
+    folder: Path,
+    share: tuple[int, int],
+    seed: int = 0,
+) -> list[str]:
+    """Measure a share of each kind and write it into `folder`; the reasons of those that failed."""
+    disable_progress_bar()
+    failed = []
+    for kind in kinds:
+        output, reason = part(folder, kind, share[0]), failure(folder, kind, share[0])
+        output.unlink(missing_ok=True)
+        reason.unlink(missing_ok=True)
+        try:
+            if kind == "heldout":
+                assert heldout is not None
+                overlap = settings.overlap
+                lm.evaluate_share(
+                    checkpoint.model, heldout, output, share, settings.batch_size, overlap
+                )
+            elif kind == "benchmarks":
+                benchmarks.evaluate_share(
+                    checkpoint.model,
+                    checkpoint.tokenizer,
+                    settings.benchmarks,
+                    settings.benchmark_files,
+                    settings.unreachable,
+                    output,
+                    share,
+                    settings.batch_size,
+                )
+            else:
+                assert settings.humaneval is not None
+                humaneval.evaluate_share(
+                    checkpoint.model, checkpoint.tokenizer, settings.humaneval, seed, output, share
+                )
+        except UserError as error:
+            failed.append(f"{kind}: {error}")
+        except Exception as error:  # the other kinds go on
+            traceback.print_exc(file=sys.stderr)
+            failed.append(f"{kind}: {type(error).__name__}: {error}")
+        else:
+            continue
+        output.unlink(missing_ok=True)
+        reason.write_text(failed[-1])
+    return failed
+
+
+def merge(
+    folder: Path,
+    kinds: list[str],
+    shares: int,
+    settings: Evaluation,
+    heldout: Path | None,
+    threshold: float,
+    info: dict[str, Any],
+) -> list[str]:
+    """Put the shares together to the files of `pipeline.run.RESULTS`; the reasons of failures."""
+    failed = []
+    for kind in kinds:
+        reasons = [f for r in range(shares) if (f := failure(folder, kind, r)).is_file()]
+        parts = [part(folder, kind, r) for r in range(shares)]
+        output = folder / RESULTS[kind]
+        described = {**info, "precision": settings.precision}
+        if reasons or not all(p.is_file() for p in parts):
+            failed.append(reasons[0].read_text() if reasons else f"{kind}: a process was killed")
+            for file in [*reasons, *parts]:
+                file.unlink(missing_ok=True)
+        elif kind == "heldout":
+            assert heldout is not None
+            lm.merge_shares(parts, heldout, output, threshold, described)
+        else:
+            described["seconds"] = round(time.time() - described.pop("started"), 2)
+            if kind == "benchmarks":
+                benchmarks.merge_shares(parts, output, described)
+            else:
+                assert settings.humaneval is not None
+                humaneval.merge_shares(parts, output, settings.humaneval, described)
+    return failed
+
+
+def objective_of(heldout: Path | None) -> Literal["masked", "causal"]:
+    """Of the checkpoint: what the held-out text was made for; tasks need a causal model."""
+    return load_heldout(heldout)[0]["objective"] if heldout else "causal"

@@ -1,0 +1,42 @@
+"""What the training commands share: check, train stage by stage, measure, report."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from eval.checkpoint import check
+from eval.process import evaluate_in_processes
+from eval.report.page import write_report
+from eval.summary import print_summary
+from pipeline.dry_run import describe_run
+from pipeline.engine.config import resolve_engine_config
+from pipeline.engine.zero import start_distributed
+from pipeline.ranks import on_rank0, rank, world_size
+from pipeline.recipe import load_recipe
+from pipeline.run import run_recipe
+from pipeline.run_folder import restart
+
+
+def measured_run(args: argparse.Namespace) -> None:
+    """Run the recipe that the command line names; every rank calls this.
+
+    Raises:
+        UserError: whatever in the recipe, the configuration or the machine does not fit.
+        TrainingStopped: the loss is no number any more.
+    """
+    recipe = load_recipe(args.recipe, args.overrides)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    engine_config = resolve_engine_config(args.config, recipe, world_size(), device)
+    if args.dry_run:
+        if rank() == 0:
+            check(recipe.evaluate)
+            print(describe_run(recipe, engine_config, world_size()))
+        return
+    start_distributed()
+    on_rank0(lambda: check(recipe.evaluate))
+    if args.restart:
+        on_rank0(lambda: restart(Path(args.runs), recipe))
+    page = run_recipe(recipe, engine_config, Path(args.runs), evaluate_in_processes, write_report)
+    if rank() == 0:
+        print_summary(page)

@@ -1,0 +1,125 @@
+"""Instruction examples: their text in a prompt template, and their tokens.
+
+A document of a corpus is a text, or an `Example`: a prompt and the response to learn. Only the
+response's tokens are predicted.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# As Stanford Alpaca writes them (Taori et al. 2023).
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{prompt}\n\n### Response:\n"
+)
+ALPACA_CONTEXT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{prompt}\n\n### Input:\n{context}\n\n### Response:\n"
+)
+
+
+class Example(NamedTuple):
+    """One instruction; `context` may be empty."""
+
+    prompt: str
+    context: str
+    response: str
+
+
+Document = str | Example
+
+
+def prompt_text(
+    template: str, tokenizer: "PreTrainedTokenizerFast", prompt: str, context: str | None = None
+) -> str:
+    """What stands before the response. template: "alpaca", or "chat" for the tokenizer's own.
+
+    Raises:
+        UserError: the tokenizer has no chat template.
+    """
+    if template == "chat":
+        return _chat(tokenizer, [_user(prompt, context)], add_generation_prompt=True)
+    if context:
+        return ALPACA_CONTEXT.format(prompt=prompt, context=context)
+    return ALPACA.format(prompt=prompt)
+
+
+def example_texts(
+    template: str, tokenizer: "PreTrainedTokenizerFast", example: Example
+) -> tuple[str, str]:
+    """(prompt, response) as they are tokenized. A chat's response ends as its template ends it.
+
+    Raises:
+        UserError: the tokenizer's chat template does not continue its own prompt.
+    """
+    prompt = prompt_text(template, tokenizer, example.prompt, example.context)
+    if template != "chat":
+        return prompt, example.response
+    answer = {"role": "assistant", "content": example.response}
+    whole = _chat(tokenizer, [_user(example.prompt, example.context), answer])
+    if not whole.startswith(prompt):
+        raise UserError(
+            "data.template: this tokenizer's chat template writes the prompt of a finished "
+            "conversation differently from that of an open one; use data.template=alpaca"
+        )
+    return prompt, whole[len(prompt) :]
+
+
+def _user(prompt: str, context: str | None) -> dict[str, str]:
+    return {"role": "user", "content": f"{prompt}\n\n{context}" if context else prompt}
+
+
+def _chat(tokenizer: Any, messages: list[dict[str, str]], **options: bool) -> str:
+    if not tokenizer.chat_template:
+        raise UserError("data.template: the tokenizer has no chat template; use `alpaca`")
+    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+
+@dataclass
+class ExampleStatistics:
+    """What the examples of a stage are, in tokens of the model's tokenizer."""
+
+    examples: int = 0  # those that are trained on
+    too_long: int = 0  # left out: longer than a sequence
+    longest: int = 0  # tokens, also of those left out
+    tokens: int = 0
+    response_tokens: int = 0  # the predicted ones
+    sequences: int = 0  # that one epoch fills
+
+    def describe(self, length: int) -> str:
+        """One line for people. length: tokens of a sequence."""
+        left_out = (
+            f", {self.too_long:,} longer than {length} tokens left out" if self.too_long else ""
+        )
+        return (
+            f"{self.examples:,} examples ({self.tokens:,} tokens, {self.response_tokens:,} of them "
+            f"in responses) in {self.sequences:,} sequences{left_out}"
+        )
+
+
+def example_statistics(
+    lengths: Iterable[tuple[int, int]], length: int, packed: bool
+) -> ExampleStatistics:
+    """lengths: (prompt tokens, all tokens) of every example; packed: several share a sequence."""
+    found = ExampleStatistics()
+    room = 0
+    for prompt, tokens in lengths:
+        found.longest = max(found.longest, tokens)
+        if tokens > length:
+            found.too_long += 1
+            continue
+        found.examples += 1
+        found.tokens += tokens
+        found.response_tokens += tokens - prompt
+        if tokens > room or not packed:
+            found.sequences += 1
+            room = length
+        room -= tokens
+    return found

