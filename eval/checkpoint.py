@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from eval import benchmarks, humaneval, lm, sandbox
+from eval import lm
 from pipeline.data.heldout import load_heldout
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
@@ -57,10 +57,15 @@ def check(settings: Evaluation) -> None:
     Raises:
         UserError: no sandbox for generated programs, an unknown benchmark, unusable local files.
     """
+    # Imported where they are used: lm-eval takes seconds, and a masked LM needs none of this.
     if settings.humaneval:
+        from eval import humaneval, sandbox
+
         humaneval.load_problems(settings.humaneval.limit)
         sandbox.probe(settings.humaneval.sandbox)
     if settings.benchmarks:
+        from eval import benchmarks
+
         benchmarks.check(settings.benchmarks, settings.benchmark_files)
 
 
@@ -98,6 +103,8 @@ def measure_share(
                     checkpoint.model, heldout, output, share, settings.batch_size, overlap
                 )
             elif kind == "benchmarks":
+                from eval import benchmarks
+
                 benchmarks.evaluate_share(
                     checkpoint.model,
                     checkpoint.tokenizer,
@@ -109,6 +116,8 @@ def measure_share(
                     settings.batch_size,
                 )
             else:
+                from eval import humaneval
+
                 assert settings.humaneval is not None
                 humaneval.evaluate_share(
                     checkpoint.model, checkpoint.tokenizer, settings.humaneval, seed, output, share
@@ -151,8 +160,12 @@ def merge(
         else:
             described["seconds"] = round(time.time() - described.pop("started"), 2)
             if kind == "benchmarks":
+                from eval import benchmarks
+
                 benchmarks.merge_shares(parts, output, described)
             else:
+                from eval import humaneval
+
                 assert settings.humaneval is not None
                 humaneval.merge_shares(parts, output, settings.humaneval, described)
     return failed
