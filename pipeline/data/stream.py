@@ -12,6 +12,7 @@ for the next example is padded.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any
@@ -288,7 +289,7 @@ class _Encoder:
             tokenizer, backend, masked, before, [after], pad, length, template, pack_examples
         )
 
-    def encode(self, documents: list[Document]) -> list[_Tokens]:
+    def encode(self, documents: Items[Document]) -> list[_Tokens]:
         """Without special tokens for masked models; nothing of an example that is too long."""
         texts = [d for d in documents if isinstance(d, str)]
         examples = [d for d in documents if not isinstance(d, str)]

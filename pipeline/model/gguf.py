@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 from pipeline.data.embedded import cache_dir
 from pipeline.errors import UserError
@@ -70,7 +71,7 @@ def _convert(file: Path, target: Path) -> None:
     level = noisy.level
     noisy.setLevel(logging.ERROR)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             str(file.parent), gguf_file=file.name, dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)

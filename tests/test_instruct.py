@@ -1,0 +1,239 @@
+"""Instruction data: what is read, how it is tokenized and packed, and what the loss sees."""
+
+import ast
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pipeline.data import embedded
+from pipeline.data.batches import example, plan_stage
+from pipeline.data.instruct import Example, example_statistics, prompt_text
+from pipeline.data.mlm import collate_causal
+from pipeline.data.reader import BadLines, document_of, read_documents
+from pipeline.data.stream import PackedStream, example_lengths, heldout_sequences
+from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
+from pipeline.errors import UserError
+from pipeline.recipe import Domain, Instruction, load_recipe
+
+TEXT = "write a function that adds two numbers and returns the sum of all of them"
+WORDS = TEXT.split()
+CHAT = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, 30)) for _ in range(200)]
+    tokenizer = train_tokenizer([*texts, prompt_text("alpaca", None, "a", "b")], 400)
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def examples(count: int, seed: int = 0) -> list[Example]:
+    rng = np.random.default_rng(seed)
+
+    def words(most: int) -> str:
+        return " ".join(rng.choice(WORDS, rng.integers(1, most)))
+
+    return [Example(words(8), words(4) if i % 3 else "", words(20)) for i in range(count)]
+
+
+def sequences_of(items, tokenizer, length=96, template="alpaca", pack=True):
+    return heldout_sequences(items, tokenizer, length, 10_000, False, template, pack)
+
+
+@pytest.mark.parametrize("template", ["alpaca", "chat"])
+def test_only_the_response_is_learnt(tokenizer, template):
+    one = Example("add two numbers", "1 and 2", "the sum")
+    (sequence,) = sequences_of([one], tokenizer, template=template)
+    used = sequence.segments >= 0
+    learnt = tokenizer.decode(sequence.ids[sequence.predicted])
+    given_ = tokenizer.decode(sequence.ids[used & ~sequence.predicted])
+    assert learnt.startswith("the sum")
+    assert "</s>" in learnt  # the model learns to stop
+    assert given_.endswith(prompt_text(template, tokenizer, one.prompt, one.context))
+    assert not sequence.predicted[~used].any()
+    _, labels, _ = example(sequence, tokenizer, False, None, 0.15, False)
+    assert (labels[sequence.predicted] == sequence.ids[sequence.predicted]).all()
+    assert (labels[~sequence.predicted] == -100).all()
+
+
+def test_chat_needs_a_template(tokenizer):
+    tokenizer.chat_template = None
+    try:
+        with pytest.raises(UserError, match="no chat template"):
+            sequences_of(examples(1), tokenizer, template="chat")
+    finally:
+        tokenizer.chat_template = CHAT
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.integers(80, 200), st.booleans())
+def test_examples_are_whole_and_counted(tokenizer, seed, length, pack):
+    items = examples(40, seed)
+    lengths = list(example_lengths(items, tokenizer, "alpaca"))
+    expected = example_statistics(lengths, length, pack)
+    fitting = [n for _, n in lengths if n <= length]
+    assert expected.too_long == len(items) - len(fitting)
+    if not fitting:
+        return
+    sequences = sequences_of(items, tokenizer, length, pack=pack)
+    sizes = [int((s.segments == i).sum()) for s in sequences for i in range(s.segments.max() + 1)]
+    assert sizes == fitting  # none cut, none lost, in their order
+    assert len(sequences) == expected.sequences
+    assert sum(int(s.predicted.sum()) for s in sequences) == expected.response_tokens
+    assert pack or all(s.segments.max() == 0 for s in sequences)
+
+
+def test_packed_examples_do_not_see_each_other(tokenizer):
+    """The loss of a pack is the sum of the losses of its examples alone."""
+    config = AutoConfig.for_model(
+        "llama", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=512,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+
+    def loss(pack: bool) -> float:
+        rows = [
+            example(s, tokenizer, False, None, 0.15, False)
+            for s in sequences_of(examples(9), tokenizer, 300, pack=pack)
+        ]
+        batch = collate_causal(rows)
+        targets = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)
+        logits = model(**batch).logits.flatten(0, 1)
+        return F.cross_entropy(logits, targets.flatten(), reduction="sum").item()
+
+    with torch.no_grad():
+        assert loss(True) == pytest.approx(loss(False), rel=1e-5)
+
+
+def test_a_step_does_not_depend_on_the_ranks(tokenizer):
+    texts = [" ".join(WORDS * 3)] * 5
+    items = [*examples(60), *texts]  # a mixture of instructions and text
+
+    def steps(ranks: int) -> list[list[int]]:
+        streams = [
+            iter(PackedStream(lambda e: items, tokenizer, 96, 4, rank=r, world_size=ranks,
+                              masked=False, shuffle_window=16))
+            for r in range(ranks)
+        ]  # fmt: skip
+        found = []
+        for _ in range(8):
+            parts = [next(s)[0] for s in streams]
+            rows = [parts[v % ranks][v // ranks] for v in range(4)]
+            found.append([[*r.ids, *r.segments, *r.predicted] for r in rows])
+        return found
+
+    assert steps(1) == steps(2) == steps(4)
+
+
+def rows_file(folder: Path, rows: list[dict]) -> str:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_fields_are_configurable_and_bad_rows_counted(tmp_path):
+    rows = [{"q": f"question {i}", "more": "", "a": f"answer {i}"} for i in range(50)]
+    rows[3]["a"] = ""
+    rows[4]["q"] = None
+    rows[5]["more"] = "context"
+    file = rows_file(tmp_path, rows)
+    fields = Instruction(prompt="q", input="more", response="a")
+    domain = Domain(files=[file], instruction=fields, heldout_fraction=0.01)
+    bad = BadLines()
+    found = [document_of(row) for row in read_documents(domain, "train", bad)]
+    assert bad.count == 2
+    assert "'a'" in bad.listing()
+    assert Example("question 5", "context", "answer 5") in found
+    assert Example("question 6", "", "answer 6") in found
+    with pytest.raises(UserError, match=r"'instruction' and 'response'.*fields seen: 'a', 'more'"):
+        list(read_documents(Domain(files=[file], instruction=Instruction()), "train", BadLines(0)))
+
+
+def test_a_sample_is_seeded_and_leaves_the_heldout_side_whole(tmp_path):
+    rows = [{"instruction": f"question {i}", "response": f"answer {i}"} for i in range(2000)]
+    file = rows_file(tmp_path, rows)
+
+    def read(split="train", **options):
+        domain = Domain(files=[file], instruction=Instruction(), **options)
+        return {row["prompt"] for row in read_documents(domain, split, BadLines())}
+
+    fifth = read(sample=0.2)
+    assert 300 < len(fifth) < 460
+    assert fifth == read(sample=0.2)
+    assert fifth != read(sample=0.2, sample_seed=1)
+    assert read("heldout", sample=0.2) == read("heldout")
+    assert not fifth & read("heldout")
+
+
+def test_embedded_functions_are_programs_with_a_description(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIGU_CACHE", str(tmp_path))
+    monkeypatch.setitem(embedded.PACKAGES, "functions", [])  # the standard library alone: fast
+    found = embedded.embedded_documents("functions")
+    assert len(found) > 200
+    assert found == embedded.embedded_documents("functions")  # from the cache
+    for one in found[:50]:
+        (function,) = ast.parse(one.response).body
+        assert function.name in one.prompt
+        assert ast.get_docstring(function) is None
+
+
+def test_epochs_of_examples_are_counted_not_estimated(tmp_path, tokenizer):
+    rows = [{"instruction": e.prompt, "response": e.response} for e in examples(120)]
+    rows[0]["response"] = "sum " * 500
+    file = rows_file(tmp_path, rows)
+    (tmp_path / "recipe.yaml").write_text(f"""
+        model: {{config: {{model_type: llama}}, train_tokenizer: 400, objective: causal}}
+        data:
+          domains:
+            code: {{files: [{file}], instruction: {{}}, heldout_fraction: 0.01}}
+          sequence_length: 100
+        stages: [{{domain: code, epochs: 2.5, evaluate_every: 1}}]
+        train: {{batch_size: 4}}
+    """)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    plan = plan_stage(recipe, 1, tokenizer)
+    assert plan.examples.too_long == 1
+    assert plan.steps == int(np.ceil(2.5 * plan.examples.sequences / 4))
+    per_epoch = plan.examples.sequences / 4
+    assert plan.pauses(1) == {round(per_epoch): 1, round(2 * per_epoch): 2}
+    recipe.data.sequence_length = 16
+    with pytest.raises(UserError, match="none of the"):
+        plan_stage(recipe, 1, tokenizer)
+
+
+def test_a_sentencepiece_model_encodes_as_sentencepiece_does(tmp_path):
+    import sentencepiece
+
+    code = ["def f(x):\n    return x + 1\n", "for i in range(3):\n        print(i)\n"]
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(" ".join(WORDS) for _ in range(50)) + "".join(code * 30))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(tmp_path / "tokenizer"), vocab_size=380,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, user_defined_symbols=[],
+    )  # fmt: skip
+    original = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(tmp_path / "tokenizer.model", folder)
+    loaded = load_tokenizer(str(folder))
+    assert len(loaded) == original.vocab_size()
+    loaded.save_pretrained(tmp_path / "saved")
+    for tokenizer in (loaded, load_tokenizer(str(tmp_path / "saved"))):
+        for text in [*code, "  two  blanks", " ".join(WORDS), "é漢\t"]:
+            assert tokenizer(text)["input_ids"] == [original.bos_id(), *original.encode(text)]
+            assert tokenizer.decode(original.encode(text)) == text
