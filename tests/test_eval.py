@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from eval.lm import evaluate_share, merge_shares
 from pipeline.data.heldout import load_heldout, prepare_heldout
 from pipeline.data.tokenizer import train_tokenizer
+from pipeline.model.load import load_for_evaluation
 from pipeline.recipe import Data, Domain, Model, Recipe, Stage
 from tests.reference import MODELS
 
@@ -46,11 +47,11 @@ def prepared(request, tmp_path_factory):
 
 def evaluate(folder, name, shares, batch_size=4):
     parts = []
+    objective = load_heldout(folder / "heldout")[0]["objective"]
+    model = load_for_evaluation(folder / "checkpoint", objective, "sdpa")
     for i in range(shares):
         parts.append(folder / f"{name}-{i}.npz")
-        evaluate_share(
-            folder / "checkpoint", folder / "heldout", parts[-1], (i, shares), batch_size
-        )
+        evaluate_share(model, folder / "heldout", parts[-1], (i, shares), batch_size)
     info = {"stage": 0, "name": name, "checkpoint": "checkpoint", "started": 0.0}
     merge_shares(parts, folder / "heldout", folder / f"{name}.json", 0.7, info)
     return json.loads((folder / f"{name}.json").read_text())
