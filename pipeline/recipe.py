@@ -172,7 +172,7 @@ class Engine:
 
 @dataclass
 class Benchmark:
-    """One task of lm-eval, scored by log-likelihood (docs/evaluation.md)."""
+    """One task of lm-eval, scored by log-likelihood (docs/benchmarks.md)."""
 
     task: str | None = None  # lm-eval's name; default: the key of the entry
     shots: int = 0
@@ -183,7 +183,7 @@ class Benchmark:
 
 @dataclass
 class HumanEval:
-    """Python programs from docstrings (Chen et al. 2021), run in a sandbox (docs/evaluation.md)."""
+    """Python programs from docstrings (Chen et al. 2021), run in a sandbox (docs/sandbox.md)."""
 
     limit: int | None = None  # the first problems only
     samples: int = 0  # per problem, beside the greedy completion; 10 or more give pass@10

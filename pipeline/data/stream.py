@@ -208,7 +208,10 @@ def heldout_sequences(
     packed = iter(lambda: encoder.pack(cursor, length), None)
     sequences = list(islice(packed, count))
     if not sequences:
-        raise UserError("the corpus has no held-out document")
+        raise UserError(
+            "the corpus has no held-out document, or only examples that are longer than a sequence "
+            f"({length} tokens, data.sequence_length)"
+        )
     return sequences
 
 
