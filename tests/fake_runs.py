@@ -1,10 +1,12 @@
 """Run folders as training would leave them, with invented but plausible numbers."""
 
+import gzip
 import json
 import math
 import random
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -195,3 +197,135 @@ def _overlap(size, stage, noise):
         for j in range(i):
             rows[i][j] = rows[j][i] = noise.uniform(0.75, 0.92) - 0.05 * stage
     return rows
+
+
+BENCHMARKS = {"hellaswag": ("acc_norm", 0.41), "arc_challenge": ("acc_norm", 0.29),
+              "winogrande": ("acc", 0.52)}  # fmt: skip
+UNREACHABLE = "the hub cannot be reached (ConnectionError)"
+HOSTILE = "    return 1\n</code></pre><script>alert('x')</script>\n{{ 7 * 7 }} \x00\ud800\u202e"
+
+
+def fake_tuning(
+    folder: Path,
+    *,
+    trained: tuple[str, ...] = ("code",),
+    epochs: float = 8,
+    every: float = 2,
+    limit: int | None = 100,
+    problems: int = 20,
+    skipped: tuple[str, ...] = (),
+    sampled: bool = True,
+    damage: float = 0.03,
+    seed: int = 0,
+    **settings: Any,
+) -> Path:
+    """An instruction-tuned causal run: points within its stages, HumanEval and the benchmarks.
+
+    `damage` is the accuracy that a stage costs the benchmarks. What makes a document hard is the
+    same in all runs. Further settings are those of `fake_run`."""
+    steps = 60
+    settings = {"heldout": "text", "overlap": False, "base": ("prose",), **settings}
+    fake_run(folder, trained=trained, steps=steps, seed=seed, **settings)
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe["model"] |= {"objective": "causal"}
+    recipe["stages"] = [
+        {"domain": d, "epochs": epochs, "evaluate_every": every, "steps": None} for d in trained
+    ]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for record in log:
+        if record["event"] == "stage":
+            record["data"] = {"examples": 4000, "too_long": 12, "longest": 611}
+    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+    ends = sorted(path for path in (folder / "stages").iterdir() if path.is_dir())
+    own = random.Random(f"{seed} {damage}")
+    for stage, end in enumerate(ends):
+        for point in range(1, round(epochs / every)) if stage else ():
+            progress = point * every
+            inner = end / f"step-{round(steps * progress / epochs):06d}"
+            inner.mkdir()
+            _write_between(ends[stage - 1], end, inner, progress / epochs, own)
+            _write_tasks(inner, stage - 1 + progress / epochs, progress, limit, problems, skipped,
+                         sampled, damage, own)  # fmt: skip
+        _write_tasks(end, float(stage), None, limit, problems, skipped, sampled, damage, own)
+    return folder
+
+
+def _write_between(before: Path, after: Path, folder: Path, share: float, own: random.Random):
+    """Held-out losses on the way from one end of a stage to the next."""
+    share = 1 - (1 - share) ** 2
+    records = [json.loads((end / "eval.json").read_text()) for end in (before, after)]
+    record = records[1] | {"checkpoint": None}
+    arrays = [dict(np.load(end / "sequences.npz")) for end in (before, after)]
+    mixed = dict(arrays[1])
+    for domain, result in record["domains"].items():
+        key, tokens = f"loss/{domain}", arrays[1][f"tokens/{domain}"]
+        mixed[key] = (1 - share) * arrays[0][key] + share * arrays[1][key]
+        mixed[key] = mixed[key] + own.gauss(0, 0.01) * tokens
+        result["loss"] = float(mixed[key].sum() / tokens.sum())
+    step, stage = int(folder.name[5:]), record["stage"]
+    record |= {"stage": stage, "step": step}
+    (folder / "eval.json").write_text(json.dumps(record))
+    np.savez_compressed(folder / "sequences.npz", **mixed)
+
+
+def _write_tasks(folder, trained, progress, limit, problems, skipped, sampled, damage, own):
+    info = {"stage": int(folder.name[:2]) if progress is None else 1, "checkpoint": "checkpoint"}
+    if progress is not None:
+        info |= {"step": int(folder.name[5:]), "progress": progress}
+        path = folder / "eval.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"progress": progress}))
+    entries, arrays = {}, {}
+    for name, (metric, start) in BENCHMARKS.items():
+        if name in skipped:
+            continue
+        hard = np.random.default_rng(zlib.crc32(name.encode())).random(limit or 1267)
+        accuracy = start - damage * trained + own.uniform(-0.01, 0.01)
+        right = (hard < accuracy).astype(np.float32)
+        arrays[name] = right
+        value, stderr = _mean_of(right)
+        entries[name] = {
+            "task": name, "metric": metric, "value": value, "stderr": stderr,
+            "metrics": {metric: {"value": value, "stderr": stderr}}, "shots": 0, "limit": limit,
+            "documents": len(right), "version": 1.0, "source": f"hub {name}",
+        }  # fmt: skip
+    values = [entry["value"] for entry in entries.values()]
+    errors = [entry["stderr"] for entry in entries.values()]
+    record = {
+        **info,
+        "benchmarks": entries,
+        "skipped": dict.fromkeys(skipped, UNREACHABLE),
+        "average": None if skipped else sum(values) / len(values),
+        "average_stderr": None if skipped else math.hypot(*errors) / len(errors),
+        "lm_eval": "0.4.13",
+    }
+    (folder / "benchmarks.json").write_text(json.dumps(record))
+    np.savez_compressed(folder / "benchmarks.npz", **arrays)
+
+    hard = np.random.default_rng(5).random(problems)
+    passed = hard < 0.05 + 0.12 * math.sqrt(trained) + own.uniform(0, 0.04)
+    value, stderr = _mean_of(passed)
+    record = {
+        **info,
+        "problems": problems, "limit": problems, "template": "none", "max_new_tokens": 512,
+        "cut_off": 3, "greedy": {"pass@1": value, "stderr": stderr},
+        "sandbox": {"level": "landlock", "description": "landlock ABI 6, seccomp, rlimits"},
+    }  # fmt: skip
+    if sampled:
+        record["sampled"] = {
+            "samples": 10, "temperature": 0.8, "top_p": 0.95,
+            "pass@1": {"value": 0.8 * value, "stderr": stderr},
+            "pass@10": {"value": min(1.0, 1.7 * value), "stderr": stderr},
+        }  # fmt: skip
+    (folder / "humaneval.json").write_text(json.dumps(record))
+    with gzip.open(folder / "humaneval_completions.jsonl.gz", "wt") as file:
+        for i, right in enumerate(passed):
+            row = {"task_id": f"HumanEval/{i}", "sample": None, "passed": bool(right)}
+            row |= {"completion": HOSTILE, "reason": "" if right else "AssertionError: <b>"}
+            file.write(json.dumps(row) + "\n")
+            if sampled:
+                file.write(json.dumps(row | {"sample": 0, "completion": "sampled"}) + "\n")
+
+
+def _mean_of(values: np.ndarray) -> tuple[float, float]:
+    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))

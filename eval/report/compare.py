@@ -10,19 +10,21 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from markupsafe import Markup
-
-from eval.matrix import DEFINITIONS, Curve, complete, equal_learning, learning_curve
-from eval.report import plots, recipes, verdict
+from eval.matrix import DEFINITIONS, Curve, complete, equal_learning
+from eval.report import plots, recipes, tasks, tuning, verdict
+from eval.report.curves import POINT_DEFINITIONS, Place, curve_of, learning_points
 from eval.report.load import Run, load_run
 from eval.report.noise import Noise
-from eval.report.page import render, write_folder
+from eval.report.page import marked, render, write_folder
+from eval.report.points import Point, Score
 from eval.report.settings import Pair, Reading, Setting, measure, pairs, readable
-from eval.report.text import number, short_float
+from eval.report.tasks import TaskDifference
+from eval.report.text import number, percent, short_float
 from pipeline.errors import UserError
 
 CROWDED = 8  # runs; beyond it the figure labels methods instead of runs
 COMPARED = ("learned", "forgotten", "forgotten_equal")
+TASKS = {"humaneval": "HumanEval", "benchmarks": "Benchmarks"}
 
 
 @dataclass
@@ -34,14 +36,29 @@ class Row:
     method: str  # without learning rate and seed
     setting: str  # with everything but the seed: runs that share it are repetitions
     label: str
-    curve: Curve
+    curve: Curve  # through all evaluated points, also those within stages
     learned: float | None
     forgotten: float | None
+    learning: tuning.Learning  # the same with standard errors, aligned with run.points
+    end: Point | None  # the last evaluated point of training
+    humaneval: Score | None  # there
+    benchmarks: Score | None  # there, the mean over all benchmarks of the compared runs
     forgotten_equal: float | None = None
     reason: str = ""  # why forgotten_equal is None
     final_loss: float | None = None  # mean over all evaluated domains
     tokens_per_second: float | None = None
     step_ratio: float | None = None  # median step time, relative to the first run's
+
+    @property
+    def curve_errors(self) -> list[Place | None]:
+        """The standard errors of the points of `curve`."""
+        known = zip(self.learning.curve.places, self.learning.curve.errors, strict=True)
+        return [errors for place, errors in known if place]
+
+    @property
+    def errors(self) -> Place | None:
+        """The standard errors of learned and forgotten."""
+        return self.curve_errors[-1] if len(self.curve) > 1 else None
 
 
 @dataclass
@@ -57,6 +74,8 @@ class Comparison:
     headline: str
     verdict: list[str]
     noise: str  # what "noise" means here
+    benchmarks: list[str]  # of any of the runs
+    task_differences: list[tuple[str, str, dict[str, TaskDifference]]]  # first, second, by task
     warnings: list[str]
 
 
@@ -85,6 +104,13 @@ def compare(run_dirs: Sequence[Path | str]) -> Comparison:
     for setting in settings:
         for key in COMPARED:
             setattr(setting, key, numbers[key, setting.name])
+    names = tasks.benchmark_names(runs)
+    ends = {s.name: [end for i in s.runs if (end := rows[i].end)] for s in settings}
+    task_differences = [
+        (a.name, b.name, found)
+        for a, b in pairs(settings)
+        if (found := tasks.differences(ends[a.name], ends[b.name], names))
+    ]
 
     noise = Noise(runs, settings, equal)
     told = [noise.pair(first, second) for first, second in pairs(settings)]
@@ -111,6 +137,8 @@ def compare(run_dirs: Sequence[Path | str]) -> Comparison:
         headline=verdict.headline(settings, told, readings),
         verdict=verdict.sentences(settings, told, readings, level, unfinished),
         noise=verdict.about_noise(noise, [run.name for run in runs]),
+        benchmarks=names,
+        task_differences=task_differences,
         warnings=_warnings(runs),
     )
 
@@ -123,15 +151,18 @@ def write_comparison(run_dirs: Sequence[Path | str], out_dir: Path | str) -> Pat
     comparison = compare(run_dirs)
     rows, settings = comparison.rows, comparison.settings
     colours = _colours(rows)
+    labels = _plot_labels(rows)
     figures = {}
+    detailed = any(tuning.has_points(row.run) for row in rows)
     if any(row.curve for row in rows):
         figures["trade_off"] = plots.trade_off(
             {str(row.number): row.curve for row in rows},
             colours,
-            _plot_labels(rows),
+            labels,
             comparison.level,
             comparison.reach,
             numbered=len(rows) > CROWDED,
+            errors={str(row.number): row.curve_errors for row in rows} if detailed else {},
         )
     if comparison.readings:
         points: dict[str, list[tuple[float, float, str]]] = {}
@@ -140,6 +171,10 @@ def write_comparison(run_dirs: Sequence[Path | str], out_dir: Path | str) -> Pat
             points.setdefault(setting.method, []).append(point)
         by_method = {row.method: colours[str(row.number)] for row in rows}
         figures["methods"] = plots.methods(points, by_method)
+    if detailed:
+        named = {str(row.number): row.run for row in rows}
+        learning = {str(row.number): row.learning for row in rows}
+        figures |= tuning.figures(named, learning, colours, labels)
     page = render(
         "compare.html.j2",
         title="Comparison: " + ", ".join(row.run.name for row in rows),
@@ -148,12 +183,18 @@ def write_comparison(run_dirs: Sequence[Path | str], out_dir: Path | str) -> Pat
         colours=colours,
         repeated=len(settings) < len(rows),
         compared=COMPARED,
+        shown_tasks=[key for key in TASKS if any(getattr(row, key) for row in rows)],
+        task_names=TASKS,
+        task_notes=_task_notes(comparison),
+        how_measured=tasks.how_measured(*(row.run for row in rows)),
+        difference_columns=_difference_columns(comparison),
+        detailed=detailed,
         difference=verdict.difference,
-        trade_off=Markup(figures.get("trade_off", "")),
-        methods=Markup(figures.get("methods", "")),
+        figures=marked(figures),
         definitions={
             key: DEFINITIONS[key] for key in ("learned", "forgotten", "forgotten_at_equal_learning")
-        },
+        }
+        | (POINT_DEFINITIONS if detailed else {}),
     )
     return write_folder(Path(out_dir), page, _as_json(comparison), figures)
 
@@ -169,23 +210,37 @@ def terminal_summary(comparison: Comparison) -> str:
     for line in table:
         left = f"{line[0]:<{widths[0]}}  {line[1]:<{widths[1]}}"
         lines.append(f"{left}  {line[2]:>{widths[2]}}  {line[3]:>{widths[3]}}  {line[4]}")
+    for row in comparison.rows:
+        if row.humaneval or row.benchmarks:
+            scores = {name: getattr(row, key) for key, name in TASKS.items()}
+            said = [f"{name} {_percent(score)}" for name, score in scores.items() if score]
+            lines.append(f"{row.run.name:<{widths[0]}}  {', '.join(said)}")
     level = comparison.level
     if level is not None:
         lines.append(f"nats per token; equal learning is read at {level:.3f} nats learned")
     return "\n".join([*lines, *textwrap.wrap(comparison.headline, 100)])
 
 
+def _percent(score: Score) -> str:
+    error = "" if score.stderr is None else f" ± {percent(score.stderr)}"
+    return f"{percent(score.value)}{error} %"
+
+
 def _rows(runs: list[Run]) -> list[Row]:
     rows = []
+    names = tasks.benchmark_names(runs)
     methods = recipes.methods_of(runs)
     settings = [
         f"{method}, lr {short_float(recipes.learning_rate(run))}"
         for method, run in zip(methods, runs, strict=True)
     ]
+    settings = _told_apart(runs, settings)
     first = _step_seconds(runs[0])
     for place, (run, setting) in enumerate(zip(runs, settings, strict=True)):
-        curve = learning_curve(run.matrix)
+        curve, points, learning = curve_of(run), learning_points(run), tuning.learning_of(run)
         learned, forgotten = curve[-1] if len(curve) > 1 else (None, None)
+        trained = [point for point in points or run.points if point.stage]
+        end = trained[-1] if trained else None
         final = [v for v in run.matrix.values[run.evaluated] if v is not None]
         mine = _step_seconds(run)
         comparable = _machine(run) == _machine(runs[0])
@@ -200,12 +255,29 @@ def _rows(runs: list[Run]) -> list[Row]:
                 curve=curve,
                 learned=learned,
                 forgotten=forgotten,
+                learning=learning,
+                end=end,
+                humaneval=end.greedy if end else None,
+                benchmarks=tasks.average(end, names) if end else None,
                 final_loss=statistics.mean(final) if run.evaluated > 0 and final else None,
                 tokens_per_second=_tokens_per_second(run),
                 step_ratio=mine / first if mine and first and comparable else None,
             )
         )
     return rows
+
+
+def _told_apart(runs: list[Run], settings: list[str]) -> list[str]:
+    """The settings with, where runs of one differ in more than their seed, the name of the first
+    run like it."""
+    shared = [recipes.without_seed(run) for run in runs]
+    kinds = list(zip(settings, shared, strict=True))
+    return [
+        f"{setting} (as {runs[kinds.index(kind)].name})"
+        if len({other for name, other in kinds if name == setting}) > 1
+        else setting
+        for setting, kind in zip(settings, kinds, strict=True)
+    ]
 
 
 def _settings(rows: list[Row]) -> list[Setting]:
@@ -217,7 +289,14 @@ def _settings(rows: list[Row]) -> list[Setting]:
         spread = {k: statistics.stdev(v) for k, v in series.items() if v and len(members) > 1}
         rate = recipes.learning_rate(members[0].run)
         places = [row.number - 1 for row in members]
-        settings.append(Setting(name, members[0].method, rate, places, spread=spread))
+        setting = Setting(name, members[0].method, rate, places, spread=spread)
+        for key in TASKS:
+            scores = [getattr(row, key) for row in members]
+            if values := complete([score and score.value for score in scores]):
+                setattr(setting, key, statistics.mean(values))
+                if len(values) > 1:
+                    setting.spread[key] = statistics.stdev(values)
+        settings.append(setting)
     return settings
 
 
@@ -248,6 +327,10 @@ def _warnings(runs: list[Run]) -> list[str]:
             found.append(
                 f"{run.name}: {record.get('count')} unreadable line(s) of {domain} skipped."
             )
+    said = {run.name: [*tasks.warnings(run), *tuning.too_long(run)] for run in runs}
+    for text in dict.fromkeys(text for texts in said.values() for text in texts):
+        names = [name for name, texts in said.items() if text in texts]
+        found.append(f"{'All runs' if len(names) == len(runs) else ', '.join(names)}: {text}")
     return found
 
 
@@ -293,9 +376,33 @@ def _plot_labels(rows: list[Row]) -> dict[str, str]:
     return {str(row.number): method for method, row in furthest.items()}
 
 
+def _task_notes(comparison: Comparison) -> dict[str, str]:
+    """On what each task was measured, for the heads of the table's columns."""
+    runs, names = [row.run for row in comparison.rows], comparison.benchmarks
+    return {
+        "humaneval": f"greedy pass@1, {tasks.humaneval_note(runs)}",
+        "benchmarks": f"average of {len(names)}",
+        **{name: tasks.benchmark_note(runs, name) for name in names},
+    }
+
+
+def _difference_columns(comparison: Comparison) -> dict[str, str]:
+    """The tasks that differ in some pair of settings, with their names."""
+    names = {
+        "humaneval": "HumanEval",
+        **{n: n for n in comparison.benchmarks},
+        "average": "average",
+    }
+    known = {task for _, _, found in comparison.task_differences for task in found}
+    return {task: name for task, name in names.items() if task in known}
+
+
 def _as_json(comparison: Comparison) -> dict:
     rows = [
-        {key: value for key, value in vars(row).items() if key != "run"} | {"name": row.run.name}
+        {key: value for key, value in vars(row).items() if key not in ("run", "end", "learning")}
+        | {key: score and asdict(score) for key in TASKS for score in [getattr(row, key)]}
+        | {"name": row.run.name, "errors": row.errors}
+        | {"points": tuning.numbers(row.run, row.learning)}
         for row in comparison.rows
     ]
     settings = [
@@ -308,9 +415,13 @@ def _as_json(comparison: Comparison) -> dict:
         "equal_learning": {"level": comparison.level, "range": comparison.reach},
         "pairs": [asdict(pair) for pair in comparison.pairs],
         "between_learning_rates": [asdict(reading) for reading in comparison.readings],
+        "task_differences": [
+            {"first": a, "second": b, "tasks": {task: asdict(d) for task, d in found.items()}}
+            for a, b, found in comparison.task_differences
+        ],
         "headline": comparison.headline,
         "verdict": comparison.verdict,
         "noise": comparison.noise,
         "warnings": comparison.warnings,
-        "definitions": DEFINITIONS,
+        "definitions": DEFINITIONS | POINT_DEFINITIONS,
     }

@@ -1,7 +1,6 @@
 """A run folder, read into what the reports need; whatever is missing so far is left open."""
 
 import json
-import math
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from eval.matrix import Matrix
+from eval.report.points import Point, finite, load_points, losses_of, read_json
 from pipeline.errors import UserError
 
 
@@ -44,6 +44,8 @@ class Run:
     times: list[StageTime]
     heldout: str | None = None  # digests of the held-out text, as one string
     bad_lines: dict[str, dict] = field(default_factory=dict)  # domain -> {"count", "examples"}
+    examples: dict[int, dict] = field(default_factory=dict)  # stage -> of its instruction data
+    points: list[Point] = field(default_factory=list)  # all that was evaluated, in order
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -100,11 +102,11 @@ def load_run(folder: Path) -> Run:
             known = bad.get(record["domain"], {"count": 0})
             if record.get("count", 0) > known["count"]:
                 bad[record["domain"]] = record
-    manifest = _json(folder / "heldout" / "manifest.json", warnings)
+    manifest = read_json(folder / "heldout" / "manifest.json", warnings)
     return Run(
         path=folder,
         recipe=recipe,
-        environment=_json(folder / "environment.json", warnings) or {},
+        environment=read_json(folder / "environment.json", warnings) or {},
         matrix=matrix,
         stderr=stderr,
         unigram=unigram,
@@ -113,26 +115,15 @@ def load_run(folder: Path) -> Run:
         times=_times(matrix.stages, steps, ends),
         heldout=json.dumps(manifest.get("files", manifest), sort_keys=True) if manifest else None,
         bad_lines=bad,
+        examples={t: r["data"] for t, r in ends.items() if isinstance(r.get("data"), dict)},
+        points=load_points(folder, recipe["stages"], matrix, stderr, warnings),
         warnings=warnings,
     )
 
 
-def _json(path: Path, warnings: list[str]) -> dict | None:
-    """A JSON object, or None with a warning if the file is there and cannot be read."""
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        where = f"{path.parent.name}/{path.name}"
-        warnings.append(f"{where} cannot be read and is left out: {error}")
-        return None
-    return content if isinstance(content, dict) else None
-
-
 def _eval_of(folder: Path, stage: int, warnings: list[str]) -> dict | None:
     for path in sorted((folder / "stages").glob(f"{stage:02d}_*/eval.json")):
-        record = _json(path, warnings)
+        record = read_json(path, warnings)
         if record and isinstance(record.get("domains"), dict):
             return record
     return None
@@ -151,33 +142,23 @@ def _matrix(
     domains = [*base, *trained]
     stages = ["base", *("+".join(mixture) for mixture in sequence)]
 
+    results = {
+        stage: losses_of(record, f"after stage {stage} ({stages[stage]})", warnings)
+        for stage, record in evals.items()
+    }
+
     def rows(key: str) -> list[list[float | None]]:
         return [
-            [_number(evals.get(t, {}).get("domains", {}).get(d, {}).get(key)) for d in domains]
-            for t in range(len(stages))
+            [results.get(t, {}).get(d, {}).get(key) for d in domains] for t in range(len(stages))
         ]
 
-    for stage, record in evals.items():
-        for domain, result in record["domains"].items():
-            if "loss" in result and _number(result["loss"]) is None:
-                warnings.append(
-                    f"The loss on {domain} after stage {stage} ({stages[stage]}) is "
-                    f"{result['loss']}, not a finite number: the run diverged. It is left out."
-                )
     unigram = {
         domain: value
         for record in evals.values()
         for domain, result in record["domains"].items()
-        if (value := _number(result.get("unigram_loss"))) is not None
+        if (value := finite(result.get("unigram_loss"))) is not None
     }
     return Matrix(stages, domains, trained, rows("loss")), rows("stderr"), unigram
-
-
-def _number(value: object) -> float | None:
-    """The value as a finite float, None for whatever else JSON may hold."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        return None
-    return float(value)
 
 
 def _log(path: Path, warnings: list[str]) -> list[dict]:

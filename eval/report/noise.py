@@ -10,12 +10,24 @@ import math
 import zipfile
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 
-from eval.matrix import Curve, Matrix, curve_errors, learning_curve
+from eval.matrix import Curve, Matrix
+from eval.report.curves import (
+    LEARNING_CURVE,
+    Definition,
+    Place,
+    curve_of,
+    independent_errors,
+    learning_points,
+    places,
+    rows_of,
+)
 from eval.report.load import Run
+from eval.report.points import Row
 from eval.report.settings import Difference, Name, Pair, Setting, measure
 
 NOISE = 2.0  # standard errors; a smaller difference is called noise
@@ -23,34 +35,59 @@ RESAMPLES = 500
 READABLE = 0.9  # of the resamples must give a number; fewer: it lies near the end of its range
 
 
-def resample(run: Run) -> list[Curve] | None:
-    """The learning curve of a run on each resample of its held-out text.
+def resample(run: Run, definition: Definition = LEARNING_CURVE) -> list[list[Place | None]] | None:
+    """(learned, forgotten) at every point of a run, on each resample of its held-out text.
 
-    None where an evaluated stage has no `sequences.npz`, or one that does not hold every domain.
+    None where an evaluated point has no `sequences.npz`, or one that does not hold every domain.
     """
     matrix = run.matrix
-    values = np.full((RESAMPLES, len(matrix.stages), len(matrix.domains)), np.nan)
-    for stage, row in enumerate(matrix.values):
-        cells = zip(matrix.domains, row, strict=True)
+    values = np.full((RESAMPLES, len(run.points), len(matrix.domains)), np.nan)
+    for place, point in enumerate(run.points):
+        cells = zip(matrix.domains, point.loss, strict=True)
         measured = [domain for domain, value in cells if value is not None]
         if not measured:
             continue
         try:
-            (path,) = (run.path / "stages").glob(f"{stage:02d}_*/sequences.npz")
-            with np.load(path) as arrays:
+            with np.load(point.folder / "sequences.npz") as arrays:
                 for domain in measured:
                     loss, tokens = arrays[f"loss/{domain}"], arrays[f"tokens/{domain}"]
                     counts = _counts(domain, len(loss))
                     column = matrix.domains.index(domain)
-                    values[:, stage, column] = (counts @ loss) / (counts @ tokens)
+                    values[:, place, column] = (counts @ loss) / (counts @ tokens)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             return None
     drawn = values.astype(object)
     drawn[np.isnan(values)] = None
-    return [
-        learning_curve(Matrix(matrix.stages, matrix.domains, matrix.trained, v))
-        for v in drawn.tolist()
-    ]
+    ends = {point.stage: place for place, point in enumerate(run.points) if point.step is None}
+    unknown: Row = [None] * len(matrix.domains)
+    stages = [point.stage for point in run.points]
+    found = []
+    for rows in drawn.tolist():
+        at_ends = [rows[ends[t]] if t in ends else unknown for t in range(matrix.last + 1)]
+        again = Matrix(matrix.stages, matrix.domains, matrix.trained, at_ends)
+        found.append(places(again, list(zip(stages, rows, strict=True)), definition))
+    return found
+
+
+@dataclass
+class Measured:
+    """(learned, forgotten) at every point of a run, and its standard errors; None: not known."""
+
+    places: list[Place | None]
+    errors: list[Place | None]
+
+
+def measured(run: Run, definition: Definition) -> Measured:
+    """The errors are those of the resamples of the held-out text, or, without `sequences.npz`,
+    `independent_errors`."""
+    found = places(run.matrix, rows_of(run.points), definition)
+    drawn = resample(run, definition) if any(found) else None
+    if drawn is None:
+        return Measured(found, independent_errors(run, run.points, definition))
+    nothing = (np.nan, np.nan)
+    table = np.array([[place or nothing for place in draw] for draw in drawn], dtype=float)
+    errors = [(float(x), float(y)) for x, y in table.std(axis=0, ddof=1)]
+    return Measured(found, [e if place else None for e, place in zip(errors, found, strict=True)])
 
 
 @cache
@@ -65,14 +102,14 @@ class Noise:
     """The noise of every difference between the settings of compared runs."""
 
     def __init__(self, runs: Sequence[Run], settings: Sequence[Setting], equal: Sequence[int]):
-        measured = [learning_curve(run.matrix) for run in runs]
-        curves = [resample(run) if run.heldout else None for run in runs]
+        known = [curve_of(run) for run in runs]
+        curves = [_curves(run) if run.heldout else None for run in runs]
         self.paired = [run.heldout if c else None for run, c in zip(runs, curves, strict=True)]
         """What each run can be paired on: the digests of its held-out text."""
         self.beyond = False  # whether a reading left its range in too many resamples
-        self.errors = [curve_errors(run.matrix, run.stderr) for run in runs]
+        self.errors = [_end_errors(run) for run in runs]
         # A run that cannot be resampled stays as it was measured, and is paired with none.
-        filled = [c or [m] * RESAMPLES for c, m in zip(curves, measured, strict=True)]
+        filled = [c or [k] * RESAMPLES for c, k in zip(curves, known, strict=True)]
         draws = [measure(drawn, settings, equal) for drawn in zip(*filled, strict=True)]
         self.draws = {n: np.array([draw[n] for draw in draws], dtype=float) for n in draws[0]}
 
@@ -138,6 +175,20 @@ class Noise:
             if what == "forgotten_equal" and setting.learned > 0:
                 parts.append(setting.forgotten / setting.learned * learned)
         return math.hypot(*parts)
+
+
+def _curves(run: Run) -> list[Curve] | None:
+    drawn = resample(run)
+    if drawn is None:
+        return None
+    return [[place for place in places if place] for places in drawn]
+
+
+def _end_errors(run: Run) -> Place | None:
+    points = learning_points(run)
+    if not points or points[-1].stage == 0:
+        return None
+    return independent_errors(run, points[-1:], LEARNING_CURVE)[0]
 
 
 def _seeds(setting: Setting, what: str) -> float:

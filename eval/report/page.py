@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import yaml
@@ -9,9 +10,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from eval.matrix import DEFINITIONS, METRICS, learning_curve
-from eval.report import cells, plots
+from eval.report import cells, plots, tasks, tuning
+from eval.report.curves import POINT_DEFINITIONS
 from eval.report.load import Run, StageTime, load_run
-from eval.report.text import number, short_float, signed
+from eval.report.points import stage_lengths
+from eval.report.text import number, percent, short_float, signed, signed_percent
 
 NAMES = {
     "acc": "ACC (mean final loss)",
@@ -45,13 +48,20 @@ def write_report(run_dir: Path | str) -> Path:
     if any(step.get("loss") is not None for step in run.steps):
         figures["training_loss"] = plots.training_loss(run)
 
-    numbers = run_numbers(run)
+    learning = tuning.learning_of(run)
+    detailed = tuning.has_points(run)
+    if detailed:
+        colours = plots.colours_of(["run"])
+        figures |= tuning.figures({"run": run}, {"run": learning}, colours, {})
+
+    numbers = run_numbers(run, learning)
     overlaps = cells.overlaps(run)
     numbers["overlap_off_diagonal_mean"] = {
         kind: {str(overlap.stage): overlap.mean for overlap in shown}
         for kind, shown in overlaps.items()
     }
     threshold = next((o.get("threshold") for o in run.overlap.values()), None)
+    completed, completions = tasks.completions(run)
     page = render(
         "run.html.j2",
         title=f"{run.name}: learning and forgetting",
@@ -59,8 +69,13 @@ def write_report(run_dir: Path | str) -> Path:
         summary=numbers["summary"],
         warnings=numbers["warnings"],
         losses=cells.losses(run),
-        domain_curves=Markup(figures.get("domain_curves", "")),
-        training_loss=Markup(figures.get("training_loss", "")),
+        figures=marked(figures),
+        points=tasks.tables(run) if detailed else [],
+        point_definitions=POINT_DEFINITIONS,
+        unit=stage_lengths(run.recipe["stages"])[0],
+        how_measured=tasks.how_measured(run),
+        completed=completed,
+        completions=completions,
         overlaps={KINDS.get(kind, kind): shown for kind, shown in overlaps.items()},
         chance_overlap=None if threshold is None else f"{1 - threshold:.2f}",
         metrics=[
@@ -75,7 +90,7 @@ def write_report(run_dir: Path | str) -> Path:
     return write_folder(run.path / "report", page, numbers, figures)
 
 
-def run_numbers(run: Run) -> dict:
+def run_numbers(run: Run, learning: tuning.Learning) -> dict:
     """What report.json holds: every number of the page, with definitions and warnings."""
     matrix = run.matrix
     so_far = matrix.until(max(run.evaluated, 0))
@@ -96,6 +111,8 @@ def run_numbers(run: Run) -> dict:
         "metrics": metrics,
         "definitions": {key: DEFINITIONS[key] for key in metrics},
         "learning_curve": curve,
+        "points": tuning.numbers(run, learning),
+        "point_definitions": POINT_DEFINITIONS,
         "time": [vars(time) for time in run.times],
         "environment": run.environment,
         "recipe": run.recipe,
@@ -107,9 +124,9 @@ def summary(run: Run) -> str:
     matrix, stage = run.matrix, run.evaluated
     if stage < 0:
         return "This run has started; nothing has been evaluated yet."
-    if stage == 0:
+    if stage == 0 and not any(point.step for point in run.points):
         return "Only the model before training has been evaluated yet."
-    words = [f"After {stage} of {matrix.last} stage{'s' * (matrix.last > 1)}:"]
+    words = [f"After {stage} of {matrix.last} stage{'s' * (matrix.last > 1)}:"] if stage else []
     gains = {
         domain: gain
         for domain, own in matrix.trained.items()
@@ -137,7 +154,7 @@ def summary(run: Run) -> str:
             "The loss on what the model could forget in the latest stage is now on average "
             f"{abs(mean):.3f} nats {before} ({each})."
         )
-    return " ".join(words)
+    return " ".join([*words, *tuning.sentences(run)])
 
 
 def _each(changes: dict[str, float]) -> str:
@@ -160,9 +177,15 @@ def render(template: str, **content: object) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "signed": signed}
+    environment.filters |= {"percent": percent, "signed_percent": signed_percent}
     # A learning rate such as 1e-3 must not break at its hyphen.
     environment.filters["unbroken"] = lambda text: re.sub(r"(?<=\de)-(?=\d)", "\u2011", text)
     return environment.get_template(template).render(**content)
+
+
+def marked(figures: dict[str, str]) -> dict[str, Markup]:
+    """Figures for a template, in which those that were not drawn are empty."""
+    return defaultdict(Markup, {name: Markup(svg) for name, svg in figures.items()})
 
 
 def write_folder(folder: Path, page: str, numbers: dict, figures: dict[str, str]) -> Path:
@@ -194,6 +217,8 @@ def _missing(run: Run) -> list[str]:
             )
         )
         found.append(f"{record.get('count')} unreadable line(s) of {domain} were skipped{first}.")
+    found += tuning.too_long(run)
+    found += tasks.warnings(run)
     missing = [
         f"{t} ({run.matrix.stages[t]})"
         for t, row in enumerate(run.matrix.values)

@@ -10,11 +10,13 @@ CRITERIA = {
     "gradient": "gradient magnitude",
 }
 FREE = ("mask", "optimizer", "seed", "name")
-"""What compared runs may differ in; with the learning rate of single stages, and with how (not on
-what) the evaluation ran."""
+"""What compared runs may differ in; with the learning rate of single stages, and with how and how
+often (not on what) the evaluation ran."""
 ALSO_FREE = (
     "evaluate.batch_size",
     "evaluate.overlap",
+    "evaluate.unreachable",
+    "evaluate.humaneval.sandbox",
     "train.micro_batch_size",
     "train.publish_dtype",
 )
@@ -24,14 +26,16 @@ NAMED = ("mask.enabled", "mask.threshold", "mask.criterion", "optimizer.lr", "se
 
 def methods_of(runs: list[Run]) -> list[str]:
     """Each run's method, without learning rate and seed: `ft`, `migu T=0.7`, ..., followed by
-    whatever else the runs may and do differ in."""
+    whatever else of their training the runs may and do differ in."""
     recipes = [flat(run.recipe) for run in runs]
     # What a masked run sets beyond the label is told where the masked runs do not agree on it.
     masked = [r for r in recipes if r.get("mask.enabled", True)]
     telling = []
     for key in sorted({key for recipe in recipes for key in recipe}):
         among = masked if key.startswith("mask.") else recipes
-        if _is_free(key) and key not in NAMED and len({repr(r.get(key)) for r in among}) > 1:
+        if not _is_free(key) or key in NAMED or _how_evaluated(key):
+            continue
+        if len({repr(r.get(key)) for r in among}) > 1:
             telling.append(key)
     methods = []
     for recipe in recipes:
@@ -46,6 +50,21 @@ def methods_of(runs: list[Run]) -> list[str]:
         ]
         methods.append(", ".join([name, *extra]))
     return methods
+
+
+def without_seed(run: Run) -> str:
+    """All of a recipe that repetitions of one setting share: what is trained and measured, but not
+    its seed and name, and not how it is evaluated."""
+    recipe = flat(run.recipe)
+    masked = recipe.get("mask.enabled", True)
+    return repr(
+        sorted(
+            (key, repr(value))
+            for key, value in recipe.items()
+            if key not in ("seed", "name") and not _how_evaluated(key)
+            if masked or not key.startswith("mask.") or key == "mask.enabled"
+        )
+    )
 
 
 def learning_rate(run: Run) -> float:
@@ -79,8 +98,13 @@ def flat(value: object, prefix: str = "") -> dict:
 
 
 def _is_free(key: str) -> bool:
-    stage_rate = key.startswith("stages.") and key.endswith(".lr")
-    return key.split(".")[0] in FREE or key in ALSO_FREE or stage_rate
+    of_stage = key.startswith("stages.") and key.endswith((".lr", ".evaluate_every"))
+    return key.split(".")[0] in FREE or key in ALSO_FREE or of_stage
+
+
+def _how_evaluated(key: str) -> bool:
+    """How and how often, not on what."""
+    return (key.startswith("evaluate.") and key in ALSO_FREE) or key.endswith(".evaluate_every")
 
 
 def _plain(value: object) -> str:

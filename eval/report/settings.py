@@ -15,7 +15,7 @@ rates at what the setting learned."""
 
 @dataclass
 class Setting:
-    """Runs that differ in their seed only; numbers are means over them, in nats per token."""
+    """Runs that differ in their seed only; numbers are means over them, losses in nats a token."""
 
     name: str
     method: str  # without the learning rate
@@ -24,6 +24,8 @@ class Setting:
     learned: float = 0.0
     forgotten: float = 0.0
     forgotten_equal: float | None = None
+    humaneval: float | None = None  # greedy pass@1; None also where a run did not measure it
+    benchmarks: float | None = None  # mean accuracy
     spread: dict[str, float] = field(default_factory=dict)  # sd over seeds; empty for one run
 
 

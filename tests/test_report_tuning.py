@@ -1,0 +1,276 @@
+"""The pages of instruction tuning: tasks, points within stages, and the figures of both."""
+
+import html
+import json
+import math
+import re
+import statistics
+
+import numpy as np
+import pytest
+
+from eval.matrix import forgotten_at
+from eval.report import compare, terminal_summary, write_comparison, write_report
+from eval.report.load import load_run
+from eval.summary import task_lines
+from tests.fake_runs import HOSTILE, UNREACHABLE, fake_run, fake_tuning
+from tests.test_report import assert_self_contained, text_of
+
+ALWAYS = {"domain_curves", "training_loss"}
+
+
+def figures(page):
+    return {path.stem for path in page.parent.glob("*.svg")} - ALWAYS
+
+
+def numbers(page):
+    return json.loads((page.parent / "report.json").read_text())
+
+
+def change(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_page_shows_what_the_files_say(tmp_path):
+    run = fake_tuning(tmp_path / "tuned")
+    page = write_report(run)
+    assert_self_contained(page)
+    text, points = text_of(page), numbers(page)["points"]
+    assert [point["label"] for point in points] == [
+        "before training", "epoch 2", "epoch 4", "epoch 6", "end, epoch 8",
+    ]  # fmt: skip
+    assert [point["position"] for point in points] == [0, 2, 4, 6, 8]
+    folders = ["00_base", *(f"01_code/step-{n:06d}" for n in (15, 30, 45)), "01_code"]
+    for folder, point in zip(folders, points, strict=True):
+        read = {
+            name: json.loads((run / "stages" / folder / f"{name}.json").read_text())
+            for name in ("eval", "humaneval", "benchmarks")
+        }
+        scores = [*read["benchmarks"]["benchmarks"].values(), *(
+            score for k, score in read["humaneval"]["sampled"].items() if k.startswith("pass")
+        )]  # fmt: skip
+        shown = [(score["value"], score["stderr"]) for score in scores]
+        shown.append((read["benchmarks"]["average"], read["benchmarks"]["average_stderr"]))
+        greedy = read["humaneval"]["greedy"]
+        for value, stderr in [*shown, (greedy["pass@1"], greedy["stderr"])]:
+            assert f"{100 * value:.1f} ± {100 * stderr:.1f}" in text
+        for domain in read["eval"]["domains"].values():
+            assert f"{domain['loss']:.3f} ± {domain['stderr']:.3f}" in text
+        assert point["benchmarks"] == read["benchmarks"]
+        assert point["humaneval"] == read["humaneval"]
+    for said in (
+        "first 20 problems", "first 100 documents", "0 shots", "lm-eval 0.4.13",
+        "sandbox: landlock (landlock ABI 6, seccomp, rlimits)", "10 samples a problem",
+        "12 example(s) of stage 1 (code) are longer than a sequence",
+    ):  # fmt: skip
+        assert said in text
+    assert figures(page) == {"tasks", "benchmarks", "pareto_tasks", "pareto_loss"}
+
+
+def test_learning_since_stage_0_by_hand(tmp_path):
+    page = write_report(fake_tuning(tmp_path / "two", trained=("code", "math")))
+    points = numbers(page)["points"]
+    start, within = points[0]["loss"], points[6]
+    assert (within["stage"], within["step"], within["position"]) == (2, 30, 12)
+    now = within["loss"]
+    gains = [start[domain] - now[domain] for domain in ("code", "math")]
+    since = within["since_stage_0"]
+    assert since["learned"] == pytest.approx(statistics.mean(gains))
+    assert since["forgotten"] == pytest.approx(now["prose"] - start["prose"])
+    assert 0 < since["learned_stderr"] < 0.02 * 2  # paired over the text of both evaluations
+    # The learning curve takes code from the end of its stage, and as lost what it rose by since.
+    end = points[4]["loss"]
+    curve = within["learning_curve"]
+    learned = (start["code"] - end["code"] + start["math"] - now["math"]) / 2
+    assert curve["learned"] == pytest.approx(learned)
+    best = min(start["prose"], end["prose"])
+    forgotten = (now["prose"] - best + now["code"] - end["code"]) / 2
+    assert curve["forgotten"] == pytest.approx(forgotten)
+
+
+def test_completions_are_text(tmp_path):
+    page = write_report(fake_tuning(tmp_path / "hostile"))
+    assert_self_contained(page)
+    (shown, *_) = re.findall(r"(?s)<pre><code>(.*?)</code></pre>", page.read_text())
+    assert html.unescape(shown) == HOSTILE[:-3] + "\ufffd" * 3
+    assert "failed, AssertionError: <b>" in text_of(page)
+    assert "greedy completions passed" in text_of(page)
+
+
+@pytest.mark.parametrize(
+    ("missing", "drawn"),
+    [
+        ("humaneval*", {"tasks", "benchmarks", "pareto_loss"}),
+        ("benchmarks.*", {"tasks", "pareto_loss"}),
+        ("eval.json", {"tasks", "benchmarks", "pareto_tasks"}),
+        ("*.npz", {"tasks", "benchmarks", "pareto_tasks", "pareto_loss"}),
+        ("*.jsonl.gz", {"tasks", "benchmarks", "pareto_tasks", "pareto_loss"}),
+    ],
+)
+def test_only_what_exists_is_drawn(tmp_path, missing, drawn):
+    runs = [fake_tuning(tmp_path / name, enabled=name == "b", epochs=4) for name in "ab"]
+    for path in (runs[0] / "stages").rglob(missing):
+        path.unlink()
+    page = write_report(runs[0])
+    assert figures(page) == drawn
+    assert ("HumanEval greedy" in text_of(page)) == (missing != "humaneval*")
+    compare(runs)
+
+
+def test_damaged_and_unfinished_runs_are_told(tmp_path):
+    run = fake_tuning(tmp_path / "half", skipped=("winogrande",))
+    within = run / "stages" / "01_code" / "step-000030"
+    (within / "benchmarks.json").write_text("{")
+    (within / "humaneval_completions.jsonl.gz").write_bytes(b"no archive")
+    change(within / "eval.json", domains={"code": {"loss": math.nan, "stderr": 0.1}})
+    for path in (run / "stages" / "01_code").glob("*.*"):
+        path.unlink()
+    change(
+        run / "stages" / "01_code" / "step-000045" / "humaneval.json", sandbox={"level": "unsafe"}
+    )
+    page = write_report(run)
+    text = text_of(page)
+    assert "step-000030/benchmarks.json cannot be read" in text
+    assert "The loss on code at step 30 of stage 1 (code) is nan" in text
+    where = "stage 0 base, stage 1 code (epoch 2), stage 1 code (epoch 6)"
+    assert f"winogrande was skipped at {where}: {UNREACHABLE}" in text
+    assert "Under way: the last point is stage 1 code (epoch 6)" in text
+    assert "ran without a sandbox" in text
+    assert "HumanEval was not measured alike at all points" in text
+    assert [p["label"] for p in numbers(page)["points"]][-1] == "epoch 6"
+    # In a comparison, the last point counts as the end so far.
+    comparison = compare([run, fake_tuning(tmp_path / "ft", enabled=False)])
+    assert comparison.rows[0].end.step == 45
+    assert comparison.rows[0].learned == numbers(page)["points"][-1]["learning_curve"]["learned"]
+    assert comparison.rows[0].benchmarks is None  # an average over two does not compare
+    assert comparison.rows[1].benchmarks is not None
+    assert "so far: stage 1, epoch 6" in text_of(
+        write_comparison([run, tmp_path / "ft"], tmp_path / "out")
+    )
+
+
+def test_page_of_a_masked_lm_has_nothing_of_tasks(tmp_path):
+    page = write_report(fake_run(tmp_path / "masked", heldout="text"))
+    assert re.findall("<h2>(.*?)</h2>", page.read_text()) == [
+        "Loss of every domain after every stage",
+        "Learning and forgetting over the stages",
+        "In numbers",
+        "Which rows matter to which domain",
+        "Training loss",
+        "Time",
+        "What was run",
+    ]
+    assert figures(page) == set()
+    runs = [tmp_path / "masked", fake_run(tmp_path / "ft", enabled=False, heldout="text")]
+    assert "HumanEval" not in text_of(write_comparison(runs, tmp_path / "out"))
+
+
+def test_equal_learning_is_read_between_points_within_stages(tmp_path):
+    runs = [fake_tuning(tmp_path / "ft", enabled=False), fake_tuning(tmp_path / "migu")]
+    comparison = compare(runs)
+    curves = []
+    for run in runs:
+        points = [point["learning_curve"] for point in numbers(write_report(run))["points"]]
+        curves.append([(point["learned"], point["forgotten"]) for point in points])
+    assert [row.curve for row in comparison.rows] == curves
+    level = curves[1][-1][0]
+    assert comparison.level == level
+    assert comparison.rows[0].forgotten_equal == pytest.approx(forgotten_at(curves[0], level))
+    coarse = forgotten_at([curves[0][0], curves[0][-1]], level)
+    assert comparison.rows[0].forgotten_equal != pytest.approx(coarse, rel=0.01)
+    assert comparison.pairs[0].forgotten_equal.noise is not None
+    page = write_comparison(runs, tmp_path / "out")
+    assert [len(run["points"]) for run in numbers(page)["runs"]] == [5, 5]
+    assert "as if the stage had ended there" in text_of(page)
+    # With a single stage, the learning curve is the curve since stage 0.
+    assert figures(page) == {"trade_off", "tasks", "benchmarks", "pareto_tasks"}
+
+
+def test_differences_in_accuracy_are_paired_over_the_documents(tmp_path):
+    runs = [fake_tuning(tmp_path / "ft", enabled=False, damage=0.1), fake_tuning(tmp_path / "migu")]
+    ((first, second, found),) = compare(runs).task_differences
+    assert (first, second) == ("ft, lr 1e-3", "migu T=0.7, lr 1e-3")
+    arrays = [np.load(run / "stages" / "01_code" / "benchmarks.npz") for run in runs]
+    errors = []
+    for name in arrays[0].files:
+        apart = arrays[1][name].astype(float) - arrays[0][name]
+        errors.append(apart.std(ddof=1) / math.sqrt(100))
+        assert found[name].value == pytest.approx(apart.mean())
+        assert found[name].stderr == pytest.approx(errors[-1])
+        assert found[name].paired
+    assert found["average"].stderr == pytest.approx(math.hypot(*errors) / 3)
+    assert found["humaneval"].paired
+    page = write_comparison(runs, tmp_path / "out")
+    shown = found["average"]
+    assert f"{100 * shown.value:+.1f} ± {100 * shown.stderr:.1f}" in text_of(page)
+    saved = numbers(page)["task_differences"][0]["tasks"]["average"]
+    assert saved["value"] == pytest.approx(shown.value)
+
+    path = runs[1] / "stages" / "01_code"
+    record = json.loads((path / "benchmarks.json").read_text())
+    single = [
+        json.loads((run / "stages" / "01_code" / "benchmarks.json").read_text())["benchmarks"]
+        for run in runs
+    ]
+    (path / "benchmarks.npz").unlink()
+    record["benchmarks"]["winogrande"]["limit"] = None
+    (path / "benchmarks.json").write_text(json.dumps(record))
+    ((_, _, found),) = compare(runs).task_differences
+    apart = math.hypot(*(entry["hellaswag"]["stderr"] for entry in single))
+    assert found["hellaswag"].stderr == pytest.approx(apart)
+    assert not found["hellaswag"].paired
+    assert found["winogrande"].stderr is found["average"].stderr is None
+    assert "not measured alike" in text_of(write_comparison(runs, tmp_path / "out"))
+
+
+def test_tasks_are_averaged_over_seeds(tmp_path):
+    runs = [
+        fake_tuning(tmp_path / f"{enabled}-{seed}", enabled=enabled, seed=seed, limit=1000)
+        for enabled in (False, True)
+        for seed in (0, 1)
+    ]
+    comparison = compare(runs)
+    ft = comparison.settings[0]
+    values = [row.benchmarks.value for row in comparison.rows[:2]]
+    assert ft.benchmarks == pytest.approx(statistics.mean(values))
+    assert ft.spread["benchmarks"] == pytest.approx(statistics.stdev(values))
+    text = text_of(write_comparison(runs, tmp_path / "out"))
+    assert f"{100 * ft.benchmarks:.1f} ± {100 * ft.spread['benchmarks']:.1f}" in text
+    summary = terminal_summary(comparison)
+    assert f"Benchmarks {100 * values[0]:.1f} ± " in summary
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_no_repetitions(tmp_path):
+    runs = [
+        fake_tuning(tmp_path / "first"),
+        fake_tuning(tmp_path / "again", seed=1, every=4),  # how often does not matter
+        fake_tuning(tmp_path / "short", seed=2, epochs=4),
+    ]
+    comparison = compare(runs)
+    assert [setting.runs for setting in comparison.settings] == [[0, 1], [2]]
+    assert comparison.rows[2].label == "migu T=0.7, lr 1e-3 (as short)"
+
+
+def test_several_stages_and_units_share_an_axis(tmp_path):
+    two = fake_tuning(tmp_path / "two", trained=("code", "math"))
+    other = fake_tuning(tmp_path / "ft", trained=("code", "math"), enabled=False)
+    page = write_comparison([two, other], tmp_path / "out")
+    assert "pareto_loss" in figures(page)
+    assert "epochs" in (page.parent / "tasks.svg").read_text()
+    recipe = other / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("epochs: 8", "steps: 60", 1))
+    again = write_comparison([two, other], tmp_path / "out")
+    svg = (again.parent / "tasks.svg").read_text()
+    assert ">stages<" in svg
+    assert ">epochs<" not in svg
+
+
+def test_lines_for_the_terminal(tmp_path):
+    run = load_run(fake_tuning(tmp_path / "tuned", skipped=("winogrande",)))
+    lines = task_lines(run)
+    end = run.points[-1]
+    greedy = f"{100 * end.greedy.value:.1f} ± {100 * end.greedy.stderr:.1f}"
+    assert lines[-3].split()[:4] == ["code", *greedy.split()]
+    assert "first 20 problems" in lines[-2]
+    assert "winogrande was skipped at 5 points" in lines[-1]
+    assert task_lines(load_run(fake_run(tmp_path / "masked"))) == []
