@@ -151,7 +151,9 @@ def merge(
         output = folder / RESULTS[kind]
         described = {**info, "precision": settings.precision}
         if reasons or not all(p.is_file() for p in parts):
-            failed.append(reasons[0].read_text() if reasons else f"{kind}: a process was killed")
+            failed.append(
+                reasons[0].read_text() if reasons else f"{kind}: a process ended without a result"
+            )
             for file in [*reasons, *parts]:
                 file.unlink(missing_ok=True)
         elif kind == "heldout":
