@@ -119,6 +119,7 @@ def run_recipe(
             start = time.perf_counter()
             pending = on_rank0(partial(task.pending, recipe))
             if pending:
+                _tell(f"{_place(task)}: measuring {', '.join(pending)}")
                 try:
                     evaluate(task, recipe, pending)
                 except RuntimeError as error:
