@@ -237,3 +237,23 @@ def test_a_sentencepiece_model_encodes_as_sentencepiece_does(tmp_path):
         for text in [*code, "  two  blanks", " ".join(WORDS), "é漢\t"]:
             assert tokenizer(text)["input_ids"] == [original.bos_id(), *original.encode(text)]
             assert tokenizer.decode(original.encode(text)) == text
+
+
+def test_a_hub_dataset_of_instructions(tmp_path):
+    rows = [
+        {"instruction": f"question {i}", "input": None if i % 2 else "context", "response": f"{i}"}
+        for i in range(300)
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    domain = Domain(
+        hub=str(tmp_path), instruction=Instruction(input="input"), sample=0.5, heldout_fraction=0.1
+    )
+    train = [document_of(row) for row in read_documents(domain, "train", BadLines())]
+    heldout = [document_of(row) for row in read_documents(domain, "heldout", BadLines())]
+    assert 90 < len(train) < 180
+    assert 15 < len(heldout) < 50
+    assert not set(train) & set(heldout)
+    assert all(e.context == ("" if int(e.response) % 2 else "context") for e in train)
+    domain.instruction = Instruction(response="answer")
+    with pytest.raises(UserError, match="no row has the field 'answer'"):
+        read_documents(domain, "train", BadLines())
