@@ -5,7 +5,6 @@ share of the work; `merge` puts the shares together. A part that fails leaves th
 """
 
 import sys
-import time
 import traceback
 from dataclasses import dataclass
 from functools import cached_property
@@ -160,7 +159,6 @@ def merge(
             assert heldout is not None
             lm.merge_shares(parts, heldout, output, threshold, described)
         else:
-            described["seconds"] = round(time.time() - described.pop("started"), 2)
             if kind == "benchmarks":
                 from eval import benchmarks
 

@@ -7,7 +7,6 @@ summed in their order.
 
 import json
 import os
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -100,13 +99,12 @@ def merge_shares(
     """
     from safetensors import safe_open
 
-    start = info["started"]
     manifest, domains = load_heldout(heldout)
     shares = [dict(np.load(p)) for p in parts]
     summed = {
         k: sum(s[k] for s in shares) for k in shares[0] if k.startswith(("loss/", "magnitude/"))
     }
-    result: dict[str, Any] = {**{k: v for k, v in info.items() if k != "started"}, "domains": {}}
+    result: dict[str, Any] = {**info, "domains": {}}
     sequences: dict[str, Any] = {}
     for name, data in domains.items():
         tokens = _predicted(data["labels"].numpy(), manifest["objective"])
@@ -134,7 +132,6 @@ def merge_shares(
             shares[0]["components"].tolist(),
             threshold,
         )
-    result["seconds"] = round(time.time() - start, 2)
     temporary = output.with_name(f".{output.name}.tmp")
     with temporary.open("wb") as file:
         np.savez_compressed(file, **sequences)

@@ -25,7 +25,6 @@ def evaluate_in_processes(task: Evaluation, recipe: Recipe, kinds: list[str]) ->
     Raises:
         RuntimeError: something could not be measured (on every rank alike); the rest is there.
     """
-    started = time.time()
     folder = task.folder
     on_rank0(partial(_prepare, folder))
     command = [sys.executable, str(SCRIPT), *_arguments(task, recipe, kinds)]
@@ -43,7 +42,6 @@ def evaluate_in_processes(task: Evaluation, recipe: Recipe, kinds: list[str]) ->
         "stage": task.stage,
         "name": task.name,
         "checkpoint": task.checkpoint,
-        "started": started,
     }
     if task.step is not None:
         info |= {"step": task.step, "progress": task.progress}

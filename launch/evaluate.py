@@ -20,7 +20,6 @@ def main() -> None:
     args = _parser().parse_args()
 
     import tempfile
-    import time
 
     import torch
 
@@ -62,7 +61,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = args.output or Path(temporary)
             folder.mkdir(parents=True, exist_ok=True)
-            info = {"checkpoint": args.checkpoint, "started": time.time()}
+            info = {"checkpoint": args.checkpoint}
             measure_share(checkpoint, kinds, settings, args.heldout, folder, (0, 1), seed)
             failed = merge(folder, kinds, 1, settings, args.heldout, args.threshold, info)
             _print(folder, [k for k in kinds if not any(f.startswith(k) for f in failed)])

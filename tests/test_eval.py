@@ -52,7 +52,7 @@ def evaluate(folder, name, shares, batch_size=4):
     for i in range(shares):
         parts.append(folder / f"{name}-{i}.npz")
         evaluate_share(model, folder / "heldout", parts[-1], (i, shares), batch_size)
-    info = {"stage": 0, "name": name, "checkpoint": "checkpoint", "started": 0.0}
+    info = {"stage": 0, "name": name, "checkpoint": "checkpoint"}
     merge_shares(parts, folder / "heldout", folder / f"{name}.json", 0.7, info)
     return json.loads((folder / f"{name}.json").read_text())
 
