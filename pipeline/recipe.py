@@ -364,6 +364,10 @@ def _contradictions(r: Recipe) -> list[str]:
         f"data.domains.{(instructions or [''])[0]}.instruction: responses are learnt by a causal "
         "model; set model.objective=causal",
     )
+    need(
+        bool(instructions) or d.template == "alpaca",
+        "data.template: has no effect without a domain of instructions; remove it",
+    )
     need(bool(r.stages), "stages: list at least one domain to train on")
     for i, stage in enumerate(r.stages):
         for name in stage.domains:
@@ -375,10 +379,14 @@ def _contradictions(r: Recipe) -> list[str]:
         need(len(lengths) == 1, f"stages[{i}]: give exactly one of `steps`, `epochs`, `tokens`")
         need(all(x > 0 for x in lengths), f"stages[{i}]: `steps`, `epochs`, `tokens` are positive")
         need(stage.lr is None or stage.lr > 0, f"stages[{i}].lr: must be positive")
-        need(
-            stage.evaluate_every is None or stage.evaluate_every > 0,
-            f"stages[{i}].evaluate_every: must be positive",
-        )
+        every = stage.evaluate_every
+        need(every is None or every > 0, f"stages[{i}].evaluate_every: must be positive")
+        if every is not None and len(lengths) == 1:
+            need(
+                every < lengths[0],
+                f"stages[{i}].evaluate_every: {every:g} has no effect in a stage of "
+                f"{lengths[0]:g}: its end is always evaluated; lower it or remove it",
+            )
     for name in r.evaluate.domains or []:
         need(
             name in d.domains,
@@ -468,6 +476,11 @@ def evaluation_problems(e: Evaluation) -> list[str]:
         where = "evaluate.humaneval"
         need(h.limit is None or h.limit >= 1, f"{where}.limit: must be at least 1")
         need(h.samples >= 0, f"{where}.samples: must be at least 0")
+        drawn = (h.temperature, h.top_p) != (HumanEval.temperature, HumanEval.top_p)
+        need(
+            h.samples > 0 or not drawn,
+            f"{where}: `temperature` and `top_p` have no effect without `samples`",
+        )
         need(h.temperature > 0, f"{where}.temperature: must be positive; greedy always runs too")
         need(0 < h.top_p <= 1, f"{where}.top_p: {h.top_p} is outside (0, 1]")
         for key in ("max_new_tokens", "batch_size"):

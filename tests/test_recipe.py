@@ -37,6 +37,31 @@ def test_every_recipe_of_the_project_is_valid():
         load_recipe(path.stem)
 
 
+CAUSAL = GOOD.replace("roberta}", "llama}").replace("300}", "300, objective: causal}")
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("data.domains.prose.instruction={}", "embedded corpus 'prose' is text without prompts"),
+        ("data.domains.c={embedded: functions}", "data.domains.c.instruction: give {}"),
+        ("data.template=chat", "data.template: has no effect"),
+        ("data.domains.prose.sample=1.5", r"sample: 1.5 is outside (0, 1]"),
+        ("data.domains.prose.sample_seed=1", "sample_seed: has no effect"),
+        ("stages=[{domain: math, steps: 5, evaluate_every: 5}]", "evaluate_every: 5 has no effect"),
+        ("evaluate.benchmarks={a: {shots: -1}}", "evaluate.benchmarks.a.shots"),
+        ("evaluate.benchmarks={a: {shot: 1}}", "did you mean 'shots'?"),
+        ("evaluate.humaneval={top_p: 0.5}", "have no effect without `samples`"),
+        ("evaluate.humaneval={samples: 2, temperature: 0}", "temperature: must be positive"),
+        ("evaluate.humaneval={sandbox: none}", "evaluate.humaneval.sandbox"),
+        ("evaluate.benchmark_files=/nowhere", "no such folder"),
+        ("model.attention=flash_attention_2", "data.cross_document"),
+    ],
+)
+def test_mistakes_in_tuning_and_evaluation(write, override, problem):
+    assert problem in problems(write(CAUSAL), "stages=[{domain: math, steps: 5}]", override)
+
+
 def test_overrides_lie_over_the_file(write):
     path = write(GOOD.replace("[math]", "[{domain: math, steps: 5}]"))
     recipe = load_recipe(

@@ -111,6 +111,11 @@ def check_domain(name: str, domain: "Domain") -> list[str]:
     )
     need(domain.text_field, ".text_field", "is empty; name the field that holds the text")
     need(0 < domain.sample <= 1, ".sample", f"{domain.sample} is outside (0, 1]; 1 takes all")
+    need(
+        domain.sample < 1 or domain.sample_seed == 0,
+        ".sample_seed",
+        "has no effect without `sample`; remove it",
+    )
     if domain.embedded in EMBEDDED:
         pairs = domain.embedded in INSTRUCTIONS
         need(
