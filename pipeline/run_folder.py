@@ -28,6 +28,13 @@ from pipeline.recipe import Recipe
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy", "safetensors")
 
 
+# They change how something is computed, not what: a run may be continued with other values.
+FREE = {
+    "train.micro_batch_size", "evaluate.batch_size", "evaluate.benchmark_files",
+    "evaluate.unreachable", "evaluate.humaneval.batch_size", "evaluate.humaneval.sandbox",
+}  # fmt: skip
+
+
 def stage_folder(run: Path, stage: int, name: str) -> Path:
     return run / "stages" / f"{stage:02d}_{name}"
 
@@ -100,8 +107,7 @@ def restart(runs: Path, recipe: Recipe) -> None:
 
 
 def _differences(old: Any, new: Any) -> list[str]:
-    """Keys whose values differ, but for those that change nothing in what is computed: the
-    micro-batch, which follows the number of ranks, and the engine."""
+    """Keys whose values differ, but for FREE ones and the engine."""
 
     def flat(node: Any, path: str = "") -> dict[str, Any]:
         if isinstance(node, dict):
@@ -111,7 +117,7 @@ def _differences(old: Any, new: Any) -> list[str]:
     a, b = (flat(OmegaConf.to_container(x)) for x in (old, new))
     return [
         f"{key}: {a.get(key)!r} there, {b.get(key)!r} now"
-        for key in sorted({*a, *b} - {"train.micro_batch_size"})
+        for key in sorted({*a, *b} - FREE)
         if a.get(key) != b.get(key) and not key.startswith("engine.")
     ][:5]
 
