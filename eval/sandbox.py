@@ -76,7 +76,7 @@ class Sandbox:
         try:
             passed, reason = self._supervise(program, function, tests, limits, scratch)
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            _remove(scratch)
         return Outcome(passed, reason, round(time.monotonic() - started, 3))
 
     def _supervise(
@@ -305,6 +305,16 @@ def _used(folder: str) -> int:
             except FileNotFoundError:
                 continue
     return used
+
+
+def _remove(scratch: str) -> None:
+    """Delete the folder. The program dies with the tests, a moment later on a busy machine, and may
+    write until then."""
+    for _ in range(100):
+        shutil.rmtree(scratch, ignore_errors=True)
+        if not os.path.exists(scratch):
+            return
+        time.sleep(0.05)
 
 
 def _kill(process: "subprocess.Popen[Any]") -> None:

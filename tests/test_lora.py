@@ -228,11 +228,12 @@ def whole_run(path, runs):
     loaded = load_recipe(path, settings)
     config = resolve_ds_config({"zero_optimization": {"stage": 2}}, loaded, 1, "cpu")
 
-    def evaluate(task, _recipe):
-        task.result.parent.mkdir(parents=True, exist_ok=True)
-        part, heldout = task.result.with_name("part.npz"), task.run / "heldout"
-        evaluate_share(task.checkpoint, heldout, part)
-        merge_shares([part], heldout, task.result, 0.7, {"started": 0.0})
+    def evaluate(task, _recipe, kinds):
+        assert kinds == ["heldout"]
+        task.folder.mkdir(parents=True, exist_ok=True)
+        part, heldout = task.folder / "part.npz", task.run / "heldout"
+        evaluate_share(load_for_evaluation(task.checkpoint, "masked", "sdpa"), heldout, part)
+        merge_shares([part], heldout, task.folder / "eval.json", 0.7, {})
 
     text = describe_run(loaded, config, 1)
     run_recipe(loaded, config, runs, evaluate, lambda folder: folder)
