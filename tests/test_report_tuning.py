@@ -5,6 +5,7 @@ import json
 import math
 import re
 import statistics
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from eval.matrix import forgotten_at
 from eval.report import compare, terminal_summary, write_comparison, write_report
 from eval.report.load import load_run
+from eval.report.recipes import methods_of
 from eval.summary import task_lines
 from tests.fake_runs import HOSTILE, UNREACHABLE, fake_run, fake_tuning
 from tests.test_report import assert_self_contained, text_of
@@ -274,3 +276,21 @@ def test_lines_for_the_terminal(tmp_path):
     assert "first 20 problems" in lines[-2]
     assert "winogrande was skipped at 5 points" in lines[-1]
     assert task_lines(load_run(fake_run(tmp_path / "masked"))) == []
+
+
+def test_an_adapter_is_a_method_of_its_own():
+    def run(lora, masked, **more):
+        mask = {"enabled": masked, "threshold": 0.7, "criterion": "output"}
+        return SimpleNamespace(recipe={"model": {"path": "m", "lora": lora}, "mask": mask} | more)
+
+    lora = {"r": 8, "quantize": "none"}
+    runs = [
+        run(None, False),
+        run(lora, False),
+        run(lora, True),
+        run({"r": 8, "quantize": "4bit"}, False),
+    ]
+    assert methods_of(runs) == ["ft", "lora", "lora, migu T=0.7", "qlora"]
+    assert methods_of([run(lora, False), run({**lora, "r": 16}, False)]) == [
+        "lora, lora.r 8", "lora, lora.r 16",
+    ]  # fmt: skip

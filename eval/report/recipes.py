@@ -10,8 +10,8 @@ CRITERIA = {
     "gradient": "gradient magnitude",
 }
 FREE = ("mask", "optimizer", "seed", "name")
-"""What compared runs may differ in; with the learning rate of single stages, and with how and how
-often (not on what) the evaluation ran."""
+"""What compared runs may differ in; with the adapter, the learning rate of single stages, and how
+and how often (not on what) the evaluation ran."""
 ALSO_FREE = (
     "evaluate.batch_size",
     "evaluate.overlap",
@@ -20,19 +20,25 @@ ALSO_FREE = (
     "train.micro_batch_size",
     "train.publish_dtype",
 )
-NAMED = ("mask.enabled", "mask.threshold", "mask.criterion", "optimizer.lr", "seed", "name")
+NAMED = (
+    "mask.enabled", "mask.threshold", "mask.criterion", "optimizer.lr", "seed", "name",
+    "model.lora", "model.lora.quantize",
+)  # fmt: skip
 """What is in the label, or beside it, anyway."""
 
 
 def methods_of(runs: list[Run]) -> list[str]:
-    """Each run's method, without learning rate and seed: `ft`, `migu T=0.7`, ..., followed by
-    whatever else of their training the runs may and do differ in."""
+    """Each run's method, without learning rate and seed: `ft`, `lora`, `migu T=0.7`,
+    `lora, migu T=0.7`, ..., followed by whatever else of their training the runs may and do differ
+    in."""
     recipes = [flat(run.recipe) for run in runs]
     # What a masked run sets beyond the label is told where the masked runs do not agree on it.
     masked = [r for r in recipes if r.get("mask.enabled", True)]
+    adapted = [r for r in recipes if adapter_of(r)]
     telling = []
     for key in sorted({key for recipe in recipes for key in recipe}):
         among = masked if key.startswith("mask.") else recipes
+        among = adapted if key.startswith("model.lora") else among
         if not _is_free(key) or key in NAMED or _how_evaluated(key):
             continue
         if len({repr(r.get(key)) for r in among}) > 1:
@@ -42,7 +48,8 @@ def methods_of(runs: list[Run]) -> list[str]:
         is_masked = recipe.get("mask.enabled", True)
         criterion = str(recipe.get("mask.criterion", "output"))
         threshold = recipe.get("mask.threshold", 0.7)
-        name = f"{CRITERIA.get(criterion, criterion)} T={threshold:g}" if is_masked else "ft"
+        selected = f"{CRITERIA.get(criterion, criterion)} T={threshold:g}" if is_masked else ""
+        name = ", ".join(filter(None, (adapter_of(recipe), selected))) or "ft"
         extra = [
             f"{key.split('.', 1)[1]} {_plain(recipe[key])}"
             for key in telling
@@ -50,6 +57,13 @@ def methods_of(runs: list[Run]) -> list[str]:
         ]
         methods.append(", ".join([name, *extra]))
     return methods
+
+
+def adapter_of(recipe: dict) -> str:
+    """Of a flat recipe: "lora", "qlora", or "" where the weights themselves are trained."""
+    if not any(key.startswith("model.lora.") for key in recipe):
+        return ""
+    return "lora" if recipe.get("model.lora.quantize", "none") == "none" else "qlora"
 
 
 def without_seed(run: Run) -> str:
@@ -99,7 +113,8 @@ def flat(value: object, prefix: str = "") -> dict:
 
 def _is_free(key: str) -> bool:
     of_stage = key.startswith("stages.") and key.endswith((".lr", ".evaluate_every"))
-    return key.split(".")[0] in FREE or key in ALSO_FREE or of_stage
+    of_adapter = key == "model.lora" or key.startswith("model.lora.")
+    return key.split(".")[0] in FREE or key in ALSO_FREE or of_stage or of_adapter
 
 
 def _how_evaluated(key: str) -> bool:
