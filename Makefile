@@ -40,7 +40,7 @@ $(COMPARED): $(INSTALLED)
 		name=$@ $(OPTIONS) 2>&1 | cat
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -18,9 +18,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
     """
     context = mp.get_context("spawn")
     queue = context.Queue()
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     ranks = [
         context.Process(target=_rank, args=(r, world_size, port, queue, function, args))
         for r in range(world_size)
@@ -40,6 +38,12 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
             if p.is_alive():
                 p.kill()
     return [results[r] for r in range(world_size)]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def _rank(rank, world_size, port, queue, function, args):

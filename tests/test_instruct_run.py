@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.spawn import free_port
+
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["write", "a", "function", "that", "adds", "two", "numbers", "and", "returns", "the", "sum"]
 
@@ -67,6 +69,7 @@ def instruct(recipe: Path, *extra: str, ranks: int = 1) -> tuple[int, str]:
     if ranks > 1:
         deepspeed = Path(sys.executable).with_name("deepspeed")
         launcher = [str(deepspeed), "--num_accelerators", str(ranks)]
+        launcher += ["--master_port", str(free_port())]
     arguments = [
         "launch/instruct.py",
         "--recipe",

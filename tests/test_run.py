@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.recipe import load_recipe
 from pipeline.run import run_recipe
 from pipeline.run_folder import open_run
+from tests.spawn import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = {
@@ -107,6 +108,7 @@ def test_a_killed_run_continues_and_ends_like_an_unbroken_one(recipe):
     assert "stage 1 a: finished before" in output
     # The unbroken run goes through the DeepSpeed launcher, with another split of the batch.
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
+    launcher += ["--master_port", str(free_port())]
     code, output = finish([*launcher, *command(recipe, "name=whole")[1:]])
     assert code == 0, output
     assert "held-out loss" in output
