@@ -14,6 +14,7 @@ from eval.matrix import forgotten_at
 from eval.report import compare, terminal_summary, write_comparison, write_report
 from eval.report.load import load_run
 from eval.report.recipes import methods_of
+from eval.report.settings import Setting, measure
 from eval.summary import task_lines
 from tests.fake_runs import HOSTILE, UNREACHABLE, fake_run, fake_tuning
 from tests.test_report import assert_self_contained, text_of
@@ -294,3 +295,16 @@ def test_an_adapter_is_a_method_of_its_own():
     assert methods_of([run(lora, False), run({**lora, "r": 16}, False)]) == [
         "lora, lora.r 8", "lora, lora.r 16",
     ]  # fmt: skip
+
+
+def test_a_rate_that_learns_nothing_is_no_point_of_its_method():
+    settings = [
+        Setting("ft 1", "ft", 1e-4, [0]), Setting("ft 2", "ft", 3e-4, [1]),
+        Setting("ft 3", "ft", 1e-3, [2]), Setting("migu", "migu", 3e-4, [3]),
+    ]  # fmt: skip
+    ends = [(0.1, 0.0), (0.2, 0.1), (-0.3, 0.9), (0.15, 0.02)]
+    numbers = measure([[(0.0, 0.0), end] for end in ends], settings, [])
+    assert numbers["between", "ft", "migu"] == pytest.approx(0.05)
+    ends[3] = (-0.1, 0.3)
+    numbers = measure([[(0.0, 0.0), end] for end in ends], settings, [])
+    assert numbers["between", "ft", "migu"] is None

@@ -117,7 +117,8 @@ def compare(run_dirs: Sequence[Path | str]) -> Comparison:
     readings = []
     for method, others in readable(settings).items():
         own = [setting for setting in settings if setting.method == method]
-        low, high = min(s.learned for s in own), max(s.learned for s in own)
+        reached = [s.learned for s in own if s.learned > 0]
+        low, high = min(reached, default=0.0), max(reached, default=0.0)
         for other in others:
             value = numbers["between", method, other.name]
             reading = Reading(method, other.name, other.learned, value, other.forgotten, None)

@@ -82,12 +82,16 @@ def measure(
         numbers["learned", setting.name], numbers["forgotten", setting.name] = point
         levels = complete([read.get(str(run)) for run in setting.runs])
         numbers["forgotten_equal", setting.name] = mean(levels) if levels else None
-        points.setdefault(setting.method, []).append(point)
+        # Where a rate is so high that nothing is learned, more of it does not mean more learning,
+        # and reading on the way there would mean nothing.
+        if point[0] > 0:
+            points.setdefault(setting.method, []).append(point)
     for method, others in readable(settings).items():
         for other in others:
             level = numbers["learned", other.name]
             assert level is not None
-            numbers["between", method, other.name] = between(points[method], level)
+            known = points.get(method, []) if level > 0 else []
+            numbers["between", method, other.name] = between(known, level)
     return numbers
 
 
