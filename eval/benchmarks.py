@@ -13,7 +13,6 @@ import gzip
 import json
 import logging
 import math
-import os
 import random
 import re
 import tempfile
@@ -31,6 +30,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from eval.results import write_arrays, write_json
 from pipeline.errors import UserError
 from pipeline.recipe import Benchmark
 
@@ -548,12 +548,8 @@ def merge_shares(parts: list[Path], output: Path, info: dict[str, Any]) -> None:
         "average_stderr": average_stderr,
         "lm_eval": version("lm_eval"),
     }
-    temporary = output.with_name(f".{output.name}.tmp")
-    with temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)
-    os.replace(temporary, output.with_name("benchmarks.npz"))
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(temporary, output)
+    write_arrays(output.with_name("benchmarks.npz"), arrays)
+    write_json(output, result)
     for part in parts:
         part.unlink()
 

@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from eval.results import replace_file, write_json
 from eval.sandbox import Limits, Outcome, Sandbox, probe
 from pipeline.errors import UserError
 
@@ -176,12 +177,10 @@ def merge_shares(
         "limit": settings.limit,
         "cut_off": sum(r["cut_off"] for r in records),
     }
-    temporary = output.with_name(f".{output.name}.tmp")
     text = "".join(f"{json.dumps(r)}\n" for r in records)
-    temporary.write_bytes(gzip.compress(text.encode(), mtime=0))
-    os.replace(temporary, output.with_name("humaneval_completions.jsonl.gz"))
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(temporary, output)
+    completions = output.with_name("humaneval_completions.jsonl.gz")
+    replace_file(completions, gzip.compress(text.encode(), mtime=0))
+    write_json(output, result)
     for part in parts:
         part.unlink()
 

@@ -5,8 +5,6 @@ The result does not depend on the number of ranks: blocks are formed before they
 summed in their order.
 """
 
-import json
-import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from eval.results import write_arrays, write_json
 from pipeline.data.heldout import load_heldout
 from pipeline.data.mlm import collate_causal, collate_mlm
 from pipeline.migu.magnitude import MagnitudeRecorder
@@ -132,12 +131,8 @@ def merge_shares(
             shares[0]["components"].tolist(),
             threshold,
         )
-    temporary = output.with_name(f".{output.name}.tmp")
-    with temporary.open("wb") as file:
-        np.savez_compressed(file, **sequences)
-    os.replace(temporary, output.with_name("sequences.npz"))
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(temporary, output)
+    write_arrays(output.with_name("sequences.npz"), sequences)
+    write_json(output, result)
     for part in parts:
         part.unlink()
 
