@@ -158,16 +158,15 @@ def merge(
         elif kind == "heldout":
             assert heldout is not None
             lm.merge_shares(parts, heldout, output, threshold, described)
+        elif kind == "benchmarks":
+            from eval import benchmarks
+
+            benchmarks.merge_shares(parts, output, described)
         else:
-            if kind == "benchmarks":
-                from eval import benchmarks
+            from eval import humaneval
 
-                benchmarks.merge_shares(parts, output, described)
-            else:
-                from eval import humaneval
-
-                assert settings.humaneval is not None
-                humaneval.merge_shares(parts, output, settings.humaneval, described)
+            assert settings.humaneval is not None
+            humaneval.merge_shares(parts, output, settings.humaneval, described)
     return failed
 
 

@@ -18,13 +18,16 @@ from pipeline.cli import run_command
 
 def main() -> None:
     args = _parser().parse_args()
+    if args.share:  # a rank of a run, which merges; without it, nobody waits for the result
+        from eval.jail import die_with_parent
+
+        die_with_parent(os.getppid())  # before the slow imports, during which the run may end
 
     import tempfile
 
     import torch
 
     from eval.checkpoint import Checkpoint, check, measure_share, merge, objective_of
-    from eval.jail import die_with_parent
     from pipeline.errors import UserError
     from pipeline.recipe import load_recipe
 
@@ -52,8 +55,7 @@ def main() -> None:
     )
     share = tuple(int(x) for x in args.share.split("/")) if args.share else None
     seed = recipe.seed if recipe else 0
-    if share:  # a rank of a run, which merges; without it, nobody waits for the result
-        die_with_parent(os.getppid())
+    if share:
         folder, shared = args.output, (share[0], share[1])
         failed = measure_share(checkpoint, kinds, settings, args.heldout, folder, shared, seed)
     else:

@@ -31,7 +31,7 @@ def publish(folder: Path, write: Callable[[Path], None], info: dict[str, Any]) -
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         manifest = {
             **info,
-            "files": {str(p.relative_to(temporary)): _sha256(p) for p in files},
+            "files": {str(p.relative_to(temporary)): sha256(p) for p in files},
         }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         for path in [*files, temporary / MANIFEST, temporary]:
@@ -62,7 +62,7 @@ def verify(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             raise UserError(f"{path}: missing, but listed in {MANIFEST}; the checkpoint is damaged")
-        if _sha256(path) != digest:
+        if sha256(path) != digest:
             raise UserError(f"{path}: differs from its SHA-256 in {MANIFEST}; it is damaged")
 
 
@@ -76,7 +76,8 @@ def require_space(folder: Path, size: int) -> None:
         )
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

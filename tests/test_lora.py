@@ -20,10 +20,9 @@ from pipeline.errors import UserError
 from pipeline.migu.targets import find_targets
 from pipeline.model.load import build_model, load_config, load_for_evaluation
 from pipeline.model.lora import adapted_linears, add_adapter, base_of, check_engine
-from pipeline.ranks import rank, world_size
+from pipeline.ranks import world_size
 from pipeline.recipe import Lora, Mask, Model, load_recipe
 from pipeline.run import run_recipe
-from pipeline.train import train_stage
 from tests.reference import (
     BETAS,
     CLIP,
@@ -38,7 +37,7 @@ from tests.reference import (
 )
 from tests.spawn import run_ranks
 from tests.test_fsdp import fsdp_engine
-from tests.test_parity import ENGINES, EVERYTHING, History, recipe_for, zero_engine
+from tests.test_parity import ENGINES, EVERYTHING, recipe_for, train_shares, zero_engine
 from tests.test_run import recipe  # noqa: F401  # a fixture
 
 RANK, ALPHA, STEPS = 5, 10, 2
@@ -117,15 +116,7 @@ def train(name, model, engine, steps, accumulation, build=zero_engine, **changes
     settings = recipe_for(name, 2 * world_size() * accumulation)
     settings.optimizer.weight_decay = changes.pop("weight_decay", WEIGHT_DECAY)
     settings.mask = Mask(threshold=THRESHOLD, **changes)
-    sharded = build(model.train(), settings, engine)
-    mask = History(sharded.module, settings.mask, seed=0)
-    mine = iter([step[rank() :: world_size()] for step in steps])
-    train_stage(sharded, mask, mine, settings, 1, len(steps), log=None)
-    weights = dict(sharded.full_weights())
-    history = [{n: k for n, (k, _) in step.items()} for step in mask.history]
-    mask.close()
-    sharded.close()
-    return weights, history
+    return train_shares(build(model.train(), settings, engine), settings, steps)
 
 
 def compare(name, engine, accumulation, checkpoint=False, build=zero_engine):

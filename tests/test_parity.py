@@ -87,7 +87,11 @@ def train(
     model = MODELS[name]().train()
     if checkpoint:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    sharded = build(model, recipe, engine)
+    return train_shares(build(model, recipe, engine), recipe, steps)
+
+
+def train_shares(sharded, recipe, steps):
+    """Train this rank's share of `steps` and close; returns (weights, kept rows per step)."""
     mask = History(sharded.module, recipe.mask, seed=0)
     mine = iter([step[rank() :: world_size()] for step in steps])
     train_stage(sharded, mask, mine, recipe, 1, len(steps), log=None)

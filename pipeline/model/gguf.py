@@ -4,14 +4,13 @@ Loading a GGUF file takes transformers half a minute and gives a model that is m
 so its weights are dequantized once, to fp32 safetensors in the cache folder.
 """
 
-import hashlib
 import importlib.util
-import json
 import logging
-import shutil
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoint import is_published, publish, sha256
 from pipeline.data.embedded import cache_dir
 from pipeline.errors import UserError
 from pipeline.progress import say
@@ -49,18 +48,20 @@ def _package_file(path: str) -> Path:
 def _converted(file: Path) -> Path:
     from filelock import FileLock
 
-    with file.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    digest = _digest(file, file.stat().st_mtime_ns)
     target = cache_dir() / "models" / f"{file.stem}-{digest[:12]}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):  # one rank converts, the others wait
-        if not target.is_dir():
+        if not is_published(target):
             say(f"converting {file.name} to safetensors, once (half a minute or more)")
-            temporary = target.with_name(f".{target.name}.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            _convert(file, temporary)
-            temporary.rename(target)
+            publish(target, partial(_convert, file), {"source": file.name, "source_sha256": digest})
     return target
+
+
+@cache
+def _digest(file: Path, _changed: int) -> str:
+    """A process asks for the same file several times, and it may be large."""
+    return sha256(file)
 
 
 def _convert(file: Path, target: Path) -> None:
@@ -90,6 +91,3 @@ def _convert(file: Path, target: Path) -> None:
             delattr(model.config, name)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    # Where the weights came from, for whoever finds the folder.
-    source = {"file": file.name, "sha256": target.name.rsplit("-", 1)[-1].removesuffix(".tmp")}
-    (target / "source.json").write_text(json.dumps(source) + "\n")
