@@ -25,6 +25,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from eval.results import replace_file, write_json
 from eval.sandbox import Limits, Outcome, Sandbox, probe
+from pipeline.data.tokenizer import text_start
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -311,9 +312,8 @@ def _prompt_ids(prompt: str, tokenizer: Any, template: str) -> list[int]:
         from pipeline.data.instruct import prompt_text
 
         prompt = prompt_text(template, tokenizer, INSTRUCTION.format(prompt=prompt), None)
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    begun = template == "chat" or tokenizer.bos_token_id not in tokenizer("a")["input_ids"][:1]
-    return ids if begun else [tokenizer.bos_token_id, *ids]
+    start = [] if template == "chat" else text_start(tokenizer)
+    return [*start, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:

@@ -21,6 +21,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.data.instruct import Document, Example, example_texts
+from pipeline.data.tokenizer import text_start
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -281,11 +282,7 @@ class _Encoder:
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = True  # "</s>" in a document is text
-        if masked:
-            before = [tokenizer.cls_token_id]
-        else:  # a text begins as the tokenizer itself begins it: Llama-2's with bos, GPT-2's not
-            added = tokenizer.bos_token_id in tokenizer("a")["input_ids"][:1]
-            before = [tokenizer.bos_token_id] if added else []
+        before = [tokenizer.cls_token_id] if masked else text_start(tokenizer)
         after = tokenizer.sep_token_id if masked else tokenizer.eos_token_id
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else after
         return cls(

@@ -61,6 +61,12 @@ def load_tokenizer(path_or_id: str, revision: str | None = None) -> "PreTrainedT
     return _checked(tokenizer, path_or_id)
 
 
+def text_start(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
+    """The token with which the tokenizer itself begins a text: bos for Llama-2, none for GPT-2."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos in tokenizer("a")["input_ids"][:1] else []
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
     """Train a byte-level BPE with RoBERTa's special tokens (ids 0 to 4); deterministic.
 
