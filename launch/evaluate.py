@@ -33,10 +33,14 @@ def main() -> None:
 
     recipe = load_recipe(args.recipe) if args.recipe else None
     settings, kinds = _settings(args, recipe)
-    if "heldout" in kinds and not (args.heldout and (args.heldout / "manifest.json").is_file()):
+    if "heldout" in kinds and args.heldout is None:
         raise UserError(
-            f"--heldout {args.heldout or ''}: not a held-out folder (no manifest.json). Give the "
-            "`heldout` folder of a run, or other --tasks"
+            "--heldout is missing: the `heldout` folder of a run; or other --tasks"
+        )
+    if "heldout" in kinds and not (args.heldout / "manifest.json").is_file():
+        raise UserError(
+            f"--heldout {args.heldout}: not a held-out folder (no manifest.json); give the "
+            "`heldout` folder of a run"
         )
     objective = objective_of(args.heldout)
     if objective == "masked" and kinds != ["heldout"]:
@@ -65,8 +69,11 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             info = {"checkpoint": args.checkpoint}
             measure_share(checkpoint, kinds, settings, args.heldout, folder, (0, 1), seed)
-            failed = merge(folder, kinds, 1, settings, args.heldout, args.threshold, info)
-            _print(folder, [k for k in kinds if not any(f.startswith(k) for f in failed)])
+            threshold = 0.7 if args.threshold is None else args.threshold
+            failed = merge(folder, kinds, 1, settings, args.heldout, threshold, info)
+            measured = [k for k in kinds if not any(f.startswith(k) for f in failed)]
+            if measured:
+                _print(folder, measured)
     if failed:
         raise UserError("could not be measured:\n  " + "\n  ".join(failed))
 
@@ -103,8 +110,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--precision", choices=("fp32", "bf16"), help="of the weights (default: fp32)")
     add("--attention", default="sdpa", choices=("sdpa", "eager", "flash_attention_2"))
     add("--device", help="default: cuda where there is one, else cpu")
-    add("--no-overlap", action="store_true", help="do not compare kept rows of the domains")
-    add("--threshold", type=float, default=0.7, help="of the kept rows compared (default: 0.7)")
+    add(
+        "--no-overlap",
+        action="store_true",
+        default=None,
+        help="do not compare kept rows of the domains",
+    )
+    add("--threshold", type=float, help="of the kept rows compared (default: 0.7)")
     add(
         "--output",
         type=Path,
@@ -158,11 +170,35 @@ def _settings(args: argparse.Namespace, recipe: Any) -> tuple[Any, list[str]]:
         overlap=settings.overlap and not args.no_overlap,
         precision=args.precision or settings.precision,
     )
-    problems = evaluation_problems(settings)
+    kinds = ["heldout"] * ("heldout" in tasks) + ["benchmarks"] * bool(benchmarks)
+    kinds += ["humaneval"] * bool(humaneval)
+    problems = evaluation_problems(settings) + _without_effect(args, kinds)
+    if args.threshold is not None and not 0 <= args.threshold < 1:
+        problems += [f"--threshold {args.threshold}: must be at least 0 and below 1"]
     if problems:
         raise UserError("\n".join(problems))
-    kinds = ["heldout"] * ("heldout" in tasks) + ["benchmarks"] * bool(benchmarks)
-    return settings, kinds + ["humaneval"] * bool(humaneval)
+    return settings, kinds
+
+
+# What only some measurements read.
+READ_BY = {
+    "limit": ("benchmarks", "humaneval"),
+    "shots": ("benchmarks",),
+    "benchmark_files": ("benchmarks",),
+    "samples": ("humaneval",),
+    "max_new_tokens": ("humaneval",),
+    "sandbox": ("humaneval",),
+    "no_overlap": ("heldout",),
+    "threshold": ("heldout",),
+}
+
+
+def _without_effect(args: argparse.Namespace, kinds: list[str]) -> list[str]:
+    return [
+        f"--{option.replace('_', '-')} has no effect: --tasks has no {' or '.join(readers)}"
+        for option, readers in READ_BY.items()
+        if getattr(args, option) is not None and not set(readers) & set(kinds)
+    ]
 
 
 def _print(folder: Path, kinds: list[str]) -> None:

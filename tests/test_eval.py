@@ -1,6 +1,7 @@
 """The held-out loss: right, repeatable to the bit, the same for every number of shares."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ import torch
 from torch.nn import functional as F
 
 from eval.lm import evaluate_share, merge_shares
+from launch.evaluate import main
 from pipeline.data.heldout import load_heldout, prepare_heldout
 from pipeline.data.tokenizer import train_tokenizer
+from pipeline.errors import UserError
 from pipeline.model.load import load_for_evaluation
 from pipeline.recipe import Data, Domain, Model, Recipe, Stage
 from tests.reference import MODELS
@@ -123,3 +126,20 @@ def test_the_masks_do_not_depend_on_the_seed_of_the_run(prepared, tmp_path):
     for name, data in domains.items():
         for key, tensor in data.items():
             assert torch.equal(tensor, again[name][key])
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ("--tasks humaneval --shots 0", "--shots has no effect: --tasks has no benchmarks"),
+        ("--tasks hellaswag --samples 5", "--samples has no effect: --tasks has no humaneval"),
+        ("--heldout X --limit 3", "--limit has no effect: --tasks has no benchmarks or humaneval"),
+        ("--tasks heldout", "--heldout is missing"),
+        ("--heldout X", "--heldout X: not a held-out folder"),
+        ("--heldout X --threshold 1", "--threshold 1.0: must be at least 0 and below 1"),
+    ],
+)
+def test_options_of_the_command_without_effect(monkeypatch, options, complaint):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--checkpoint", "none", *options.split()])
+    with pytest.raises(UserError, match=re.escape(complaint)):
+        main()
