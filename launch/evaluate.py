@@ -34,9 +34,7 @@ def main() -> None:
     recipe = load_recipe(args.recipe) if args.recipe else None
     settings, kinds = _settings(args, recipe)
     if "heldout" in kinds and args.heldout is None:
-        raise UserError(
-            "--heldout is missing: the `heldout` folder of a run; or other --tasks"
-        )
+        raise UserError("--heldout is missing: the `heldout` folder of a run; or other --tasks")
     if "heldout" in kinds and not (args.heldout / "manifest.json").is_file():
         raise UserError(
             f"--heldout {args.heldout}: not a held-out folder (no manifest.json); give the "
