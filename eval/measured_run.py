@@ -13,7 +13,7 @@ from pipeline.dry_run import describe_run
 from pipeline.engine.config import resolve_engine_config
 from pipeline.engine.zero import start_distributed
 from pipeline.ranks import on_rank0, rank, world_size
-from pipeline.recipe import load_recipe
+from pipeline.recipe_file import load_recipe
 from pipeline.run import run_recipe
 from pipeline.run_folder import restart
 

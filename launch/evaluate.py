@@ -29,7 +29,7 @@ def main() -> None:
 
     from eval.checkpoint import Checkpoint, check, measure_share, merge, objective_of
     from pipeline.errors import UserError
-    from pipeline.recipe import load_recipe
+    from pipeline.recipe_file import load_recipe
 
     recipe = load_recipe(args.recipe) if args.recipe else None
     settings, kinds = _settings(args, recipe)
@@ -131,7 +131,8 @@ def _settings(args: argparse.Namespace, recipe: Any) -> tuple[Any, list[str]]:
     from dataclasses import replace
 
     from pipeline.errors import UserError
-    from pipeline.recipe import Benchmark, Evaluation, HumanEval, evaluation_problems
+    from pipeline.recipe import Benchmark, Evaluation, HumanEval
+    from pipeline.recipe_problems import evaluation_problems
 
     settings = recipe.evaluate if recipe else Evaluation()
     tasks = args.tasks

@@ -14,7 +14,8 @@ from torch import nn
 from pipeline.errors import UserError
 from pipeline.migu.gradient_mask import GradientMask, ShardedModel
 from pipeline.migu.shard import ParameterShards
-from pipeline.recipe import Mask, mask_problems
+from pipeline.recipe import Mask
+from pipeline.recipe_problems import mask_problems
 
 
 def _nothing() -> None:

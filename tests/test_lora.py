@@ -21,7 +21,8 @@ from pipeline.migu.targets import find_targets
 from pipeline.model.load import build_model, load_config, load_for_evaluation
 from pipeline.model.lora import adapted_linears, add_adapter, base_of, check_engine
 from pipeline.ranks import world_size
-from pipeline.recipe import Lora, Mask, Model, load_recipe
+from pipeline.recipe import Lora, Mask, Model
+from pipeline.recipe_file import load_recipe
 from pipeline.run import run_recipe
 from tests.reference import (
     BETAS,

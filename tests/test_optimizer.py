@@ -6,7 +6,7 @@ from transformers import RobertaConfig, RobertaForMaskedLM
 
 from pipeline.engine.config import memory_per_rank, resolve_ds_config
 from pipeline.errors import UserError
-from pipeline.recipe import load_recipe
+from pipeline.recipe_file import load_recipe
 from pipeline.train import train_stage
 from tests.reference import micro_batches
 from tests.spawn import run_ranks

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from pipeline.checkpoint import is_published, publish, require_space, verify
 from pipeline.errors import UserError
-from pipeline.recipe import load_recipe
+from pipeline.recipe_file import load_recipe
 from pipeline.run import run_recipe
 from pipeline.run_folder import open_run
 from tests.spawn import free_port

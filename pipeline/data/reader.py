@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline.data.embedded import EMBEDDED, INSTRUCTIONS, choices, embedded_documents
 from pipeline.data.instruct import Document, Example
 from pipeline.errors import UserError
+from pipeline.recipe import Domain
 
-if TYPE_CHECKING:  # heavy, or importing this module
+if TYPE_CHECKING:  # heavy
     from datasets import IterableDataset
-
-    from pipeline.recipe import Domain
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst", ".parquet")
 EXAMPLES = 20  # bad lines that are remembered one by one
@@ -62,7 +61,7 @@ class BadLines:
         return "\n".join(f"  {f}:{n}: {reason}" for f, n, reason in self.examples[:count])
 
 
-def check_domain(name: str, domain: "Domain") -> list[str]:
+def check_domain(name: str, domain: Domain) -> list[str]:
     """Problems of a domain's settings that show without reading the corpus, as `key: problem; fix`.
 
     `name` is the domain's key in the recipe. Takes milliseconds and imports nothing heavy.
@@ -142,7 +141,7 @@ def check_domain(name: str, domain: "Domain") -> list[str]:
 
 
 def read_documents(
-    domain: "Domain", split: Literal["train", "heldout"], bad: BadLines
+    domain: Domain, split: Literal["train", "heldout"], bad: BadLines
 ) -> "IterableDataset":
     """The documents of one side of a domain, in a fixed order, as rows: `{"text": str}`, or
     `{"prompt", "context", "response"}` of an instruction domain (`document_of` a row).
@@ -201,7 +200,7 @@ def document_of(row: dict[str, str]) -> Document:
     return row["text"] if "text" in row else Example(**row)
 
 
-def read_file(path: str, domain: "Domain", bad: BadLines) -> Iterator[Document]:
+def read_file(path: str, domain: Domain, bad: BadLines) -> Iterator[Document]:
     """The documents of one local file (.jsonl and .txt plain, .gz or .zst; .parquet), in order.
 
     In a text file, documents are separated by blank lines, or lines (`txt_documents`).
@@ -221,7 +220,7 @@ class _Fields:
     instruction: bool
 
     @classmethod
-    def of(cls, domain: "Domain") -> "_Fields":
+    def of(cls, domain: Domain) -> "_Fields":
         if domain.instruction is None:
             return cls([domain.text_field], [], False)
         names = domain.instruction
@@ -455,7 +454,7 @@ def _read_parquet(path: str, fields: _Fields, bad: BadLines) -> Iterator[Documen
         bad.add(path, number + 1, f"damaged parquet file: {str(error).splitlines()[0]}")
 
 
-def _from_hub(domain: "Domain", split: str, keep: Keep, bad: BadLines) -> "IterableDataset":
+def _from_hub(domain: Domain, split: str, keep: Keep, bad: BadLines) -> "IterableDataset":
     """A data set of the hub (or a folder in its layout), streamed."""
     import datasets
 

@@ -1,0 +1,152 @@
+"""Read a recipe: a YAML file, with `key=value` overrides from the command line laid over it.
+
+All problems are found before anything is loaded, and reported together in one `UserError`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from pipeline.errors import UserError
+from pipeline.recipe import (
+    Benchmark,
+    Data,
+    Domain,
+    Engine,
+    Evaluation,
+    HumanEval,
+    Instruction,
+    Lora,
+    Mask,
+    Model,
+    Optimizer,
+    Recipe,
+    Stage,
+    Train,
+)
+from pipeline.recipe_problems import near, recipe_problems
+
+RECIPES = Path(__file__).resolve().parent.parent / "launch" / "recipes"
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, lay `key=value` overrides over it, check everything.
+
+    Relative paths inside a recipe are relative to the working directory; a model or tokenizer path
+    that does not exist there is also looked for beside the recipe file.
+
+    Raises:
+        UserError: one message that lists every problem with its key, file and a suggestion.
+    """
+    path = _find_recipe(path)
+    try:
+        config = OmegaConf.load(path)
+    except Exception as error:  # every YAML error is the user's
+        raise UserError(f"{path}: not a YAML file: {error}") from None
+    problems: list[str] = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            problems.append(f"{override!r}: an override is written key=value, e.g. seed=1")
+            continue
+        try:
+            parsed = OmegaConf.from_dotlist([f"value={value}"])["value"]
+            OmegaConf.update(config, key, parsed, merge=False, force_add=True)
+        except (OmegaConfBaseException, ValueError, TypeError) as error:
+            problems.append(f"{override!r}: {str(error).splitlines()[0]}")
+    data = OmegaConf.to_container(config, resolve=True)
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a recipe is a mapping with the keys {_keys(Recipe)}")
+    data.setdefault("name", path.stem)
+    if isinstance(data.get("stages"), list):
+        data["stages"] = [{"domain": s} if isinstance(s, str) else s for s in data["stages"]]
+    given = {o.partition("=")[0] for o in overrides}
+    try:
+        recipe = _ADAPTER.validate_python(data)
+    except ValidationError as error:
+        problems += [_explain(e, path, given) for e in error.errors()]
+        raise _all(path, problems) from None
+    _beside(recipe.model, path.parent)
+    problems += recipe_problems(recipe)
+    if problems:
+        raise _all(path, problems)
+    return recipe
+
+
+def _find_recipe(path: str | Path) -> Path:
+    for candidate in (Path(path), RECIPES / path, RECIPES / f"{path}.yaml"):
+        if candidate.is_file():
+            return candidate
+    names = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+    raise UserError(
+        f"{path}: no such recipe. Give a YAML file, or one of the recipes here: {', '.join(names)}"
+    )
+
+
+def _beside(model: Model, folder: Path) -> None:
+    for key in ("path", "tokenizer"):
+        value = getattr(model, key)
+        if value and not Path(value).exists() and (folder / value).exists():
+            setattr(model, key, str(folder / value))
+
+
+def _explain(error: Any, path: Path, overridden: set[str]) -> str:
+    """One pydantic error as 'key (file): what is wrong; suggestion'."""
+    loc = [x for x in error["loc"] if not str(x).startswith(("function-", "str", "list["))]
+    key = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in loc).lstrip(".")
+    where = "on the command line" if key in overridden else f"in {path}"
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        owner = _dataclass_at(loc[:-1])
+        known = [f.name for f in dataclasses.fields(owner)] if owner else []
+        hint = near(str(loc[-1]), known) or f"; known keys: {', '.join(known)}"
+        return f"{key}: unknown key, {where}{hint}"
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{key}: missing, {where}; add it"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}: {message[0].lower() + message[1:]}, got {error['input']!r}, {where}"
+
+
+def _dataclass_at(loc: list[Any]) -> type | None:
+    owner: Any = Recipe
+    entry: Any = None
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        if owner in (Data, Evaluation) and part in _NAMED:
+            owner = dict
+            entry = _NAMED[part]
+        elif owner is dict:
+            owner = entry
+        else:
+            hint = get_type_hints(owner).get(part)
+            owner = _OPTIONAL.get(part, hint)
+    return owner if isinstance(owner, type) and dataclasses.is_dataclass(owner) else None
+
+
+# What the entries of a mapping are, and what a key holds whose type is not a plain dataclass.
+_NAMED: dict[str, type] = {"domains": Domain, "benchmarks": Benchmark}
+_OPTIONAL: dict[str, type] = {
+    "stages": Stage, "lora": Lora, "instruction": Instruction, "humaneval": HumanEval,
+}  # fmt: skip
+
+
+def _keys(cls: type) -> str:
+    return ", ".join(f.name for f in dataclasses.fields(cls))
+
+
+def _all(path: Path, problems: list[str]) -> UserError:
+    noun = "problem" if len(problems) == 1 else "problems"
+    return UserError("\n".join([f"{path}: {len(problems)} {noun}", *(f"  {p}" for p in problems)]))
+
+
+for _cls in (
+    Lora, Model, Instruction, Domain, Data, Stage, Mask, Optimizer, Train, Engine, Benchmark,
+    HumanEval, Evaluation, Recipe,
+):  # fmt: skip
+    _cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[union-attr]
+_ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)

@@ -1,0 +1,226 @@
+"""What is wrong with a recipe, beyond what types say; found before anything is loaded."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from pipeline.data.reader import check_domain
+from pipeline.recipe import Evaluation, HumanEval, Mask, Recipe
+
+
+def recipe_problems(r: Recipe) -> list[str]:
+    """Every problem as 'key: what is wrong; the fix'."""
+    found: list[str] = []
+
+    def need(condition: bool, message: str) -> None:
+        if not condition:
+            found.append(message)
+
+    m, d, k, o, t = r.model, r.data, r.mask, r.optimizer, r.train
+    need((m.path is None) != (m.config is None), "model: give exactly one of `path` and `config`")
+    need(
+        not (m.path is None and m.tokenizer is None and m.train_tokenizer is None),
+        "model.tokenizer: a model built from `config` needs `tokenizer` or `train_tokenizer`",
+    )
+    need(
+        m.config is not None or m.initial_positions == "random",
+        "model.initial_positions: has no effect on a pretrained model; remove it",
+    )
+    need(
+        not (m.tokenizer and m.train_tokenizer),
+        "model: give at most one of `tokenizer` and `train_tokenizer`",
+    )
+    need(
+        not (m.path and m.train_tokenizer),
+        "model.train_tokenizer: a pretrained model comes with its own vocabulary; remove it",
+    )
+    need(
+        m.train_tokenizer is None or m.train_tokenizer >= 300,
+        f"model.train_tokenizer: {m.train_tokenizer} is too small; byte-level BPE needs 300",
+    )
+    for key in ("path", "tokenizer"):
+        value = getattr(m, key)
+        if value and (value.startswith((".", "/")) or value.count("/") > 1):
+            need(Path(value).exists(), f"model.{key}: no such folder: {value}")
+    if m.lora is not None:
+        need(m.lora.r >= 1, f"model.lora.r: {m.lora.r} must be at least 1")
+        need(m.lora.alpha > 0, f"model.lora.alpha: {m.lora.alpha} must be positive")
+        need(0 <= m.lora.dropout < 1, f"model.lora.dropout: {m.lora.dropout} is outside [0, 1)")
+        need(
+            m.lora.targets is None or len(m.lora.targets) > 0,
+            "model.lora.targets: the list is empty; leave it out for every linear of the blocks",
+        )
+    need(bool(d.domains), "data.domains: name at least one corpus")
+    for name, domain in d.domains.items():
+        need(
+            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None,
+            f"data.domains.{name}: a name is made of letters, digits, '.', '_' and '-' (it names "
+            "files)",
+        )
+        found += check_domain(name, domain)
+    need(d.sequence_length >= 16, f"data.sequence_length: {d.sequence_length} is below 16 tokens")
+    for key in ("masking", "heldout_masking"):
+        need(0 < getattr(d, key) < 1, f"data.{key}: {getattr(d, key)} is outside (0, 1)")
+    for key in ("heldout_sequences", "shuffle_window"):
+        need(getattr(d, key) >= 1, f"data.{key}: must be at least 1")
+    need(d.bad_lines >= 0, "data.bad_lines: must be at least 0")
+    need(d.prefetch >= 0, "data.prefetch: must be at least 0")
+    if m.attention == "flash_attention_2":
+        need(
+            d.cross_document or all(x.instruction for x in d.domains.values()),
+            "data.cross_document: flash_attention_2 cannot keep documents that share a sequence "
+            "apart; set it to true, or model.attention=sdpa",
+        )
+    instructions = [n for n, domain in d.domains.items() if domain.instruction]
+    need(
+        not instructions or m.objective == "causal",
+        f"data.domains.{(instructions or [''])[0]}.instruction: responses are learnt by a causal "
+        "model; set model.objective=causal",
+    )
+    need(
+        bool(instructions) or d.template == "alpaca",
+        "data.template: has no effect without a domain of instructions; remove it",
+    )
+    need(bool(r.stages), "stages: list at least one domain to train on")
+    for i, stage in enumerate(r.stages):
+        for name in stage.domains:
+            need(
+                name in d.domains,
+                f"stages[{i}].domain: {name!r} is not in data.domains{near(name, d.domains)}",
+            )
+        lengths = [x for x in (stage.steps, stage.epochs, stage.tokens) if x is not None]
+        need(len(lengths) == 1, f"stages[{i}]: give exactly one of `steps`, `epochs`, `tokens`")
+        need(all(x > 0 for x in lengths), f"stages[{i}]: `steps`, `epochs`, `tokens` are positive")
+        need(stage.lr is None or stage.lr > 0, f"stages[{i}].lr: must be positive")
+        every = stage.evaluate_every
+        need(every is None or every > 0, f"stages[{i}].evaluate_every: must be positive")
+        if every is not None and len(lengths) == 1:
+            need(
+                every < lengths[0],
+                f"stages[{i}].evaluate_every: {every:g} has no effect in a stage of "
+                f"{lengths[0]:g}: its end is always evaluated; lower it or remove it",
+            )
+    for name in r.evaluate.domains or []:
+        need(
+            name in d.domains,
+            f"evaluate.domains: {name!r} is not in data.domains{near(name, d.domains)}",
+        )
+    found += evaluation_problems(r.evaluate)
+    for what in ("benchmarks", "humaneval"):
+        need(
+            not getattr(r.evaluate, what) or m.objective == "causal",
+            f"evaluate.{what}: needs a causal model: a masked LM such as RoBERTa gives text no "
+            "likelihood, and its scores would mean nothing. Remove it, or set "
+            "model.objective=causal",
+        )
+    found += mask_problems(k)
+    if k.enabled:
+        need(
+            1 <= k.from_stage <= max(1, len(r.stages)),
+            f"mask.from_stage: {k.from_stage} is not one of the stages 1 to {len(r.stages)}",
+        )
+    need(o.lr > 0, f"optimizer.lr: {o.lr} must be positive")
+    need(all(0 <= b < 1 for b in o.betas), f"optimizer.betas: {o.betas} are outside [0, 1)")
+    need(
+        0 <= o.warmup < 1, f"optimizer.warmup: {o.warmup} is outside [0, 1): a fraction of a stage"
+    )
+    need(o.weight_decay >= 0, "optimizer.weight_decay: must be at least 0")
+    need(o.eps > 0, "optimizer.eps: must be positive")
+    need(t.batch_size >= 1, "train.batch_size: must be at least 1")
+    need(
+        t.micro_batch_size is None or t.micro_batch_size >= 1,
+        "train.micro_batch_size: must be at least 1",
+    )
+    need(t.gradient_clipping >= 0, "train.gradient_clipping: must be at least 0 (0 is off)")
+    e = r.engine
+    for key, default in (("replicas", 1), ("reshard_after_forward", True)):
+        need(
+            e.kind == "fsdp" or getattr(e, key) == default,
+            f"engine.{key}: has no effect with DeepSpeed; remove it, or set engine.kind=fsdp",
+        )
+    need(e.replicas >= 1, "engine.replicas: must be at least 1")
+    need(
+        not (e.kind == "fsdp" and t.precision == "fp16"),
+        "train.precision: fp16 needs loss scaling, which fsdp does not have here; use bf16",
+    )
+    need(
+        not (e.kind == "fsdp" and o.name == "adamw8bit"),
+        "optimizer.name: adamw8bit does not step FSDP's sharded tensors; use adamw, or "
+        "engine.kind=deepspeed",
+    )
+    need(
+        not (o.name == "adamw8bit" and k.enabled and k.update == "gradient"),
+        "optimizer.name: adamw8bit rounds a moment of zero to one that is not, so masked rows "
+        "would drift; set mask.update=strict",
+    )
+    need(
+        m.objective == "causal" or not (m.config or {}).get("is_decoder"),
+        "model.config.is_decoder: a masked LM is an encoder; set model.objective=causal",
+    )
+    return found
+
+
+def evaluation_problems(e: Evaluation) -> list[str]:
+    """What is wrong with the settings of the evaluation by themselves."""
+    found: list[str] = []
+
+    def need(condition: bool, message: str) -> None:
+        if not condition:
+            found.append(message)
+
+    h = e.humaneval
+    need(e.batch_size >= 1, "evaluate.batch_size: must be at least 1")
+    for name, benchmark in e.benchmarks.items():
+        where = f"evaluate.benchmarks.{name}"
+        need(
+            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None,
+            f"{where}: a name is made of letters, digits, '.', '_' and '-'",
+        )
+        need(benchmark.shots >= 0, f"{where}.shots: must be at least 0")
+        need(
+            benchmark.limit is None or benchmark.limit >= 1,
+            f"{where}.limit: must be at least 1; leave it out for all documents",
+        )
+    need(
+        e.benchmark_files is None or Path(e.benchmark_files).is_dir(),
+        f"evaluate.benchmark_files: no such folder: {e.benchmark_files}",
+    )
+    if h:
+        where = "evaluate.humaneval"
+        need(h.limit is None or h.limit >= 1, f"{where}.limit: must be at least 1")
+        need(h.samples >= 0, f"{where}.samples: must be at least 0")
+        drawn = (h.temperature, h.top_p) != (HumanEval.temperature, HumanEval.top_p)
+        need(
+            h.samples > 0 or not drawn,
+            f"{where}: `temperature` and `top_p` have no effect without `samples`",
+        )
+        need(h.temperature > 0, f"{where}.temperature: must be positive; greedy always runs too")
+        need(0 < h.top_p <= 1, f"{where}.top_p: {h.top_p} is outside (0, 1]")
+        for key in ("max_new_tokens", "batch_size"):
+            need(getattr(h, key) >= 1, f"{where}.{key}: must be at least 1")
+        need(h.timeout > 0, f"{where}.timeout: must be positive, in seconds")
+    return found
+
+
+def mask_problems(mask: Mask) -> list[str]:
+    """What is wrong with a mask's settings by themselves."""
+    found = []
+    if not 0 <= mask.threshold < 1:
+        found.append(
+            f"mask.threshold: {mask.threshold} is outside [0, 1); the paper uses 0.7 (70% masked)"
+        )
+    if mask.enabled and mask.normalize != "none" and mask.criterion != "output":
+        found.append(f"mask.normalize: has no effect with criterion {mask.criterion!r}; remove it")
+    if mask.enabled and mask.random_redraw != "stage" and mask.criterion != "random":
+        found.append(
+            f"mask.random_redraw: has no effect with criterion {mask.criterion!r}; remove it"
+        )
+    if mask.components is not None and not mask.components:
+        found.append("mask.components: the list is empty; name components, or leave it out for all")
+    return found
+
+
+def near(word: str, known: Iterable) -> str:
+    close = difflib.get_close_matches(word, [str(k) for k in known], n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
