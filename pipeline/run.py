@@ -30,13 +30,14 @@ from pipeline.data.batches import (
 from pipeline.data.heldout import prepare_heldout
 from pipeline.data.reader import BadLines
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
+from pipeline.engine.config import precision_of
 from pipeline.engine.fsdp import FsdpEngine
 from pipeline.engine.zero import ZeroEngine
 from pipeline.errors import UserError
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.model.gguf import local_weights
 from pipeline.model.load import build_model, check_model, load_config
-from pipeline.model.lora import check_engine
+from pipeline.model.lora import check_engine, is_adapter
 from pipeline.progress import EventLog, now, say
 from pipeline.ranks import on_rank0, rank, world_size
 from pipeline.recipe import Recipe
@@ -174,7 +175,9 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
     on_rank0(partial(_clear_within, run, stage))
     torch.manual_seed(recipe.stage_seed(stage) * 100_003 + rank())
     source = None if stage == 1 and recipe.model.path else run.checkpoint(stage - 1)
-    model = build_model(recipe.model, run.config, source, recipe.seed)
+    # In half precision the engine converts weights itself, as it shards them.
+    keep_dtype = precision_of(run.engine_config) != "fp32"
+    model = build_model(recipe.model, run.config, source, recipe.seed, keep_dtype)
     dtype = getattr(torch, recipe.train.publish_dtype)
     size = sum(p.numel() for p in model.parameters() if p.requires_grad) * dtype.itemsize
     on_rank0(partial(require_space, run.folder, size))
@@ -258,6 +261,9 @@ def _publish(
 
     def write(folder: Path) -> None:
         module.save_pretrained(folder, state_dict=weights)
+        if not is_adapter(folder):  # transformers names the dtype of the module, not of the file
+            module.config.dtype = dtype
+            module.config.save_pretrained(folder)
         run.tokenizer.save_pretrained(folder)
 
     on_rank0(partial(publish, target, write, {**info, "published": now()}))

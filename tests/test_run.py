@@ -124,17 +124,18 @@ def test_a_killed_run_continues_and_ends_like_an_unbroken_one(recipe):
 
 
 def test_the_same_recipe_gives_the_same_bits(recipe):
+    short = ["stages[0].steps=4", "stages[1].steps=4", "train.precision=bf16"]
     for name in ("one", "two"):
-        code, output = finish(
-            command(recipe, f"name={name}", "stages[0].steps=4", "stages[1].steps=4")
-        )
+        code, output = finish(command(recipe, f"name={name}", *short))
         assert code == 0, output
     one, two = (recipe.parent / "runs" / n for n in ("one", "two"))
     for stage in ("01_a", "02_b"):
         a, b = weights(one, stage), weights(two, stage)
         assert all((a[k] == b[k]).all() for k in a)
+        config = json.loads((one / "stages" / stage / "checkpoint" / "config.json").read_text())
+        assert {f"torch.{config['dtype']}"} == {str(w.dtype) for w in a.values()}
         assert evaluation(one, stage)["domains"] == evaluation(two, stage)["domains"]
-    code, output = finish(command(recipe, "name=one", "stages[0].steps=5", "stages[1].steps=4"))
+    code, output = finish(command(recipe, "name=one", *short, "stages[0].steps=5"))
     assert code == 2
     assert "holds a run of another recipe (stages: " in output
     assert "--restart" in output

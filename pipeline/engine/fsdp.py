@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from pipeline.engine.config import precision_of
 from pipeline.engine.optimizer import weight_groups
@@ -32,7 +33,7 @@ class FsdpEngine:
     def __init__(self, model: nn.Module, config: dict[str, Any], optimizer: Any):
         """
         Args:
-            model: on the CPU, fp32, in train mode; alike on every rank.
+            model: on the CPU, of any dtype, in train mode; alike on every rank.
             config: from `resolve_fsdp_config`.
             optimizer: has the fields of `recipe.Optimizer`.
         """
@@ -46,17 +47,12 @@ class FsdpEngine:
         if precision_of(config) == "bf16":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         reshard = config["fsdp"]["reshard_after_forward"]
+        shard = partial(fully_shard, mesh=mesh, mp_policy=policy)
         for name in find_blocks(model):
-            fully_shard(
-                model.get_submodule(name),
-                mesh=mesh,
-                mp_policy=policy,
-                reshard_after_forward=reshard,
-            )
+            block = model.get_submodule(name)
+            shard(_in_fp32(block), reshard_after_forward=reshard)
         # Backward begins with what is left for the root: it would be gathered again at once.
-        self._module: Any = fully_shard(
-            model, mesh=mesh, mp_policy=policy, reshard_after_forward=False
-        )
+        self._module: Any = shard(_in_fp32(model), reshard_after_forward=False)
         self._parameters: dict[str, Any] = dict(model.named_parameters())
         self.shards = ParameterShards(model)
         self._optimizer = torch.optim.AdamW(
@@ -153,6 +149,14 @@ class FsdpEngine:
         """Free the optimizer's state and the gradients."""
         self._optimizer.zero_grad()
         self._optimizer.state.clear()
+
+
+def _in_fp32(module: nn.Module) -> nn.Module:
+    """Convert what is not sharded yet: a block at a time, so that no rank holds the model twice."""
+    for p in module.parameters():
+        if not isinstance(p, DTensor):
+            p.data = p.data.float()
+    return module
 
 
 @cache  # its process groups live as long as the process

@@ -20,6 +20,7 @@ from pipeline.engine.config import offloads, precision_of, zero_stage
 from pipeline.engine.optimizer import weight_groups
 from pipeline.engine.zero_shards import ZeroShards
 from pipeline.errors import TrainingStopped
+from pipeline.migu.targets import find_blocks
 
 Hold = Callable[[], AbstractContextManager[None]]
 
@@ -51,14 +52,16 @@ class ZeroEngine:
     def __init__(self, model: nn.Module, ds_config: dict[str, Any], optimizer: Any):
         """
         Args:
-            model: on the CPU, fp32, in train mode.
+            model: on the CPU, in train mode; fp32, in half precision of any dtype.
             ds_config: from `resolve_ds_config`.
             optimizer: has the fields of `recipe.Optimizer`.
         """
         start_distributed()
         self.config = ds_config
         self.stage = zero_stage(ds_config)
-        groups = weight_groups(model, optimizer.weight_decay)
+        groups = weight_groups(model, optimizer.weight_decay)  # by shapes that shards do not have
+        if self.stage == 3:
+            _shard(model, ds_config)
         adam = self._optimizer_class(optimizer.name)
         kwargs = {"lr": optimizer.lr, "betas": tuple(optimizer.betas), "eps": optimizer.eps}
         inner = adam(groups, **kwargs)
@@ -171,3 +174,19 @@ class ZeroEngine:
     def close(self) -> None:
         """Free the engine's buffers and hooks."""
         self._engine.destroy()
+
+
+def _shard(model: nn.Module, ds_config: dict[str, Any]) -> None:
+    """Convert and shard the weights a block at a time, as ZeRO-3 does.
+
+    `deepspeed.initialize` does it too, but converts and moves the whole model to the GPU first.
+    """
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = dtypes[precision_of(ds_config)]
+    for part in [*(model.get_submodule(n) for n in find_blocks(model)), model]:
+        for p in part.parameters():
+            if p.is_floating_point() and not hasattr(p, "ds_id"):
+                p.data = p.data.to(dtype)
+        deepspeed.zero.Init(module=part, config_dict_or_path=ds_config)
+    for b in model.buffers():
+        b.data = b.data.to(deepspeed.get_accelerator().current_device_name())

@@ -83,14 +83,23 @@ OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "data2vec-text", "lon
 
 
 def build_model(
-    model: Model, config: PretrainedConfig, checkpoint: str | Path | None, seed: int
+    model: Model,
+    config: PretrainedConfig,
+    checkpoint: str | Path | None,
+    seed: int,
+    keep_dtype: bool = False,
 ) -> nn.Module:
-    """The model in fp32 on the CPU, in train mode; with `model.lora` frozen but for its adapter.
+    """The model on the CPU, in train mode; with `model.lora` frozen but for its adapter.
 
     Quantized base weights are on the rank's GPU, where there is one.
 
-    checkpoint: a published folder, of a model or an adapter; None takes `model.path`, or random
-    weights from `seed` (without an adapter: it belongs to weights that can be loaded again).
+    Args:
+        checkpoint: a published folder, of a model or an adapter; None takes `model.path`, or random
+            weights from `seed` (without an adapter: it belongs to weights that can be loaded
+            again).
+        keep_dtype: a pretrained model keeps the dtype of its file, else all is fp32. Weights that
+            are not converted are mapped from the file: the ranks of a machine share the memory.
+            (Random weights, and those beside quantized ones, are fp32.)
     """
     auto = AUTO[model.objective]
     source = checkpoint or (model.path and local_weights(model.path))
@@ -106,9 +115,13 @@ def build_model(
             revision = model.revision if checkpoint is None else None
             if adapter is not None:
                 source, revision = base_of(adapter)
-            kwargs |= quantized_loading(model.lora)
-            # Quantized loading leaves a mark in the configuration it gets.
-            net = auto.from_pretrained(source, config=deepcopy(config), revision=revision, **kwargs)
+            config = deepcopy(config)  # loading leaves marks in it
+            if quantized := quantized_loading(model.lora):
+                kwargs |= quantized
+            elif keep_dtype:
+                config.dtype = AutoConfig.from_pretrained(source, revision=revision).dtype
+                kwargs["dtype"] = "auto"
+            net = auto.from_pretrained(source, config=config, revision=revision, **kwargs)
             if adapter is not None:
                 load_adapter(net, adapter)
             elif model.lora is not None:

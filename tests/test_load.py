@@ -1,0 +1,49 @@
+"""Loading in the precision of the file: nothing is converted twice, and no bit is lost."""
+
+import torch
+
+from pipeline.model.load import build_model, load_config
+from pipeline.ranks import world_size
+from pipeline.recipe import Model
+from tests.reference import MODELS
+from tests.spawn import run_ranks
+from tests.test_fsdp import fsdp_engine
+from tests.test_parity import ENGINES, recipe_for, zero_engine
+
+DTYPES = (torch.bfloat16, torch.float16)
+KINDS = ("zero2", "zero3", "zero3 offload", "fsdp")
+
+
+def started(folder, kind):
+    """(dtypes as loaded, of the buffers, weights from which a bf16 engine does not start)."""
+    recipe = recipe_for("llama", 2 * world_size())
+    recipe.train.precision = "bf16"
+    model = Model(path=str(folder), objective="causal")
+    net = build_model(model, load_config(model), None, seed=0, keep_dtype=True)
+    expected = {n: p.detach().clone() for n, p in net.named_parameters()}
+    loaded = {p.dtype for p in net.parameters()}
+    if kind == "fsdp":
+        engine = fsdp_engine(net, recipe, {})
+    else:
+        engine = zero_engine(net, recipe, ENGINES[kind])
+        # DeepSpeed's fp32 weights are copies of the bf16 ones.
+        expected = {n: w.bfloat16() for n, w in expected.items()}
+    wrong = [n for n, w in engine.full_weights() if not torch.equal(w, expected[n].float())]
+    buffers = {b.dtype for b in engine.module.buffers()}
+    engine.close()
+    return loaded, buffers, wrong
+
+
+def all_started(folders):
+    return {(d, kind): started(f, kind) for d, f in folders.items() for kind in KINDS}
+
+
+def test_engines_start_from_the_weights_of_the_file(tmp_path):
+    folders = {dtype: tmp_path / str(dtype) for dtype in DTYPES}
+    for dtype, folder in folders.items():
+        MODELS["llama"]().to(dtype).save_pretrained(folder)
+    for results in run_ranks(all_started, 2, folders):
+        for (dtype, kind), (loaded, buffers, wrong) in results.items():
+            assert loaded == {dtype}, kind
+            assert buffers == {torch.float32}, kind  # the rotary frequencies
+            assert not wrong, (dtype, kind)
