@@ -120,6 +120,21 @@ def test_only_what_exists_is_drawn(tmp_path, missing, drawn):
     compare(runs)
 
 
+def test_many_runs_of_which_few_have_tasks(tmp_path):
+    """The figures label methods at the run that learned most, which here has no tasks."""
+    runs = [fake_tuning(tmp_path / f"{s}", enabled=s % 2 > 0, seed=s, epochs=2) for s in range(9)]
+    ranked = sorted(compare(runs).rows, key=lambda row: row.learned)
+    least = {row.method: row.run.name for row in reversed(ranked)}
+    for run in runs:
+        if run.name not in least.values():
+            for path in [*run.rglob("humaneval*"), *run.rglob("benchmarks*")]:
+                path.unlink()
+    page = write_comparison(runs, tmp_path / "out")
+    for figure in ("tasks", "benchmarks", "pareto_tasks"):
+        svg = (page.parent / f"{figure}.svg").read_text()
+        assert all(f">{method}</text>" in svg for method in least), figure
+
+
 def test_damaged_and_unfinished_runs_are_told(tmp_path):
     run = fake_tuning(tmp_path / "half", skipped=("winogrande",))
     within = run / "stages" / "01_code" / "step-000030"

@@ -6,7 +6,7 @@ a white ground of their own, so that they read the same on a light and on a dark
 
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -247,6 +247,7 @@ def over_training(
     """Scores in % over training, a panel each, a line per run: (length, name) of each stage, whose
     boundaries are marked where they are several, and `unit` is that of the lengths."""
     dashes = _dashes(colours, labels)
+    labels = _labels_of({k for p in panels.values() for k in p if p[k]}, colours, labels)
     whole = sum(length for length, _ in stages) > 2  # ticks at whole epochs, steps or stages
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
@@ -301,6 +302,7 @@ def pareto(
     axes = figure.subplots()
     ends = []
     dashes = _dashes(colours, labels)
+    labels = _labels_of({key for key in lines if lines[key]}, colours, labels)
     for key, marks in lines.items():
         if not marks:
             continue
@@ -352,6 +354,21 @@ def _dashes(colours: Mapping[str, str], labels: Mapping[str, str]) -> dict[str, 
     for key, colour in colours.items():
         before = sum(colours[other] == colour for other in found)
         found[key] = ("-", "--", ":", "-.")[before % 4]
+    return found
+
+
+def _labels_of(
+    drawn: Collection[str], colours: Mapping[str, str], labels: Mapping[str, str]
+) -> dict[str, str]:
+    """The labels of the lines that are drawn. Where only some lines have one, it stands for their
+    colour: if its own line is missing, another of that colour takes it."""
+    found = {}
+    for key, text in labels.items():
+        alike = [k for k in colours if k in drawn and colours[k] == colours[key]]
+        if key in drawn:
+            found[key] = text
+        elif len(labels) < len(colours) and alike:
+            found[alike[0]] = text
     return found
 
 
