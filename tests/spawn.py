@@ -19,9 +19,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
     `function` must be importable (a module-level function) and its result picklable. A failure of
     any rank raises here, with every failed rank's traceback or exit code.
 
-    A segmentation fault is tried once more, with a warning. Nothing here but libtorch can cause
-    one, and its gloo threads do: a double free in `pt_gloo_runloop`, seen once in several hundred
-    runs of the tests.
+    A segmentation fault is tried once more, with a warning: libtorch's gloo thread
+    (`pt_gloo_runloop`) has crashed in malloc, once, which hundreds of repetitions did not bring
+    back. No code here is native.
     """
     results, failures = _run(function, world_size, args)
     if any(f"exit code {-signal.SIGSEGV}" in f for f in failures):
