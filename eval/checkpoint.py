@@ -63,9 +63,9 @@ def check(settings: Evaluation) -> None:
         humaneval.load_problems(settings.humaneval.limit)
         sandbox.probe(settings.humaneval.sandbox)
     if settings.benchmarks:
-        from eval import benchmarks
+        from eval import benchmark_sources
 
-        benchmarks.check(settings.benchmarks, settings.benchmark_files)
+        benchmark_sources.check(settings.benchmarks, settings.benchmark_files)
 
 
 def part(folder: Path, kind: str, rank: int) -> Path:

@@ -17,7 +17,8 @@ from lm_eval.api.model import TemplateLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import eval.benchmarks
-from eval.benchmarks import check, evaluate_share, merge_shares, write_tasks
+from eval.benchmark_sources import check, write_tasks
+from eval.benchmarks import evaluate_share, merge_shares
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
 from pipeline.recipe import Benchmark
