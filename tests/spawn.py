@@ -4,6 +4,7 @@ import os
 import queue
 import signal
 import socket
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+
+SILENCE = 600  # seconds without a report of any rank, after which they hang
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
@@ -54,6 +57,7 @@ def _run(
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
     try:
+        heard = time.monotonic()
         while len(results) + len(failures) < world_size:
             # Read first: a rank that ended may have reported before.
             ended = [r for r, p in enumerate(ranks) if p.exitcode is not None]
@@ -64,7 +68,10 @@ def _run(
                 failures |= {r: f"exit code {ranks[r].exitcode}" for r in silent}
                 if failures and not silent:
                     break  # the others wait for a rank that has failed
+                if time.monotonic() - heard > SILENCE:
+                    raise
                 continue
+            heard = time.monotonic()
             if error:
                 failures[rank] = error
             else:
