@@ -29,6 +29,7 @@ def main() -> None:
 
     from eval.checkpoint import Checkpoint, check, measure_share, merge, objective_of
     from pipeline.errors import UserError
+    from pipeline.recipe import Mask
     from pipeline.recipe_file import load_recipe
 
     recipe = load_recipe(args.recipe) if args.recipe else None
@@ -67,7 +68,7 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             info = {"checkpoint": args.checkpoint}
             measure_share(checkpoint, kinds, settings, args.heldout, folder, (0, 1), seed)
-            threshold = 0.7 if args.threshold is None else args.threshold
+            threshold = Mask.threshold if args.threshold is None else args.threshold
             failed = merge(folder, kinds, 1, settings, args.heldout, threshold, info)
             measured = [k for k in kinds if not any(f.startswith(k) for f in failed)]
             if measured:

@@ -8,6 +8,8 @@ from pathlib import Path
 from pipeline.data.reader import check_domain
 from pipeline.recipe import Evaluation, HumanEval, Mask, Recipe
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a domain or a benchmark: it names files
+
 
 def recipe_problems(r: Recipe) -> list[str]:
     """Every problem as 'key: what is wrong; the fix'."""
@@ -54,7 +56,7 @@ def recipe_problems(r: Recipe) -> list[str]:
     need(bool(d.domains), "data.domains: name at least one corpus")
     for name, domain in d.domains.items():
         need(
-            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None,
+            NAME.fullmatch(name) is not None,
             f"data.domains.{name}: a name is made of letters, digits, '.', '_' and '-' (it names "
             "files)",
         )
@@ -174,7 +176,7 @@ def evaluation_problems(e: Evaluation) -> list[str]:
     for name, benchmark in e.benchmarks.items():
         where = f"evaluate.benchmarks.{name}"
         need(
-            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None,
+            NAME.fullmatch(name) is not None,
             f"{where}: a name is made of letters, digits, '.', '_' and '-'",
         )
         need(benchmark.shots >= 0, f"{where}.shots: must be at least 0")

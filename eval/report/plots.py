@@ -283,7 +283,7 @@ def over_training(
         low, high = axes.get_ylim()
         room = max(0.0, 2 - (high - low)) / 2  # no panel magnifies less than two points
         axes.set_ylim(max(low - room, -0.05 * (high - low + 2 * room)), high + room)
-    if len(colours) > 1:
+    if len(colours) > 1 and labels:
         _legend(figure, labels)
     return _svg(figure, name, "Scores over training: " + ", ".join(panels))
 
@@ -386,7 +386,7 @@ def _legend(figure: Figure, labels: Mapping[str, str]) -> None:
     for axes in figure.axes:
         for line, text in zip(*axes.get_legend_handles_labels(), strict=True):
             known[text] = line
-    texts = [text for text in labels.values() if text in known]
+    texts = list(labels.values())
     width, height = figure.get_size_inches()
     columns = 2 if width > 6 and max(map(len, texts)) < 6 * width else 1
     figure.set_size_inches(width, height + 0.24 * -(-len(texts) // columns))
