@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from omegaconf import OmegaConf
+from pydantic import ConfigDict
 
 
 @dataclass
@@ -219,3 +220,11 @@ class Recipe:
 
     def to_yaml(self) -> str:
         return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(self)))
+
+
+# Whoever validates one of them refuses unknown keys: `recipe_file.py`, `pipeline.attach`.
+for _cls in (
+    Lora, Model, Instruction, Domain, Data, Stage, Mask, Optimizer, Train, Engine, Benchmark,
+    HumanEval, Evaluation, Recipe,
+):  # fmt: skip
+    _cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[union-attr]

@@ -10,24 +10,20 @@ from typing import Any, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import UserError
 from pipeline.recipe import (
     Benchmark,
     Data,
     Domain,
-    Engine,
     Evaluation,
     HumanEval,
     Instruction,
     Lora,
-    Mask,
     Model,
-    Optimizer,
     Recipe,
     Stage,
-    Train,
 )
 from pipeline.recipe_problems import near, recipe_problems
 
@@ -144,9 +140,4 @@ def _all(path: Path, problems: list[str]) -> UserError:
     return UserError("\n".join([f"{path}: {len(problems)} {noun}", *(f"  {p}" for p in problems)]))
 
 
-for _cls in (
-    Lora, Model, Instruction, Domain, Data, Stage, Mask, Optimizer, Train, Engine, Benchmark,
-    HumanEval, Evaluation, Recipe,
-):  # fmt: skip
-    _cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[union-attr]
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
