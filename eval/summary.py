@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from eval.matrix import learning_curve
+from eval.analysis.load import Run, load_run
+from eval.analysis.matrix import learning_curve
+from eval.analysis.points import Point, Score
+from eval.analysis.text import percent
 from eval.report import tasks
-from eval.report.load import Run, load_run
-from eval.report.points import Point, Score
-from eval.report.text import percent
 from pipeline.progress import say
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval import matrix as m
+from eval.analysis import matrix as m
 
 # prose is a base domain; a is trained first, then b, then c. Losses.
 LOSSES = [

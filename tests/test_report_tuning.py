@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from eval.matrix import forgotten_at
+from eval.analysis.labels import methods_of
+from eval.analysis.load import load_run
+from eval.analysis.matrix import forgotten_at
+from eval.analysis.settings import Setting, measure
 from eval.report import compare, terminal_summary, write_comparison, write_report
-from eval.report.load import load_run
-from eval.report.recipes import methods_of
-from eval.report.settings import Setting, measure
 from eval.summary import task_lines
 from tests.fake_runs import HOSTILE, UNREACHABLE, fake_run, fake_tuning
 from tests.test_report import assert_self_contained, text_of

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from eval.matrix import Matrix
-from eval.report.load import Run
-from eval.report.text import number, signed
+from eval.analysis.load import Run
+from eval.analysis.matrix import Matrix
+from eval.analysis.text import number, signed
 
 BETTER, SAME, WORSE = (90, 165, 214), (247, 247, 245), (232, 149, 95)
 DARK = (23, 99, 170)  # an overlap of 1

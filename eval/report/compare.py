@@ -10,16 +10,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from eval.matrix import DEFINITIONS, Curve, complete, equal_learning
-from eval.report import plots, recipes, tasks, tuning, verdict
-from eval.report.curves import POINT_DEFINITIONS, Place, curve_of, learning_points
-from eval.report.load import Run, load_run
-from eval.report.noise import Noise
+from eval.analysis import labels
+from eval.analysis.curves import POINT_DEFINITIONS, Place, curve_of, learning_points
+from eval.analysis.load import Run, load_run
+from eval.analysis.matrix import DEFINITIONS, Curve, complete, equal_learning
+from eval.analysis.noise import Noise
+from eval.analysis.points import Point, Score
+from eval.analysis.settings import Pair, Reading, Setting, measure, pairs, readable
+from eval.analysis.text import number, percent, short_float
+from eval.report import plots, tasks, tuning, verdict
 from eval.report.page import marked, render, write_folder
-from eval.report.points import Point, Score
-from eval.report.settings import Pair, Reading, Setting, measure, pairs, readable
 from eval.report.tasks import TaskDifference
-from eval.report.text import number, percent, short_float
 from pipeline.errors import UserError
 
 CROWDED = 8  # runs; beyond it the figure labels methods instead of runs
@@ -230,9 +231,9 @@ def _percent(score: Score) -> str:
 def _rows(runs: list[Run]) -> list[Row]:
     rows = []
     names = tasks.benchmark_names(runs)
-    methods = recipes.methods_of(runs)
+    methods = labels.methods_of(runs)
     settings = [
-        f"{method}, lr {short_float(recipes.learning_rate(run))}"
+        f"{method}, lr {short_float(labels.learning_rate(run))}"
         for method, run in zip(methods, runs, strict=True)
     ]
     settings = _told_apart(runs, settings)
@@ -271,7 +272,7 @@ def _rows(runs: list[Run]) -> list[Row]:
 def _told_apart(runs: list[Run], settings: list[str]) -> list[str]:
     """The settings with, where runs of one differ in more than their seed, the name of the first
     run like it."""
-    shared = [recipes.without_seed(run) for run in runs]
+    shared = [labels.without_seed(run) for run in runs]
     kinds = list(zip(settings, shared, strict=True))
     return [
         f"{setting} (as {runs[kinds.index(kind)].name})"
@@ -288,7 +289,7 @@ def _settings(rows: list[Row]) -> list[Setting]:
         members = [row for row in rows if row.setting == name and row.learned is not None]
         series = {key: complete([getattr(row, key) for row in members]) for key in COMPARED}
         spread = {k: statistics.stdev(v) for k, v in series.items() if v and len(members) > 1}
-        rate = recipes.learning_rate(members[0].run)
+        rate = labels.learning_rate(members[0].run)
         places = [row.number - 1 for row in members]
         setting = Setting(name, members[0].method, rate, places, spread=spread)
         for key in TASKS:
@@ -302,7 +303,7 @@ def _settings(rows: list[Row]) -> list[Setting]:
 
 
 def _warnings(runs: list[Run]) -> list[str]:
-    found = recipes.differences(runs)
+    found = labels.differences(runs)
     if len({run.heldout for run in runs} - {None}) > 1:
         found.append("The runs were evaluated on different held-out text: losses do not compare.")
     first = runs[0].matrix

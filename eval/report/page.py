@@ -9,12 +9,12 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from eval.matrix import DEFINITIONS, METRICS, learning_curve
+from eval.analysis.curves import POINT_DEFINITIONS
+from eval.analysis.load import Run, StageTime, load_run
+from eval.analysis.matrix import DEFINITIONS, METRICS, learning_curve
+from eval.analysis.points import stage_lengths
+from eval.analysis.text import number, percent, short_float, signed, signed_percent
 from eval.report import cells, plots, tasks, tuning
-from eval.report.curves import POINT_DEFINITIONS
-from eval.report.load import Run, StageTime, load_run
-from eval.report.points import stage_lengths
-from eval.report.text import number, percent, short_float, signed, signed_percent
 
 NAMES = {
     "acc": "ACC (mean final loss)",

@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from eval.matrix import Curve, Matrix
+from eval.analysis.load import Run
+from eval.analysis.matrix import Curve, Matrix
 from eval.report.cells import change_of
-from eval.report.load import Run
 
 COLOURS = (
     "#0072B2",

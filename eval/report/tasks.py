@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.matrix import complete
+from eval.analysis.load import Run
+from eval.analysis.matrix import complete
+from eval.analysis.noise import NOISE
+from eval.analysis.points import Point, Score
+from eval.analysis.text import number, percent, printable
 from eval.report.cells import Cell
-from eval.report.load import Run
-from eval.report.noise import NOISE
-from eval.report.points import Point, Score
-from eval.report.text import number, percent, printable
 
 SHOWN = 3  # completions that passed, and as many that failed
 LINES = 12  # of each

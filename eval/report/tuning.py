@@ -6,13 +6,13 @@ The figures are those of the paper's instruction tuning (Figures 3 and 12), for 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from eval.analysis.curves import LEARNING_CURVE, SINCE_STAGE_0
+from eval.analysis.load import Run
+from eval.analysis.noise import Measured, measured
+from eval.analysis.points import Point, Score, position, stage_lengths
+from eval.analysis.text import amount, percent, signed
 from eval.report import plots, tasks
-from eval.report.curves import LEARNING_CURVE, SINCE_STAGE_0
-from eval.report.load import Run
-from eval.report.noise import Measured, measured
 from eval.report.plots import Mark
-from eval.report.points import Point, Score, position, stage_lengths
-from eval.report.text import amount, percent, signed
 
 Read = Callable[[Point], Score | None]
 MARKS = 12  # points of a run that are labelled one by one
@@ -61,7 +61,7 @@ def sentences(run: Run) -> list[str]:
 @dataclass
 class Learning:
     """Learning against forgetting at every point of a run: `learned` and `forgotten` of
-    `eval/matrix.py`, and all trained and all base domains against stage 0."""
+    `eval/analysis/matrix.py`, and all trained and all base domains against stage 0."""
 
     curve: Measured
     since: Measured

@@ -6,9 +6,9 @@ Computed, so that it claims no more than the numbers: a difference smaller than 
 
 from collections.abc import Sequence
 
-from eval.report.noise import RESAMPLES, Noise
-from eval.report.settings import Difference, Pair, Reading, Setting
-from eval.report.text import short_float
+from eval.analysis.noise import RESAMPLES, Noise
+from eval.analysis.settings import Difference, Pair, Reading, Setting
+from eval.analysis.text import short_float
 
 
 def headline(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import mean
 
-from eval.matrix import Curve, between, complete, equal_learning
+from eval.analysis.matrix import Curve, between, complete, equal_learning
 
 Name = tuple[str, ...]
 """("learned", setting), ("forgotten", setting), ("forgotten_equal", setting), each a mean over the

@@ -1,6 +1,6 @@
 """Learning against forgetting, read at every evaluated point of a run.
 
-A point within a stage is read by the definitions of `eval/matrix.py` as if its stage had ended
+A point within a stage is read by the definitions of `eval/analysis/matrix.py` as if its stage had ended
 there: its losses take the place of the stage's row, and what comes later is not known.
 """
 
@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import hypot
 
-from eval.matrix import Curve, Matrix, complete, curve_errors, learning_curve
-from eval.report.load import Run
-from eval.report.points import Point, Row
+from eval.analysis.load import Run
+from eval.analysis.matrix import Curve, Matrix, complete, curve_errors, learning_curve
+from eval.analysis.points import Point, Row
 
 POINT_DEFINITIONS = {
     "points_within_stages": "A point within a stage is read as if the stage had ended there; the "
@@ -68,7 +68,7 @@ def _since_errors(matrix: Matrix, stage: int, stderr: list[Row]) -> Place | None
 
 
 LEARNING_CURVE = Definition(_read_curve, _curve_errors)
-"""`learned` and `forgotten` of `eval/matrix.py`."""
+"""`learned` and `forgotten` of `eval/analysis/matrix.py`."""
 SINCE_STAGE_0 = Definition(_read_since, _since_errors)
 """All trained domains and all base domains against stage 0; with a single stage, the same."""
 

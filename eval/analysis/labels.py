@@ -1,7 +1,7 @@
 """What tells compared runs apart: a label for each, and where their recipes should not differ."""
 
-from eval.report.load import Run
-from eval.report.text import short_float
+from eval.analysis.load import Run
+from eval.analysis.text import short_float
 
 CRITERIA = {
     "output": "migu",

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.matrix import Matrix, complete
-from eval.report.text import amount
+from eval.analysis.matrix import Matrix, complete
+from eval.analysis.text import amount
 
 FILES = ("eval.json", "humaneval.json", "benchmarks.json")
 LOSS = ("loss", "stderr")

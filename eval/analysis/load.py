@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from eval.matrix import Matrix
-from eval.report.points import Point, finite, load_points, losses_of, read_json
+from eval.analysis.matrix import Matrix
+from eval.analysis.points import Point, finite, load_points, losses_of, read_json
 from pipeline.errors import UserError
 
 

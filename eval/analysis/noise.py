@@ -15,8 +15,7 @@ from functools import cache
 
 import numpy as np
 
-from eval.matrix import Curve, Matrix
-from eval.report.curves import (
+from eval.analysis.curves import (
     LEARNING_CURVE,
     Definition,
     Place,
@@ -26,9 +25,10 @@ from eval.report.curves import (
     places,
     rows_of,
 )
-from eval.report.load import Run
-from eval.report.points import Row
-from eval.report.settings import Difference, Name, Pair, Setting, measure
+from eval.analysis.load import Run
+from eval.analysis.matrix import Curve, Matrix
+from eval.analysis.points import Row
+from eval.analysis.settings import Difference, Name, Pair, Setting, measure
 
 NOISE = 2.0  # standard errors; a smaller difference is called noise
 RESAMPLES = 500
