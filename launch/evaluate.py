@@ -27,7 +27,7 @@ def main() -> None:
 
     import torch
 
-    from eval.checkpoint import Checkpoint, check, measure_share, merge, objective_of
+    from eval.measure.checkpoint import Checkpoint, check, measure_share, merge, objective_of
     from pipeline.errors import UserError
     from pipeline.recipe import Mask
     from pipeline.recipe_file import load_recipe

@@ -16,9 +16,9 @@ from huggingface_hub import constants
 from lm_eval.api.model import TemplateLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import eval.benchmarks
-from eval.benchmark_sources import check, write_tasks
-from eval.benchmarks import evaluate_share, merge_shares
+import eval.measure.benchmarks
+from eval.measure.benchmark_sources import check, write_tasks
+from eval.measure.benchmarks import evaluate_share, merge_shares
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
 from pipeline.recipe import Benchmark
@@ -241,7 +241,7 @@ def recorders(monkeypatch):
         made.append(Recorder())
         return made[-1]
 
-    monkeypatch.setattr(eval.benchmarks, "_language_model", make)
+    monkeypatch.setattr(eval.measure.benchmarks, "_language_model", make)
     return made
 
 

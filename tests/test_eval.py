@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from eval.lm import evaluate_share, merge_shares
+from eval.measure.lm import evaluate_share, merge_shares
 from launch.evaluate import main
 from pipeline.data.heldout import load_heldout, prepare_heldout
 from pipeline.data.tokenizer import train_tokenizer

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eval import humaneval
-from eval.humaneval import (
+from eval.measure import humaneval
+from eval.measure.humaneval import (
     code_of,
     evaluate_share,
     generate,

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from eval.lm import evaluate_share, merge_shares
+from eval.measure.lm import evaluate_share, merge_shares
 from pipeline.dry_run import describe_run
 from pipeline.engine.config import resolve_ds_config
 from pipeline.errors import UserError

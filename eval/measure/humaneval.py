@@ -1,6 +1,6 @@
 """HumanEval (Chen et al. 2021): Python functions written from their docstrings, and run.
 
-The work is shared like that of `eval/lm.py`: blocks of sequences are formed before they are shared
+The work is shared like that of `eval/measure/lm.py`: blocks of sequences are formed before they are shared
 and each has a seed of its own, so that the result does not depend on the number of processes.
 Completions run in the sandbox (docs/sandbox.md) and nowhere else.
 """
@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from eval.results import replace_file, write_json
+from eval.measure.results import replace_file, write_json
 from eval.sandbox import Limits, Outcome, Sandbox, probe
 from pipeline.data.tokenizer import text_start
 from pipeline.errors import UserError

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from eval.results import write_arrays, write_json
+from eval.measure.results import write_arrays, write_json
 from pipeline.data.heldout import load_heldout
 from pipeline.data.mlm import collate_causal, collate_mlm
 from pipeline.migu.magnitude import MagnitudeRecorder

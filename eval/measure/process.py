@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from eval.checkpoint import merge
+from eval.measure.checkpoint import merge
 from pipeline.ranks import on_rank0, rank, total, world_size
 from pipeline.recipe import Recipe
 from pipeline.run import Evaluation

@@ -23,8 +23,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from eval.benchmark_sources import Source, write_tasks
-from eval.results import write_arrays, write_json
+from eval.measure.benchmark_sources import Source, write_tasks
+from eval.measure.results import write_arrays, write_json
 from pipeline.errors import UserError
 from pipeline.recipe import Benchmark
 

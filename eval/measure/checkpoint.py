@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from eval import lm
+from eval.measure import lm
 from pipeline.data.heldout import load_heldout
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
@@ -58,12 +58,13 @@ def check(settings: Evaluation) -> None:
     """
     # Imported where they are used: lm-eval takes seconds, and a masked LM needs none of this.
     if settings.humaneval:
-        from eval import humaneval, sandbox
+        from eval import sandbox
+        from eval.measure import humaneval
 
         humaneval.load_problems(settings.humaneval.limit)
         sandbox.probe(settings.humaneval.sandbox)
     if settings.benchmarks:
-        from eval import benchmark_sources
+        from eval.measure import benchmark_sources
 
         benchmark_sources.check(settings.benchmarks, settings.benchmark_files)
 
@@ -102,7 +103,7 @@ def measure_share(
                     checkpoint.model, heldout, output, share, settings.batch_size, overlap
                 )
             elif kind == "benchmarks":
-                from eval import benchmarks
+                from eval.measure import benchmarks
 
                 benchmarks.evaluate_share(
                     checkpoint.model,
@@ -115,7 +116,7 @@ def measure_share(
                     settings.batch_size,
                 )
             else:
-                from eval import humaneval
+                from eval.measure import humaneval
 
                 assert settings.humaneval is not None
                 humaneval.evaluate_share(
@@ -159,11 +160,11 @@ def merge(
             assert heldout is not None
             lm.merge_shares(parts, heldout, output, threshold, described)
         elif kind == "benchmarks":
-            from eval import benchmarks
+            from eval.measure import benchmarks
 
             benchmarks.merge_shares(parts, output, described)
         else:
-            from eval import humaneval
+            from eval.measure import humaneval
 
             assert settings.humaneval is not None
             humaneval.merge_shares(parts, output, settings.humaneval, described)

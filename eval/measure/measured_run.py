@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from eval.checkpoint import check
-from eval.process import evaluate_in_processes
+from eval.measure.checkpoint import check
+from eval.measure.process import evaluate_in_processes
 from eval.report.page import write_report
 from eval.summary import print_summary
 from pipeline.dry_run import describe_run
