@@ -19,7 +19,7 @@ from pipeline.cli import run_command
 def main() -> None:
     args = _parser().parse_args()
     if args.share:  # a rank of a run, which merges; without it, nobody waits for the result
-        from eval.jail import die_with_parent
+        from eval.sandbox.jail import die_with_parent
 
         die_with_parent(os.getppid())  # before the slow imports, during which the run may end
 

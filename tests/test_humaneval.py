@@ -22,7 +22,7 @@ from eval.measure.humaneval import (
     pass_at_k,
     plan,
 )
-from eval.sandbox import probe
+from eval.sandbox.sandbox import probe
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
 from pipeline.recipe import HumanEval

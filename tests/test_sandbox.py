@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from eval import jail, sandbox
-from eval.sandbox import Limits, Sandbox, probe
+from eval.sandbox import jail, sandbox
+from eval.sandbox.sandbox import Limits, Sandbox, probe
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -419,7 +419,7 @@ def test_the_first_version_of_landlock_is_enough(tmp_path, monkeypatch, marker):
 
 def test_nothing_survives_the_supervisor(box, marker, tmp_path):
     code = (
-        "from eval.sandbox import *\n"
+        "from eval.sandbox.sandbox import *\n"
         f"Sandbox({box.level!r}, '').run('def f():\\n while True: pass', 'f', 'f()')"
     )
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
@@ -557,7 +557,7 @@ def _for_ordinary_users():
     environment = {"PYTHONPATH": packages, "PYTHONDONTWRITEBYTECODE": "1", "PATH": os.defpath}
     for interpreter in (sys.executable, shutil.which(version, path="/usr/bin:/usr/local/bin")):
         with contextlib.suppress(OSError, TypeError):
-            command = [interpreter, "-c", "import pytest, eval.sandbox"]
+            command = [interpreter, "-c", "import pytest, eval.sandbox.sandbox"]
             if not subprocess.run(
                 command, cwd=ROOT, user=65534, group=65534, extra_groups=[], env=environment,
                 capture_output=True,

@@ -58,8 +58,8 @@ def check(settings: Evaluation) -> None:
     """
     # Imported where they are used: lm-eval takes seconds, and a masked LM needs none of this.
     if settings.humaneval:
-        from eval import sandbox
         from eval.measure import humaneval
+        from eval.sandbox import sandbox
 
         humaneval.load_problems(settings.humaneval.limit)
         sandbox.probe(settings.humaneval.sandbox)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from eval.measure.results import replace_file, write_json
-from eval.sandbox import Limits, Outcome, Sandbox, probe
+from eval.sandbox.sandbox import Limits, Outcome, Sandbox, probe
 from pipeline.data.tokenizer import text_start
 from pipeline.errors import UserError
 

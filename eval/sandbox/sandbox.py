@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from eval import jail
+from eval.sandbox import jail
 from pipeline.errors import UserError
 
 Level = Literal["bubblewrap", "landlock", "unsafe"]
