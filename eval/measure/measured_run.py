@@ -8,7 +8,7 @@ import torch
 from eval.measure.checkpoint import check
 from eval.measure.process import evaluate_in_processes
 from eval.report.page import write_report
-from eval.summary import print_summary
+from eval.report.summary import print_summary
 from pipeline.dry_run import describe_run
 from pipeline.engine.config import resolve_engine_config
 from pipeline.engine.zero import start_distributed
