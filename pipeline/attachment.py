@@ -13,9 +13,9 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.migu.gradient_mask import GradientMask, ShardedModel
-from pipeline.migu.shard import ParameterShards
 from pipeline.recipe import Mask
 from pipeline.recipe_problems import mask_problems
+from pipeline.shard import ParameterShards
 
 
 def _nothing() -> None:

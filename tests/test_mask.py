@@ -31,9 +31,9 @@ from pipeline.errors import UserError
 from pipeline.migu.gradient_mask import GradientMask, NonFiniteMagnitude
 from pipeline.migu.magnitude import MagnitudeRecorder
 from pipeline.migu.mask import kept_count, select_rows
-from pipeline.migu.shard import Shard
 from pipeline.migu.targets import count_rows, find_targets
 from pipeline.recipe import Mask
+from pipeline.shard import Shard
 from tests.reference import MODELS, masked_linears
 
 SIZES = {

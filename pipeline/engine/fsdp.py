@@ -19,8 +19,8 @@ from pipeline.engine.config import precision_of
 from pipeline.engine.optimizer import weight_groups
 from pipeline.engine.zero import start_distributed
 from pipeline.errors import TrainingStopped
-from pipeline.migu.shard import ParameterShards
 from pipeline.migu.targets import find_blocks
+from pipeline.shard import ParameterShards
 
 
 class FsdpEngine:

@@ -13,7 +13,7 @@ from deepspeed.runtime.zero.utils import get_norm_dtype
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.migu.shard import Shard
+from pipeline.shard import Shard
 
 
 class ZeroShards:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from pipeline.migu.magnitude import MagnitudeRecorder
 from pipeline.migu.mask import select_rows
-from pipeline.migu.shard import Shard
 from pipeline.migu.targets import find_targets
+from pipeline.shard import Shard
 
 
 class ShardedModel(Protocol):
