@@ -21,7 +21,7 @@ from pipeline.engine.fsdp import FsdpEngine
 from pipeline.engine.zero import ZeroEngine, start_distributed
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.recipe import Mask
-from pipeline.recipe_file import load_recipe
+from pipeline.run.recipe_file import load_recipe
 
 
 def measure(name: str, args: argparse.Namespace) -> tuple[float, float]:

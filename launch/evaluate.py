@@ -13,7 +13,7 @@ from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from pipeline.cli import run_command
+from pipeline.run.cli import run_command
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     from eval.measure.checkpoint import Checkpoint, check, measure_share, merge, objective_of
     from pipeline.errors import UserError
     from pipeline.recipe import Mask
-    from pipeline.recipe_file import load_recipe
+    from pipeline.run.recipe_file import load_recipe
 
     recipe = load_recipe(args.recipe) if args.recipe else None
     settings, kinds = _settings(args, recipe)
@@ -133,7 +133,7 @@ def _settings(args: argparse.Namespace, recipe: Any) -> tuple[Any, list[str]]:
 
     from pipeline.errors import UserError
     from pipeline.recipe import Benchmark, Evaluation, HumanEval
-    from pipeline.recipe_problems import evaluation_problems
+    from pipeline.run.problems import evaluation_problems
 
     settings = recipe.evaluate if recipe else Evaluation()
     tasks = args.tasks
@@ -204,7 +204,7 @@ def _without_effect(args: argparse.Namespace, kinds: list[str]) -> list[str]:
 def _print(folder: Path, kinds: list[str]) -> None:
     import json
 
-    from pipeline.run import RESULTS
+    from pipeline.run.run import RESULTS
 
     results = {k: json.loads((folder / RESULTS[k]).read_text()) for k in kinds}
     print(json.dumps(results["heldout"] if kinds == ["heldout"] else results, indent=2))

@@ -8,7 +8,7 @@ import os
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from pipeline.cli import run_command, training_parser
+from pipeline.run.cli import run_command, training_parser
 
 EXAMPLES = """\
   deepspeed launch/instruct.py --config ds_configs/zero2.json

@@ -14,7 +14,7 @@ from torch import nn
 from pipeline.errors import UserError
 from pipeline.migu.gradient_mask import GradientMask, ShardedModel
 from pipeline.recipe import Mask
-from pipeline.recipe_problems import mask_problems
+from pipeline.run.problems import mask_problems
 from pipeline.shard import ParameterShards
 
 

@@ -11,8 +11,8 @@ from pipeline.errors import TrainingStopped, UserError
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.ranks import rank, world_size
 from pipeline.recipe import Engine
-from pipeline.recipe_file import load_recipe
-from pipeline.train import train_stage
+from pipeline.run.recipe_file import load_recipe
+from pipeline.run.train import train_stage
 from tests.reference import MODELS, micro_batches, train_reference
 from tests.spawn import run_ranks
 from tests.test_parity import STEPS, compare, recipe_for, train

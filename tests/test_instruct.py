@@ -22,7 +22,7 @@ from pipeline.data.stream import PackedStream, example_lengths, heldout_sequence
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 from pipeline.errors import UserError
 from pipeline.recipe import Domain, Instruction
-from pipeline.recipe_file import load_recipe
+from pipeline.run.recipe_file import load_recipe
 
 TEXT = "write a function that adds two numbers and returns the sum of all of them"
 WORDS = TEXT.split()

@@ -14,7 +14,6 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from eval.measure.lm import evaluate_share, merge_shares
-from pipeline.dry_run import describe_run
 from pipeline.engine.config import resolve_ds_config
 from pipeline.errors import UserError
 from pipeline.migu.targets import find_targets
@@ -22,8 +21,9 @@ from pipeline.model.load import build_model, load_config, load_for_evaluation
 from pipeline.model.lora import adapted_linears, add_adapter, base_of, check_engine
 from pipeline.ranks import world_size
 from pipeline.recipe import Lora, Mask, Model
-from pipeline.recipe_file import load_recipe
-from pipeline.run import run_recipe
+from pipeline.run.dry_run import describe_run
+from pipeline.run.recipe_file import load_recipe
+from pipeline.run.run import run_recipe
 from tests.reference import (
     BETAS,
     CLIP,

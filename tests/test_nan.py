@@ -8,7 +8,7 @@ import torch
 from pipeline.errors import TrainingStopped
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.ranks import rank
-from pipeline.train import train_stage
+from pipeline.run.train import train_stage
 from tests.reference import MODELS, micro_batches
 from tests.spawn import run_ranks
 from tests.test_fsdp import fsdp_engine

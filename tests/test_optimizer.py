@@ -6,8 +6,8 @@ from transformers import RobertaConfig, RobertaForMaskedLM
 
 from pipeline.engine.config import memory_per_rank, resolve_ds_config
 from pipeline.errors import UserError
-from pipeline.recipe_file import load_recipe
-from pipeline.train import train_stage
+from pipeline.run.recipe_file import load_recipe
+from pipeline.run.train import train_stage
 from tests.reference import micro_batches
 from tests.spawn import run_ranks
 from tests.test_parity import ENGINES, History, recipe_for, zero_engine

@@ -11,7 +11,7 @@ from pipeline.engine.zero import ZeroEngine
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.ranks import rank, world_size
 from pipeline.recipe import Data, Domain, Mask, Model, Optimizer, Recipe, Stage, Train
-from pipeline.train import train_stage
+from pipeline.run.train import train_stage
 from tests.reference import (
     BETAS,
     CAUSAL,

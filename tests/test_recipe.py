@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.engine.config import load_ds_config, memory_per_rank, resolve_ds_config
 from pipeline.errors import UserError
-from pipeline.recipe_file import RECIPES, load_recipe
+from pipeline.run.recipe_file import RECIPES, load_recipe
 
 GOOD = """
 name: tiny

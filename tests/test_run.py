@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from pipeline.checkpoint import is_published, publish, require_space, verify
 from pipeline.errors import UserError
-from pipeline.recipe_file import load_recipe
-from pipeline.run import run_recipe
-from pipeline.run_folder import open_run
+from pipeline.run.folder import open_run
+from pipeline.run.recipe_file import load_recipe
+from pipeline.run.run import run_recipe
 from tests.spawn import free_port
 
 ROOT = Path(__file__).resolve().parent.parent

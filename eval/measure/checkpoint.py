@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.model.gguf import local_weights
 from pipeline.model.load import load_for_evaluation
 from pipeline.recipe import Evaluation
-from pipeline.run import RESULTS
+from pipeline.run.run import RESULTS
 
 SUFFIXES = {"heldout": "npz", "benchmarks": "json", "humaneval": "jsonl"}
 
@@ -143,7 +143,7 @@ def merge(
     threshold: float,
     info: dict[str, Any],
 ) -> list[str]:
-    """Put the shares together to the files of `pipeline.run.RESULTS`; the reasons of failures."""
+    """Put the shares together to the files of `pipeline.run.run.RESULTS`; the reasons of failures."""
     failed = []
     for kind in kinds:
         reasons = [f for r in range(shares) if (f := failure(folder, kind, r)).is_file()]

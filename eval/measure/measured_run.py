@@ -9,13 +9,13 @@ from eval.measure.checkpoint import check
 from eval.measure.process import evaluate_in_processes
 from eval.report.page import write_report
 from eval.report.summary import print_summary
-from pipeline.dry_run import describe_run
 from pipeline.engine.config import resolve_engine_config
 from pipeline.engine.zero import start_distributed
 from pipeline.ranks import on_rank0, rank, world_size
-from pipeline.recipe_file import load_recipe
-from pipeline.run import run_recipe
-from pipeline.run_folder import restart
+from pipeline.run.dry_run import describe_run
+from pipeline.run.folder import restart
+from pipeline.run.recipe_file import load_recipe
+from pipeline.run.run import run_recipe
 
 
 def measured_run(args: argparse.Namespace) -> None:

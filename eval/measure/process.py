@@ -12,7 +12,7 @@ import torch
 from eval.measure.checkpoint import merge
 from pipeline.ranks import on_rank0, rank, total, world_size
 from pipeline.recipe import Recipe
-from pipeline.run import Evaluation
+from pipeline.run.run import Evaluation
 
 SCRIPT = Path(__file__).resolve().parent.parent / "launch" / "evaluate.py"
 # What a launcher sets for its ranks; the evaluation is not one of them.

@@ -41,8 +41,8 @@ from pipeline.model.lora import check_engine, is_adapter
 from pipeline.progress import EventLog, now, say
 from pipeline.ranks import on_rank0, rank, world_size
 from pipeline.recipe import Recipe
-from pipeline.run_folder import describe_model, open_run, stage_folder, step_folder
-from pipeline.train import train_stage
+from pipeline.run.folder import describe_model, open_run, stage_folder, step_folder
+from pipeline.run.train import train_stage
 
 TOKENIZER_DOCUMENTS = 100_000
 

@@ -25,7 +25,7 @@ from pipeline.recipe import (
     Recipe,
     Stage,
 )
-from pipeline.recipe_problems import near, recipe_problems
+from pipeline.run.problems import near, recipe_problems
 
 RECIPES = Path(__file__).resolve().parent.parent / "launch" / "recipes"
 
