@@ -14,11 +14,11 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from eval.measure.lm import evaluate_share, merge_shares
-from pipeline.engine.config import resolve_ds_config
+from pipeline.engine.config import check_quantized, resolve_ds_config
 from pipeline.errors import UserError
 from pipeline.migu.targets import find_targets
 from pipeline.model.load import build_model, load_config, load_for_evaluation
-from pipeline.model.lora import adapted_linears, add_adapter, base_of, check_engine
+from pipeline.model.lora import adapted_linears, add_adapter, base_of
 from pipeline.ranks import world_size
 from pipeline.recipe import Lora, Mask, Model
 from pipeline.run.dry_run import describe_run
@@ -325,11 +325,11 @@ def test_mistakes_in_the_recipe_are_explained(recipe):  # noqa: F811
     with pytest.raises(UserError, match=r"(?s)lora.r: 0.*lora.dropout: 1.*lora.targets: the list"):
         load_recipe(recipe, ["model.lora={r: 0, dropout: 1, targets: []}"])
     zero3 = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
-    check_engine(Lora(), zero3)
+    check_quantized(Lora(), zero3)
     for quantize, config, message in (
         ("8bit", {"zero_optimization": {"stage": 3}}, "8bit does not work under ZeRO-3"),
         ("4bit", zero3, "cannot be offloaded"),
         ("4bit", {"fsdp": {}}, "FSDP does not shard quantized weights"),
     ):
         with pytest.raises(UserError, match=message):
-            check_engine(Lora(quantize=quantize), config)
+            check_quantized(Lora(quantize=quantize), config)

@@ -1,7 +1,7 @@
 """Learning against forgetting, read at every evaluated point of a run.
 
-A point within a stage is read by the definitions of `eval/analysis/matrix.py` as if its stage had ended
-there: its losses take the place of the stage's row, and what comes later is not known.
+A point within a stage is read by the definitions of `eval/analysis/matrix.py` as if its stage had
+ended there: its losses take the place of the stage's row, and what comes later is not known.
 """
 
 from collections.abc import Callable, Sequence

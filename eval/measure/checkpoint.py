@@ -143,7 +143,7 @@ def merge(
     threshold: float,
     info: dict[str, Any],
 ) -> list[str]:
-    """Put the shares together to the files of `pipeline.run.run.RESULTS`; the reasons of failures."""
+    """Put the shares together to the files of `RESULTS`; the reasons of failures."""
     failed = []
     for kind in kinds:
         reasons = [f for r in range(shares) if (f := failure(folder, kind, r)).is_file()]

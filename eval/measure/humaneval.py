@@ -1,8 +1,8 @@
 """HumanEval (Chen et al. 2021): Python functions written from their docstrings, and run.
 
-The work is shared like that of `eval/measure/lm.py`: blocks of sequences are formed before they are shared
-and each has a seed of its own, so that the result does not depend on the number of processes.
-Completions run in the sandbox (docs/sandbox.md) and nowhere else.
+The work is shared like that of `eval/measure/lm.py`: blocks of sequences are formed before they are
+shared and each has a seed of its own, so that the result does not depend on the number of
+processes. Completions run in the sandbox (docs/sandbox.md) and nowhere else.
 """
 
 import gzip

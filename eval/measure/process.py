@@ -14,7 +14,7 @@ from pipeline.ranks import on_rank0, rank, total, world_size
 from pipeline.recipe import Recipe
 from pipeline.run.run import Evaluation
 
-SCRIPT = Path(__file__).resolve().parent.parent / "launch" / "evaluate.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "evaluate.py"
 # What a launcher sets for its ranks; the evaluation is not one of them.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

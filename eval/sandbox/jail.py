@@ -1,7 +1,7 @@
 """Runs inside the sandbox (docs/sandbox.md): the tests in one process, the program in another.
 
-Started by `eval/sandbox/sandbox.py` as a script, with the standard library only. It gives up rights for
-good and forks. The child, with no system calls left but those of plain computing, executes the
+Started by `eval/sandbox/sandbox.py` as a script, with the standard library only. It gives up rights
+for good and forks. The child, with no system calls left but those of plain computing, executes the
 program; the parent executes the tests, where the tested function is a stand-in that sends its
 arguments to the child and gets the result back as data. The tests and the verdict exist only in
 the parent, hence a program can pass by returning the right values, and in no other way.

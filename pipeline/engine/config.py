@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 
 from pipeline.errors import UserError
-from pipeline.recipe import Recipe
+from pipeline.recipe import Lora, Recipe
 
 # Top-level keys that take effect here, and keys of DeepSpeed that do not, with the reason.
 USED = {
@@ -427,3 +427,23 @@ def _autos(node: Any, path: str = "") -> list[str]:
     if isinstance(node, dict):
         return [x for k, v in node.items() for x in _autos(v, f"{path}.{k}".lstrip("."))]
     return []
+
+
+def check_quantized(lora: Lora | None, config: dict[str, Any]) -> None:
+    """Raises UserError where the engine cannot shard or offload the quantized base weights."""
+    if lora is None or lora.quantize == "none":
+        return
+    if "fsdp" in config:
+        raise UserError(
+            "model.lora.quantize: FSDP does not shard quantized weights. Use engine.kind=deepspeed."
+        )
+    if lora.quantize == "8bit" and zero_stage(config) == 3:
+        raise UserError(
+            "model.lora.quantize: 8bit does not work under ZeRO-3 (bitsandbytes holds the int8 "
+            "weights beside the parameters that ZeRO shards). Use 4bit, or a ZeRO-2 configuration."
+        )
+    if offloads(config, "param"):
+        raise UserError(
+            "model.lora.quantize: quantized weights cannot be offloaded "
+            "(zero_optimization.offload_param). Remove one of them."
+        )

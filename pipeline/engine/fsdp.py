@@ -19,7 +19,7 @@ from pipeline.engine.config import precision_of
 from pipeline.engine.optimizer import weight_groups
 from pipeline.engine.zero import start_distributed
 from pipeline.errors import TrainingStopped
-from pipeline.migu.targets import find_blocks
+from pipeline.model.blocks import find_blocks
 from pipeline.shard import ParameterShards
 
 

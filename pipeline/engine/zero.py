@@ -20,7 +20,7 @@ from pipeline.engine.config import offloads, precision_of, zero_stage
 from pipeline.engine.optimizer import weight_groups
 from pipeline.engine.zero_shards import ZeroShards
 from pipeline.errors import TrainingStopped
-from pipeline.migu.targets import find_blocks
+from pipeline.model.blocks import find_blocks
 
 Hold = Callable[[], AbstractContextManager[None]]
 

@@ -1,16 +1,14 @@
 """Which linear layers are masked (paper, section 3.3: Q, K, V, O and the FFN of every block)."""
 
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import UserError
 from pipeline.migu.mask import kept_count
+from pipeline.model.blocks import block_linears, is_adapted
 
 # Component -> the names that transformers gives to such a linear, most specific first.
 # A name with a dot is compared with the end of the module's path.
@@ -127,32 +125,6 @@ def find_targets(
     return _split(model, found) if split_fused else found
 
 
-def block_linears(model: nn.Module, experts: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of the linears in the blocks, without routers; LoRA layers are one module.
-
-    Raises:
-        UserError: the experts of a block are a 3-D parameter; not with `experts`, which leaves
-            them out.
-    """
-    blocks = tuple(f"{name}." for name in find_blocks(model))
-    adapted: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if not name.startswith(blocks) or name.startswith(adapted):
-            continue
-        if _is_adapted(module):
-            adapted += (f"{name}.",)  # what is inside belongs to it
-        if _is_router(name, module):
-            continue
-        if _is_adapted(module) or isinstance(module, (nn.Linear, Conv1D)):
-            yield name, module
-        elif not experts and any(_dimensions(p) == 3 for p in module.parameters(False)):
-            raise UserError(
-                f"{name}: the experts of this model are one 3-D parameter, whose outputs MIGU "
-                "cannot record and LoRA does not adapt. Set mask.enabled=false and, for LoRA, "
-                "model.lora.targets."
-            )
-
-
 def _split(model: nn.Module, targets: list[Target]) -> list[Target]:
     """The targets, the fused ones with their parts. The A of a fused LoRA layer is not fused: its
     rows are those of the rank."""
@@ -214,12 +186,6 @@ def _targets_of(name: str, module: nn.Module, component: str) -> list[Target]:
     return targets
 
 
-def _is_adapted(module: nn.Module) -> bool:
-    """Whether PEFT has wrapped this layer. It is not imported here: it takes a second."""
-    peft = sys.modules.get("peft")
-    return peft is not None and isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)
-
-
 def _check_adapters(model: nn.Module) -> None:
     """Raises UserError where adapter weights train whose outputs the hooks would not see."""
     advice = "Use plain LoRA, or set mask.enabled=false."
@@ -233,7 +199,7 @@ def _check_adapters(model: nn.Module) -> None:
                 f"outputs cannot be recorded. {advice}"
             )
     for name, module in model.named_modules():
-        if not _is_adapted(module):
+        if not is_adapted(module):
             continue
         layer: Any = module
         kind = type(layer).__name__
@@ -251,10 +217,6 @@ def _check_adapters(model: nn.Module) -> None:
             raise UserError(
                 f"{name}: its adapter is {state}, so that A has no output to record; {fix} it first"
             )
-
-
-def _dimensions(p: Any) -> int:
-    return len(getattr(p, "ds_shape", p.shape))  # ZeRO-3 keeps a parameter's shape there
 
 
 def component_of(name: str) -> str:
@@ -281,25 +243,6 @@ def _wanted(components: list[str] | None) -> set[str] | None:
             )
         wanted.update(GROUPS.get(component, (component,)))
     return wanted
-
-
-def find_blocks(model: nn.Module) -> list[str]:
-    """Paths of the transformer blocks: what transformers checkpoints, else the module lists."""
-    names = [n for n, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)]
-    if names:
-        return names
-    lists: list[str] = []
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in lists)
-        if isinstance(module, nn.ModuleList) and not inside:
-            lists.append(name)
-    return [f"{n}.{i}" for n in lists for i in range(len(model.get_submodule(n)))]  # type: ignore[arg-type]
-
-
-def _is_router(name: str, module: nn.Module) -> bool:
-    last = name.rsplit(".", 1)[-1]
-    one_output = isinstance(module, nn.Linear) and module.out_features == 1
-    return one_output or last in ("gate", "router", "shared_expert_gate")
 
 
 def _head(model: nn.Module) -> Target:

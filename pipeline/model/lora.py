@@ -16,9 +16,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.engine.config import offloads, zero_stage
 from pipeline.errors import UserError
-from pipeline.migu.targets import block_linears
+from pipeline.model.blocks import block_linears
 from pipeline.recipe import Lora
 
 ADAPTER = "adapter_config.json"
@@ -143,23 +142,3 @@ def _peft() -> Any:
     import peft
 
     return peft
-
-
-def check_engine(lora: Lora | None, ds_config: dict[str, Any]) -> None:
-    """Raises UserError where the engine cannot shard or offload the quantized base weights."""
-    if lora is None or lora.quantize == "none":
-        return
-    if "fsdp" in ds_config:
-        raise UserError(
-            "model.lora.quantize: FSDP does not shard quantized weights. Use engine.kind=deepspeed."
-        )
-    if lora.quantize == "8bit" and zero_stage(ds_config) == 3:
-        raise UserError(
-            "model.lora.quantize: 8bit does not work under ZeRO-3 (bitsandbytes holds the int8 "
-            "weights beside the parameters that ZeRO shards). Use 4bit, or a ZeRO-2 configuration."
-        )
-    if offloads(ds_config, "param"):
-        raise UserError(
-            "model.lora.quantize: quantized weights cannot be offloaded "
-            "(zero_optimization.offload_param). Remove one of them."
-        )

@@ -4,11 +4,11 @@ from typing import Any
 
 from pipeline.data.batches import plan_stage
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.engine.config import describe, memory_per_rank, precision_of
-from pipeline.migu.targets import block_linears, count_rows, find_targets
+from pipeline.engine.config import check_quantized, describe, memory_per_rank, precision_of
+from pipeline.migu.targets import count_rows, find_targets
+from pipeline.model.blocks import block_linears
 from pipeline.model.gguf import local_weights
 from pipeline.model.load import check_model, empty_model, load_config
-from pipeline.model.lora import check_engine
 from pipeline.recipe import Lora, Recipe
 
 
@@ -26,7 +26,7 @@ def describe_run(recipe: Recipe, engine_config: dict[str, Any], ranks: int) -> s
         tokenizer, vocabulary = None, m.train_tokenizer
     config = load_config(m, vocabulary)
     check_model(config, recipe, vocabulary)
-    check_engine(m.lora, engine_config)
+    check_quantized(m.lora, engine_config)
     model = empty_model(m, config)
     parameters = sum(p.numel() for p in model.parameters())
     lines = [recipe.to_yaml()]

@@ -27,7 +27,7 @@ from pipeline.recipe import (
 )
 from pipeline.run.problems import near, recipe_problems
 
-RECIPES = Path(__file__).resolve().parent.parent / "launch" / "recipes"
+RECIPES = Path(__file__).resolve().parents[2] / "launch" / "recipes"
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -30,14 +30,14 @@ from pipeline.data.batches import (
 from pipeline.data.heldout import prepare_heldout
 from pipeline.data.reader import BadLines
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
-from pipeline.engine.config import precision_of
+from pipeline.engine.config import check_quantized, precision_of
 from pipeline.engine.fsdp import FsdpEngine
 from pipeline.engine.zero import ZeroEngine
 from pipeline.errors import UserError
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.model.gguf import local_weights
 from pipeline.model.load import build_model, check_model, load_config
-from pipeline.model.lora import check_engine, is_adapter
+from pipeline.model.lora import is_adapter
 from pipeline.progress import EventLog, now, say
 from pipeline.ranks import on_rank0, rank, world_size
 from pipeline.recipe import Recipe
@@ -158,7 +158,7 @@ def _prepare(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Run
     tokenizer = _tokenizer(folder, recipe)
     config = load_config(recipe.model, len(tokenizer))
     check_model(config, recipe, len(tokenizer))
-    check_engine(recipe.model.lora, engine_config)
+    check_quantized(recipe.model.lora, engine_config)
     on_rank0(partial(describe_model, folder, recipe, config))
     if not on_rank0(partial(is_published, folder / "heldout")):
         on_rank0(partial(prepare_heldout, recipe, tokenizer, folder / "heldout"))

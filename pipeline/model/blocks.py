@@ -1,0 +1,66 @@
+"""The transformer blocks of a model and the linear layers in them."""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.errors import UserError
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """Paths of the transformer blocks: what transformers checkpoints, else the module lists."""
+    names = [n for n, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)]
+    if names:
+        return names
+    lists: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and not inside:
+            lists.append(name)
+    return [f"{n}.{i}" for n in lists for i in range(len(model.get_submodule(n)))]  # type: ignore[arg-type]
+
+
+def block_linears(model: nn.Module, experts: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of the linears in the blocks, without routers; LoRA layers are one module.
+
+    Raises:
+        UserError: the experts of a block are a 3-D parameter; not with `experts`, which leaves
+            them out.
+    """
+    blocks = tuple(f"{name}." for name in find_blocks(model))
+    adapted: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name.startswith(blocks) or name.startswith(adapted):
+            continue
+        if is_adapted(module):
+            adapted += (f"{name}.",)  # what is inside belongs to it
+        if _is_router(name, module):
+            continue
+        if is_adapted(module) or isinstance(module, (nn.Linear, Conv1D)):
+            yield name, module
+        elif not experts and any(_dimensions(p) == 3 for p in module.parameters(False)):
+            raise UserError(
+                f"{name}: the experts of this model are one 3-D parameter, whose outputs MIGU "
+                "cannot record and LoRA does not adapt. Set mask.enabled=false and, for LoRA, "
+                "model.lora.targets."
+            )
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether PEFT has wrapped this layer. It is not imported here: it takes a second."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)
+
+
+def _dimensions(p: Any) -> int:
+    return len(getattr(p, "ds_shape", p.shape))  # ZeRO-3 keeps a parameter's shape there
+
+
+def _is_router(name: str, module: nn.Module) -> bool:
+    last = name.rsplit(".", 1)[-1]
+    one_output = isinstance(module, nn.Linear) and module.out_features == 1
+    return one_output or last in ("gate", "router", "shared_expert_gate")
