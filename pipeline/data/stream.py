@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pipeline.data.instruct import Document, Example, example_texts
-from pipeline.data.tokenizer import text_start
+from pipeline.data.encode import Encoder, Tokens
+from pipeline.data.instruct import Document, Example
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class PackedStream(IterableDataset):
         if streams % world_size:
             raise ValueError(f"{streams} streams cannot be shared evenly by {world_size} ranks")
         self.documents = documents
-        self.encoder = _Encoder.of(tokenizer, length, masked, template, pack_examples)
+        self.packer = _Packer.of(tokenizer, length, masked, template, pack_examples)
         self.length, self.streams = length, streams
         self.owned = range(rank, streams, world_size)
         self.seed, self.shuffle_window = seed, shuffle_window
@@ -145,11 +145,11 @@ class PackedStream(IterableDataset):
 
             return pull
 
-        cursors = {v: _Cursor(puller(v), self.encoder, *positions[v]) for v in self.owned}
+        cursors = {v: _Cursor(puller(v), self.packer, *positions[v]) for v in self.owned}
         for step in count(start["step"] + 1):
             sequences = []
             for cursor in cursors.values():
-                sequence = self.encoder.pack(cursor, self.length)
+                sequence = self.packer.pack(cursor, self.length)
                 assert sequence is not None  # the windows never end
                 sequences.append(sequence)
             earliest = min(v + self.streams * c.document for v, c in cursors.items())
@@ -203,10 +203,10 @@ def heldout_sequences(
 
     The last one may be padded. Raises UserError if there is no text.
     """
-    encoder = _Encoder.of(tokenizer, length, masked, template, pack_examples)
+    packer = _Packer.of(tokenizer, length, masked, template, pack_examples)
     texts = (d for d in documents if not _blank(d))
-    cursor = _Cursor(lambda: list(islice(texts, BATCH)), encoder)
-    packed = iter(lambda: encoder.pack(cursor, length), None)
+    cursor = _Cursor(lambda: list(islice(texts, BATCH)), packer)
+    packed = iter(lambda: packer.pack(cursor, length), None)
     sequences = list(islice(packed, count))
     if not sequences:
         raise UserError(
@@ -220,11 +220,12 @@ def example_lengths(
     examples: Iterable[Example], tokenizer: "PreTrainedTokenizerFast", template: str
 ) -> Iterator[tuple[int, int]]:
     """(tokens of the prompt, tokens of the whole) of each example, as a stream encodes them."""
-    encoder = _Encoder.of(tokenizer, 1 << 40, False, template, True)
+    encoder = Encoder.of(tokenizer, False, template)
     examples = iter(examples)
     while batch := list(islice(examples, BATCH)):
         for tokens in encoder.encode(batch):
-            yield tokens.prompt, len(tokens.ids)
+            assert tokens.predicted is not None  # of an example
+            yield int((~tokens.predicted).sum()), len(tokens.ids)
 
 
 def _blank(document: Document) -> bool:
@@ -232,28 +233,11 @@ def _blank(document: Document) -> bool:
 
 
 @dataclass
-class _Tokens:
-    """A tokenized document: ids and words int32 [n]; the first `prompt` tokens of an example are
-    not predicted, and it is not cut."""
+class _Packer:
+    """Tokens to sequences."""
 
-    ids: np.ndarray
-    words: np.ndarray
-    prompt: int = 0
-    whole: bool = False
-
-
-@dataclass
-class _Encoder:
-    """Text to tokens, and tokens to sequences, for one kind of model."""
-
-    tokenizer: "PreTrainedTokenizerFast"
-    backend: Any  # tokenizers.Tokenizer, to which special tokens in a document are text
-    masked: bool
-    before: list[int]  # special tokens before a piece (masked) or document (causal)
-    after: list[int]
-    pad: int
+    encoder: Encoder
     length: int
-    template: str
     pack_examples: bool
 
     @classmethod
@@ -264,76 +248,27 @@ class _Encoder:
         masked: bool,
         template: str,
         pack_examples: bool,
-    ) -> "_Encoder":
-        from tokenizers import Tokenizer
-
-        needed = ["mask_token", "pad_token", "cls_token", "sep_token"] if masked else ["eos_token"]
-        missing = [name for name in needed if getattr(tokenizer, name) is None]
-        if missing:
-            kind = "masked" if masked else "causal"
-            raise UserError(
-                f"the tokenizer has no {' and no '.join(missing)}, which a {kind} language model "
-                "needs; choose another tokenizer, or another model.objective"
-            )
+    ) -> "_Packer":
         if length < 16:
             raise ValueError(f"a length of {length} tokens is below 16")
-        # a copy, as the settings would change what the caller's tokenizer does
-        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        backend.no_padding()
-        backend.no_truncation()
-        backend.encode_special_tokens = True  # "</s>" in a document is text
-        before = [tokenizer.cls_token_id] if masked else text_start(tokenizer)
-        after = tokenizer.sep_token_id if masked else tokenizer.eos_token_id
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else after
-        return cls(
-            tokenizer, backend, masked, before, [after], pad, length, template, pack_examples
-        )
+        return cls(Encoder.of(tokenizer, masked, template), length, pack_examples)
 
-    def encode(self, documents: Items[Document]) -> list[_Tokens]:
-        """Without special tokens for masked models; nothing of an example that is too long."""
-        texts = [d for d in documents if isinstance(d, str)]
-        examples = [d for d in documents if not isinstance(d, str)]
-        encoded = iter(self._encode_texts(texts) if texts else [])
-        answered = iter(self._encode_examples(examples) if examples else [])
-        return [next(encoded if isinstance(d, str) else answered) for d in documents]
-
-    def _encode_texts(self, texts: list[str]) -> list[_Tokens]:
-        if self.masked:
-            encoded = self.backend.encode_batch(texts, add_special_tokens=False)
-            return [_Tokens(np.array(e.ids, np.int32), _words(e.word_ids)) for e in encoded]
-        encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        ids = [np.array(self.before + e.ids + self.after, np.int32) for e in encoded]
-        return [_Tokens(i, np.full_like(i, -1)) for i in ids]
-
-    def _encode_examples(self, examples: list[Example]) -> list[_Tokens]:
-        pairs = [example_texts(self.template, self.tokenizer, e) for e in examples]
-        prompts, responses = (list(texts) for texts in zip(*pairs, strict=True))
-        chat = self.template == "chat"  # its special tokens stand in the text
-        self.backend.encode_special_tokens = not chat
-        try:
-            heads = self.backend.encode_batch_fast(prompts, add_special_tokens=False)
-            tails = self.backend.encode_batch_fast(responses, add_special_tokens=False)
-        finally:
-            self.backend.encode_special_tokens = True
-        found = []
-        for head, tail in zip(heads, tails, strict=True):
-            prompt = head.ids if chat else self.before + head.ids
-            ids = np.array(prompt + tail.ids + ([] if chat else self.after), np.int32)
-            if len(ids) > self.length:
-                ids = ids[:0]
-            found.append(_Tokens(ids, np.full_like(ids, -1), len(prompt), whole=True))
-        return found
+    def encode(self, documents: Items[Document]) -> list[Tokens]:
+        """Nothing of an example that is too long."""
+        encoded = self.encoder.encode(documents)
+        return [Tokens(t.ids[:0]) if t.whole and len(t.ids) > self.length else t for t in encoded]
 
     def pack(self, cursor: "_Cursor", length: int) -> Sequence | None:
         """The next sequence, or None at the end of the text."""
-        ids = np.full(length, self.pad, np.int32)
+        e = self.encoder
+        ids = np.full(length, e.pad, np.int32)
         words = np.full(length, -1, np.int32)
         segments = np.full(length, -1, np.int16)
         predicted = np.zeros(length, bool)
-        ends = [self.before, self.after] if self.masked else [[], []]
+        ends = [e.before, e.after] if e.masked else [[], []]
         used = segment = next_word = 0
         while tokens := cursor.tokens():
-            rest, rest_words = tokens.ids[cursor.offset :], tokens.words[cursor.offset :]
+            rest = tokens.ids[cursor.offset :]
             room = length - used - len(ends[0]) - len(ends[1])
             take = self._piece(len(rest), room, first=used == 0)
             if take == 0 or (tokens.whole and take < len(rest)):
@@ -345,12 +280,11 @@ class _Encoder:
             end = stop + len(ends[1])
             ids[used:start], ids[start:stop], ids[stop:end] = ends[0], rest[:take], ends[1]
             segments[used:end] = segment
-            predicted[used:end] = np.arange(cursor.offset, cursor.offset + end - used) >= (
-                tokens.prompt
-            )
-            if self.masked:
-                # a word cut by the end of a piece counts as two
-                words[start:stop] = rest_words[:take] - rest_words[0] + next_word
+            predicted[used:end] = True if tokens.predicted is None else tokens.predicted
+            if tokens.word_starts is not None:
+                begins = tokens.word_starts[cursor.offset : cursor.offset + take].copy()
+                begins[0] = True  # a word cut by the end of a piece counts as two
+                words[start:stop] = np.cumsum(begins) - 1 + next_word
                 next_word = int(words[stop - 1]) + 1
             used, segment = end, segment + 1
             cursor.advance(take)
@@ -361,7 +295,7 @@ class _Encoder:
     def _piece(self, rest: int, room: int, first: bool) -> int:
         """How many of the `rest` tokens of a document to put into `room`; 0: pad instead."""
         take = max(0, min(rest, room))
-        if not self.masked or take == rest:
+        if not self.encoder.masked or take == rest:
             return take
         if rest - take < SMALLEST_PIECE:  # leave a whole piece for the next sequence
             take = rest - SMALLEST_PIECE
@@ -375,18 +309,18 @@ class _Cursor:
     """Where a stream stands: `document` counts those used up, `offset` the tokens of the next."""
 
     pull: Callable[[], list[Document]]  # more texts, or none at the end
-    encoder: _Encoder
+    packer: _Packer
     document: int = 0
     offset: int = 0
-    encoded: deque[_Tokens] = field(default_factory=deque)
+    encoded: deque[Tokens] = field(default_factory=deque)
 
-    def tokens(self) -> _Tokens | None:
+    def tokens(self) -> Tokens | None:
         """Of the whole current document, or None at the end of the text."""
         while not self.encoded:
             texts = self.pull()
             if not texts:
                 return None
-            self.encoded.extend(self.encoder.encode(texts))
+            self.encoded.extend(self.packer.encode(texts))
             self._skip_used()
         return self.encoded[0]
 
@@ -399,10 +333,3 @@ class _Cursor:
         while self.encoded and self.offset >= len(self.encoded[0].ids):
             self.encoded.popleft()
             self.document, self.offset = self.document + 1, 0
-
-
-def _words(word_ids: list[int | None]) -> np.ndarray:
-    """Word numbers from 0; a token outside of every word is a word of its own."""
-    words = np.array([-1 if w is None else w for w in word_ids], np.int32)
-    begins = (words[1:] != words[:-1]) | (words[1:] < 0)
-    return np.concatenate([[0], np.cumsum(begins)]).astype(np.int32)[: len(words)]

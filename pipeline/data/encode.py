@@ -1,0 +1,105 @@
+"""Documents to tokens, for one tokenizer and one kind of model. Imports nothing heavy."""
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.data.instruct import Document, Example, example_texts
+from pipeline.data.tokenizer import text_start
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass
+class Tokens:
+    """A tokenized document of n tokens.
+
+    ids: int32 [n]. For causal models with all that the tokenizer adds (bos, eos); for masked models
+        the bare text, as `<s> ... </s>` go around each piece of it.
+    word_starts: bool [n], where a whole word begins; None for causal models.
+    predicted: bool [n], which tokens are learnt; None: all.
+    whole: must not be cut.
+    """
+
+    ids: np.ndarray
+    word_starts: np.ndarray | None = None
+    predicted: np.ndarray | None = None
+    whole: bool = False
+
+
+@dataclass
+class Encoder:
+    """Text to tokens. Special tokens that are written in a document are text."""
+
+    tokenizer: "PreTrainedTokenizerFast"
+    backend: Any  # tokenizers.Tokenizer
+    masked: bool
+    before: list[int]  # special tokens before a piece (masked) or document (causal)
+    after: list[int]
+    pad: int
+    template: str
+
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerFast", masked: bool, template: str) -> "Encoder":
+        """Raises UserError for a tokenizer that lacks a special token that such models need."""
+        from tokenizers import Tokenizer
+
+        needed = ["mask_token", "pad_token", "cls_token", "sep_token"] if masked else ["eos_token"]
+        missing = [name for name in needed if getattr(tokenizer, name) is None]
+        if missing:
+            kind = "masked" if masked else "causal"
+            raise UserError(
+                f"the tokenizer has no {' and no '.join(missing)}, which a {kind} language model "
+                "needs; choose another tokenizer, or another model.objective"
+            )
+        # a copy, as the settings would change what the caller's tokenizer does
+        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = True  # "</s>" in a document is text
+        before = [tokenizer.cls_token_id] if masked else text_start(tokenizer)
+        after = tokenizer.sep_token_id if masked else tokenizer.eos_token_id
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else after
+        return cls(tokenizer, backend, masked, before, [after], pad, template)
+
+    def encode(self, documents: Items[Document]) -> list[Tokens]:
+        """In the order of the documents."""
+        texts = [d for d in documents if isinstance(d, str)]
+        examples = [d for d in documents if not isinstance(d, str)]
+        encoded = iter(self._encode_texts(texts) if texts else [])
+        answered = iter(self._encode_examples(examples) if examples else [])
+        return [next(encoded if isinstance(d, str) else answered) for d in documents]
+
+    def _encode_texts(self, texts: list[str]) -> list[Tokens]:
+        if self.masked:
+            encoded = self.backend.encode_batch(texts, add_special_tokens=False)
+            return [Tokens(np.array(e.ids, np.int32), _word_starts(e.word_ids)) for e in encoded]
+        encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [Tokens(np.array(self.before + e.ids + self.after, np.int32)) for e in encoded]
+
+    def _encode_examples(self, examples: list[Example]) -> list[Tokens]:
+        pairs = [example_texts(self.template, self.tokenizer, e) for e in examples]
+        prompts, responses = (list(texts) for texts in zip(*pairs, strict=True))
+        chat = self.template == "chat"  # its special tokens stand in the text
+        self.backend.encode_special_tokens = not chat
+        try:
+            heads = self.backend.encode_batch_fast(prompts, add_special_tokens=False)
+            tails = self.backend.encode_batch_fast(responses, add_special_tokens=False)
+        finally:
+            self.backend.encode_special_tokens = True
+        found = []
+        for head, tail in zip(heads, tails, strict=True):
+            prompt = head.ids if chat else self.before + head.ids
+            ids = np.array(prompt + tail.ids + ([] if chat else self.after), np.int32)
+            found.append(Tokens(ids, None, np.arange(len(ids)) >= len(prompt), whole=True))
+        return found
+
+
+def _word_starts(word_ids: list[int | None]) -> np.ndarray:
+    """A token outside of every word is a word of its own."""
+    words = np.array([-1 if w is None else w for w in word_ids], np.int32)
+    return np.concatenate([[True], (words[1:] != words[:-1]) | (words[1:] < 0)])[: len(words)]
