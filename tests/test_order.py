@@ -69,7 +69,7 @@ def test_a_source_gives_every_document_of_its_parts_once_an_epoch(members):
         assert {d[:2] for d in draws} == documents
     assert epochs[0] != epochs[1] != epochs[2]
     assert source.get(len(documents)) == Source(parts, members, (3,)).get(len(documents))
-    assert source.tokens() == sum(sum(parts[m].corpus.all_lengths) for m in members)
+    assert source.tokens == sum(sum(parts[m].corpus.all_lengths) for m in members)
 
 
 @given(
@@ -90,7 +90,7 @@ def test_a_mixture_keeps_its_shares_to_within_two_documents(weights, longest, se
 
 
 def test_documents_that_cannot_be_packed_are_left_out():
-    parts = [Part("examples", MemoryCorpus([5, 0, 90, 7]), whole=True)]
+    parts = [Part("examples", MemoryCorpus([5, 0, 90, 7], whole=True))]
     mixture = Mixture([Source(parts, [0], (1,), limit=4)], longest=80)
     drawn = list(iter(mixture.draw, None))
     assert sorted(d.length for d in drawn) == [5, 7]

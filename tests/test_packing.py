@@ -27,7 +27,7 @@ def stages(draw):
         whole = not ends and draw(st.booleans())
         longest = LENGTH + 3 if whole else draw(st.sampled_from([5, 40, 300]))
         lengths = rng.integers(0, longest, draw(st.integers(1, 25)))
-        parts.append(Part(f"d{i}", MemoryCorpus([*lengths, 4], 100 + 10_000 * i, whole), whole))
+        parts.append(Part(f"d{i}", MemoryCorpus([*lengths, 4], 100 + 10_000 * i, whole)))
     epochs = draw(st.floats(0.3, 2.7))
     return parts, epochs, draw(st.sampled_from([1, 2, 4, 12])), ends, draw(st.integers(0, 9))
 
@@ -49,7 +49,7 @@ def expected(stage):
     return Counter(
         (part, place)
         for part, place, length in draws
-        if length and not (parts[part].whole and length > LENGTH)
+        if length and not (parts[part].corpus.whole and length > LENGTH)
     )
 
 
@@ -65,7 +65,7 @@ def test_an_epoch_is_every_document_once_and_only_the_last_step_has_room(stage):
             for part, place, start, stop in row:
                 assert start < stop
                 read.update((part, place, i) for i in range(start, stop))
-                if parts[part].whole:
+                if parts[part].corpus.whole:
                     assert (start, stop) == (0, parts[part].corpus.all_lengths[place])
     want = expected(stage)
     for (part, place), times in want.items():
@@ -76,7 +76,7 @@ def test_an_epoch_is_every_document_once_and_only_the_last_step_has_room(stage):
     for part, place in want:  # an epoch ends before the next begins
         assert int(epochs) <= want[part, place] + (round(epochs * documents) == 0)
         assert want[part, place] <= int(epochs) + 1
-    if not ends and not any(p.whole for p in parts):
+    if not ends and not any(p.corpus.whole for p in parts):
         tokens = sum(parts[d].corpus.all_lengths[p] * n for (d, p), n in want.items())
         assert len(steps) == -(-tokens // (count * LENGTH))
 
@@ -108,7 +108,7 @@ def test_a_long_document_is_spread_over_the_steps():
 def test_examples_waste_little_and_none_waits_for_ever():
     rng = np.random.default_rng(0)
     lengths = rng.integers(3, 300, 3000)
-    parts = [Part("examples", MemoryCorpus(lengths), whole=True)]
+    parts = [Part("examples", MemoryCorpus(lengths, whole=True))]
     source = Source(parts, [0], (1,), limit=3000)
     steps = list(Packer(Mixture([source], 512), 8, Shape(512)))
     rows = [row for step in steps for row in step]
@@ -120,7 +120,7 @@ def test_examples_waste_little_and_none_waits_for_ever():
 
 
 def test_an_example_alone_has_a_row_of_its_own():
-    parts = [Part("examples", MemoryCorpus([4] * 10), whole=True)]
+    parts = [Part("examples", MemoryCorpus([4] * 10, whole=True))]
     source = Source(parts, [0], (1,), limit=10)
     steps = list(Packer(Mixture([source], LENGTH), 4, Shape(LENGTH, alone=True)))
     assert [[len(row) for row in step] for step in steps] == [[1] * 4, [1] * 4, [1, 1, 0, 0]]
@@ -143,23 +143,21 @@ def test_rows_are_read_as_planned(stage):
         for row, s in zip(step, sequences, strict=True):
             ids: list[int] = []
             for piece in row:
-                document = parts[piece.part].corpus.document(piece.place)
-                body = document.ids[piece.start : piece.stop].tolist()
+                document = parts[piece.part].corpus.piece(piece.place, piece.start, piece.stop)
+                body = document.ids.tolist()
                 at = len(ids)
                 ids += [*frame.before, *body, *frame.after]
                 here = slice(at, len(ids))
                 assert set(s.domains[here]) == {piece.part}
                 assert len(set(s.segments[here])) == 1
-                if parts[piece.part].whole:
+                if parts[piece.part].corpus.whole:
                     assert (s.predicted[here] == document.predicted).all()
                 elif not ends:
                     assert s.predicted[here].all()
                 words = s.words[here][s.words[here] >= 0]
                 assert len(words) == (len(body) if ends else 0)
                 if ends:
-                    starts = [
-                        j == 0 or document.word_starts[piece.start + j] for j in range(len(body))
-                    ]
+                    starts = [j == 0 or document.word_starts[j] for j in range(len(body))]
                     assert (np.diff(words, prepend=words[0] - 1) == starts).all()
             assert s.ids.tolist() == ids + [3] * (LENGTH - len(ids))
             padding = slice(len(ids), None)

@@ -12,38 +12,35 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from pipeline.data.encode import Tokens
 from pipeline.data.order import Permutation
 
 BLOCK = 4096  # documents whose places and lengths are looked up together
 
 
-class Document(Protocol):
-    """A tokenized document: int [n], and bool [n] where its domain has them."""
-
-    ids: np.ndarray
-    word_starts: np.ndarray | None  # masked models
-    predicted: np.ndarray | None  # instruction examples
-
-
 class Corpus(Protocol):
-    """The documents of one domain, by their place 0..documents-1."""
+    """The documents of one domain, by their place 0..documents-1; all of `tokens` tokens.
 
-    @property
-    def documents(self) -> int: ...
+    whole: they are never cut (instruction examples).
+    """
+
+    documents: int
+    tokens: int
+    whole: bool
 
     def lengths(self, places: np.ndarray) -> np.ndarray:
         """Tokens of the documents at these places: int64 [n]."""
 
-    def document(self, place: int) -> Document: ...
+    def piece(self, place: int, start: int, stop: int) -> Tokens:
+        """Tokens start..stop of a document."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A domain of a stage; `whole` documents are never cut (instruction examples)."""
+    """A domain of a stage."""
 
     name: str
     corpus: Corpus
-    whole: bool = False
 
 
 class Drawn(NamedTuple):
@@ -81,6 +78,7 @@ class Source:
         counts = [parts[m].corpus.documents for m in self.members]
         self._ends = np.cumsum(counts)
         self.documents = int(self._ends[-1])
+        self.tokens = sum(parts[m].corpus.tokens for m in self.members)
         self._first = 0  # the draw with which the block begins
         self._block: list[tuple[int, int, int]] = []
 
@@ -93,15 +91,6 @@ class Source:
             self._load(draw)
             at = 0
         return self._block[at]
-
-    def tokens(self) -> int:
-        """Of all its documents."""
-        return sum(
-            int(self.parts[m].corpus.lengths(np.arange(first, min(first + BLOCK, n))).sum())
-            for m in self.members
-            for n in [self.parts[m].corpus.documents]
-            for first in range(0, n, BLOCK)
-        )
 
     def look_up(self, draws: np.ndarray) -> list[tuple[int, int, int]]:
         """(part, place, length) of any draws, int64 [n]."""
@@ -146,7 +135,7 @@ class Mixture:
             if found is None:
                 return None
             part, place, length = found
-            whole = owner.parts[part].whole
+            whole = owner.parts[part].corpus.whole
             self.drawn[source] += 1
             if length and not (whole and length > self.longest):
                 self.tokens[source] += length
@@ -159,7 +148,7 @@ class Mixture:
             draws = [draw for s, draw in named if s == i]
             places = source.look_up(np.array(draws, np.int64))
             for draw, (part, place, length) in zip(draws, places, strict=True):
-                whole = source.parts[part].whole
+                whole = source.parts[part].corpus.whole
                 found[i, draw] = Drawn(i, draw, part, place, length, whole)
         return [found[n] for n in named]
 

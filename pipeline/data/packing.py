@@ -54,7 +54,7 @@ class Packer:
         self.mixture, self.shape = mixture, shape
         self.held: list[tuple[Drawn, int] | None] = [None] * rows  # document, its next token
         parts = [s.parts[m] for s in mixture.sources for m in s.members]
-        self._pool_size = POOL if any(p.whole for p in parts) else 0
+        self._pool_size = POOL if any(p.corpus.whole for p in parts) else 0
         self._arrivals = 0
         self._whole: list[tuple[int, int, Drawn]] = []  # (length, arrival, document), sorted
         self._cuttable: list[tuple[int, Drawn]] = []  # texts beside whole documents, by arrival

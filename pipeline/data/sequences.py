@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.data.mixture import Document, Part
+from pipeline.data.encode import Tokens
+from pipeline.data.mixture import Part
 from pipeline.data.packing import Row
 
 
@@ -60,15 +61,13 @@ def read_rows(
     for row in rows:
         room = length
         for segment, (part, place, start, stop) in enumerate(row):
-            document = parts[part].corpus.document(place)
-            body = document.ids[start:stop]
+            piece = parts[part].corpus.piece(place, start, stop)
             if masked:
-                tokens += (before, body, after)
-                marks += (no[: len(before)], _starts(document, start, stop), no[: len(after)])
+                tokens += (before, piece.ids, after)
+                marks += (no[: len(before)], _starts(piece), no[: len(after)])
             else:
-                tokens.append(body)
-                predicted = document.predicted
-                marks.append(yes[: stop - start] if predicted is None else predicted[start:stop])
+                tokens.append(piece.ids)
+                marks.append(yes[: stop - start] if piece.predicted is None else piece.predicted)
             used = stop - start + frame.ends
             counts.append(used)
             segments.append(segment)
@@ -94,10 +93,10 @@ def read_rows(
     ]
 
 
-def _starts(document: Document, start: int, stop: int) -> np.ndarray:
-    starts = np.ones(stop - start, bool)
-    if document.word_starts is not None:
-        starts[1:] = document.word_starts[start + 1 : stop]
+def _starts(piece: Tokens) -> np.ndarray:
+    starts = np.ones(len(piece.ids), bool)
+    if piece.word_starts is not None:
+        starts[1:] = piece.word_starts[1:]
     return starts
 
 
