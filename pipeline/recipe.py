@@ -31,6 +31,7 @@ class Model:
     config: dict[str, Any] | None = None  # {model_type: roberta, hidden_size: ..., ...}
     overrides: dict[str, Any] = field(default_factory=dict)  # config attributes, e.g. dropout
     revision: str | None = None
+    initialize_missing: bool = False  # random weights for what `path` lacks; else it is refused
     initial_positions: Literal["random", "sinusoidal"] = "random"  # of a model built from `config`
     tokenizer: str | None = None  # hub id or folder; default: the model's own
     train_tokenizer: int | None = (

@@ -73,8 +73,9 @@ def _convert(file: Path, target: Path) -> None:
     level = noisy.level
     noisy.setLevel(logging.ERROR)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(file.parent), gguf_file=file.name, dtype=torch.float32
+        load: Any = AutoModelForCausalLM.from_pretrained
+        model, info = load(
+            str(file.parent), gguf_file=file.name, dtype=torch.float32, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
     except ImportError as error:
@@ -84,6 +85,11 @@ def _convert(file: Path, target: Path) -> None:
         raise UserError(f"model.path: {file}: {reason}") from None
     finally:
         noisy.setLevel(level)
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"model.path: {file} lacks {len(missing)} weight(s) of {type(model).__name__}: "
+            f"{', '.join(missing[:6])}; they would be random"
+        )
     # Marked as quantized, the model refuses what plain weights allow.
     model.hf_quantizer = None
     model.is_quantized = False

@@ -18,6 +18,7 @@ from pipeline.model.lora import (
     load_adapter,
     quantized_loading,
 )
+from pipeline.model.weights import check_weights, load_pretrained
 from pipeline.recipe import Model, Recipe
 
 AUTO = {"masked": AutoModelForMaskedLM, "causal": AutoModelForCausalLM}
@@ -82,6 +83,15 @@ def check_model(config: PretrainedConfig, recipe: Recipe, vocabulary: int) -> No
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "data2vec-text", "longformer")
 
 
+def check_pretrained(model: Model, config: PretrainedConfig) -> None:
+    """Raises UserError where a pretrained model lacks weights, has others than `config` says, or
+    cannot be read: the file's headers are compared, no weight is kept."""
+    if model.path is not None:
+        source = local_weights(model.path)
+        auto = AUTO[model.objective]
+        check_weights(auto, source, deepcopy(config), model.revision, model.initialize_missing)
+
+
 def build_model(
     model: Model,
     config: PretrainedConfig,
@@ -97,9 +107,14 @@ def build_model(
         checkpoint: a published folder, of a model or an adapter; None takes `model.path`, or random
             weights from `seed` (without an adapter: it belongs to weights that can be loaded
             again).
+        seed: of the random weights: all, the adapter's, or with `model.initialize_missing` those
+            that `model.path` lacks.
         keep_dtype: a pretrained model keeps the dtype of its file, else all is fp32. Weights that
             are not converted are mapped from the file: the ranks of a machine share the memory.
             (Random weights, and those beside quantized ones, are fp32.)
+
+    Raises:
+        UserError: the weights are not all there, or are damaged (`load_pretrained`).
     """
     auto = AUTO[model.objective]
     source = checkpoint or (model.path and local_weights(model.path))
@@ -121,7 +136,9 @@ def build_model(
             elif keep_dtype:
                 config.dtype = AutoConfig.from_pretrained(source, revision=revision).dtype
                 kwargs["dtype"] = "auto"
-            net = auto.from_pretrained(source, config=config, revision=revision, **kwargs)
+            initialize = seed if checkpoint is None and model.initialize_missing else None
+            kwargs |= {"config": config, "revision": revision}
+            net = load_pretrained(auto, source, initialize, **kwargs)
             if adapter is not None:
                 load_adapter(net, adapter)
             elif model.lora is not None:
@@ -171,14 +188,18 @@ def load_for_evaluation(
     """A model or an adapter with its base, on the CPU, in eval mode.
 
     Raises:
-        UserError: the adapter's base model is gone.
+        UserError: the adapter's base model is gone; weights are missing or damaged.
     """
     adapter = checkpoint if is_adapter(checkpoint) else None
     if adapter is not None:
         checkpoint, revision = base_of(adapter)
     checkpoint = local_weights(str(checkpoint))
-    net = AUTO[objective].from_pretrained(
-        checkpoint, dtype=dtype, attn_implementation=attention, revision=revision
+    net = load_pretrained(
+        AUTO[objective],
+        checkpoint,
+        dtype=dtype,
+        attn_implementation=attention,
+        revision=revision,
     )
     if adapter is not None:
         load_adapter(net, adapter)

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import UserError
 from pipeline.model.blocks import block_linears
+from pipeline.model.weights import reading, require_whole
 from pipeline.recipe import Lora
 
 ADAPTER = "adapter_config.json"
@@ -102,11 +103,22 @@ def add_adapter(
 
 
 def load_adapter(net: Any, adapter: str | Path) -> None:
-    """Load a published adapter into its base model, to be trained on."""
+    """Load a published adapter into its base model, to be trained on.
+
+    Raises:
+        UserError: its base is gone; it lacks weights, or they are damaged.
+    """
     _peft()
     net.requires_grad_(False)
     base, revision = base_of(adapter)
-    net.load_adapter(str(adapter), is_trainable=True, adapter_kwargs={"revision": None})
+    with reading(adapter):
+        info = net.load_adapter(
+            str(adapter),
+            is_trainable=True,
+            adapter_kwargs={"revision": None},
+            ignore_mismatched_sizes=True,
+        )
+    require_whole(adapter, net, info.missing_keys, info.mismatched_keys)
     settings = net.peft_config["default"]
     settings.base_model_name_or_path, settings.revision = base, revision
     settings.target_modules = sorted(settings.target_modules)

@@ -1,5 +1,6 @@
 """`--dry-run`: what a recipe would do and take, without loading weights or training."""
 
+from pathlib import Path
 from typing import Any
 
 from pipeline.data.batches import plan_stage
@@ -8,7 +9,7 @@ from pipeline.engine.config import check_quantized, describe, memory_per_rank, p
 from pipeline.migu.targets import count_rows, find_targets
 from pipeline.model.blocks import block_linears
 from pipeline.model.gguf import local_weights
-from pipeline.model.load import check_model, empty_model, load_config
+from pipeline.model.load import check_model, check_pretrained, empty_model, load_config
 from pipeline.recipe import Lora, Recipe
 
 
@@ -27,6 +28,8 @@ def describe_run(recipe: Recipe, engine_config: dict[str, Any], ranks: int) -> s
     config = load_config(m, vocabulary)
     check_model(config, recipe, vocabulary)
     check_quantized(m.lora, engine_config)
+    if m.path is not None and Path(local_weights(m.path)).exists():  # nothing is fetched for it
+        check_pretrained(m, config)
     model = empty_model(m, config)
     parameters = sum(p.numel() for p in model.parameters())
     lines = [recipe.to_yaml()]

@@ -30,6 +30,15 @@ def recipe_problems(r: Recipe) -> list[str]:
         "model.initial_positions: has no effect on a pretrained model; remove it",
     )
     need(
+        m.path is not None or not m.initialize_missing,
+        "model.initialize_missing: has no effect without `path`: all weights are random; remove it",
+    )
+    need(
+        m.lora is None or not m.initialize_missing,
+        "model.initialize_missing: LoRA would freeze the random weights as they are; train them "
+        "without `lora` first",
+    )
+    need(
         not (m.tokenizer and m.train_tokenizer),
         "model: give at most one of `tokenizer` and `train_tokenizer`",
     )

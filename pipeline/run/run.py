@@ -36,11 +36,11 @@ from pipeline.engine.zero import ZeroEngine
 from pipeline.errors import UserError
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.model.gguf import local_weights
-from pipeline.model.load import build_model, check_model, load_config
+from pipeline.model.load import build_model, check_model, check_pretrained, load_config
 from pipeline.model.lora import is_adapter
 from pipeline.progress import EventLog, now, say
 from pipeline.ranks import on_rank0, rank, world_size
-from pipeline.recipe import Recipe
+from pipeline.recipe import Model, Recipe
 from pipeline.run.folder import describe_model, open_run, stage_folder, step_folder
 from pipeline.run.train import train_stage
 
@@ -160,6 +160,7 @@ def _prepare(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Run
     check_model(config, recipe, len(tokenizer))
     check_quantized(recipe.model.lora, engine_config)
     on_rank0(partial(describe_model, folder, recipe, config))
+    on_rank0(partial(check_pretrained, recipe.model, config))
     if not on_rank0(partial(is_published, folder / "heldout")):
         on_rank0(partial(prepare_heldout, recipe, tokenizer, folder / "heldout"))
     log = EventLog(folder / "log.jsonl") if rank() == 0 else None
@@ -174,7 +175,7 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
     _tell_examples(plan, recipe, s.name)
     on_rank0(partial(_clear_within, run, stage))
     torch.manual_seed(recipe.stage_seed(stage) * 100_003 + rank())
-    source = None if stage == 1 and recipe.model.path else run.checkpoint(stage - 1)
+    source = None if stage == 1 and _starts_elsewhere(recipe.model) else run.checkpoint(stage - 1)
     # In half precision the engine converts weights itself, as it shards them.
     keep_dtype = precision_of(run.engine_config) != "fp32"
     model = build_model(recipe.model, run.config, source, recipe.seed, keep_dtype)
@@ -270,10 +271,11 @@ def _publish(
 
 
 def _base_checkpoint(run: Run) -> str:
-    """What stage 0 evaluates: the pretrained model where it is, or the published random one."""
+    """What stage 0 evaluates: the pretrained model where it is, or what the run published of a
+    model with random weights."""
     model = run.recipe.model
-    if model.path is not None:
-        return model.path
+    if _starts_elsewhere(model):
+        return str(model.path)
     target = run.checkpoint(0)
 
     def write(folder: Path) -> None:
@@ -284,6 +286,11 @@ def _base_checkpoint(run: Run) -> str:
     if not on_rank0(partial(is_published, target)):
         on_rank0(partial(publish, target, write, {"stage": 0, "name": "base"}))
     return str(target)
+
+
+def _starts_elsewhere(model: Model) -> bool:
+    """Whether all weights before stage 1 are those of `model.path`."""
+    return model.path is not None and not model.initialize_missing
 
 
 def _tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerFast:

@@ -1,0 +1,143 @@
+"""Load all of a model's pretrained weights: what transformers fills with random numbers, after a
+warning at most, is an error here."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.utils.logging import disable_progress_bar
+
+from pipeline.errors import UserError
+
+POINTER = b"version https://git-lfs"
+SHOWN = 6  # names in a message
+
+
+def load_pretrained(
+    auto: Any, source: str | Path, initialize: int | None = None, **options: Any
+) -> nn.Module:
+    """`auto.from_pretrained(source, **options)`, with every weight from the checkpoint.
+
+    Args:
+        auto: one of transformers' AutoModelFor... classes.
+        source: a folder or hub id.
+        initialize: the seed of the weights that the checkpoint lacks; None refuses them.
+
+    Raises:
+        UserError: the checkpoint lacks weights (names them), or with `initialize` lacks none; it
+            has weights of another shape than its config.json says; a file is damaged or the
+            pointer that Git LFS leaves in its place; no such model.
+    """
+    with reading(source), torch.random.fork_rng(devices=[]):
+        if initialize is not None:
+            torch.manual_seed(initialize)
+        net, info = auto.from_pretrained(
+            str(source), output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    if initialize is None:
+        require_whole(source, net, info["missing_keys"], info["mismatched_keys"])
+        return net
+    require_whole(source, net, set(), info["mismatched_keys"])
+    if not info["missing_keys"]:
+        raise UserError(
+            f"model.initialize_missing: has no effect: {source} lacks no weight of "
+            f"{type(net).__name__}; remove it"
+        )
+    return net
+
+
+def require_whole(
+    source: str | Path, net: nn.Module, missing: set[str], mismatched: set[tuple[str, Any, Any]]
+) -> None:
+    """Raises UserError for what transformers' loading info says of `net`'s weights.
+
+    mismatched: (name, shape in the file, shape in the model).
+    """
+    kind = type(net).__name__
+    if mismatched:
+        shapes = [
+            f"{name} is {tuple(there)}, should be {tuple(wanted)}"
+            for name, there, wanted in sorted(mismatched)
+        ]
+        raise UserError(
+            f"model: {source} has weights of another shape than its configuration says for "
+            f"{kind}: {_some(shapes, '; ')}. Correct its configuration (or model.overrides), or "
+            "take the weights that belong to it"
+        )
+    if missing:
+        raise UserError(
+            f"model: {source} lacks {len(missing)} weight(s) of {kind}: {_some(sorted(missing))}. "
+            "Take a checkpoint that has them, or set model.initialize_missing=true to start them "
+            "from random numbers"
+        )
+
+
+def check_weights(
+    auto: Any, source: str | Path, config: PretrainedConfig, revision: str | None, initialize: bool
+) -> None:
+    """Whether `load_pretrained` will find every weight, without memory for one.
+
+    Raises:
+        UserError: as `load_pretrained`.
+    """
+    disable_progress_bar()
+    if getattr(config, "quantization_config", None) is None:  # those need their own device
+        load_pretrained(
+            auto,
+            source,
+            initialize=0 if initialize else None,
+            config=config,
+            revision=revision,
+            device_map="meta",
+        )
+
+
+def _damaged(source: str | Path, error: Exception) -> str:
+    """What is wrong with the weights in a folder of which safetensors could not read one file."""
+    for file in sorted(Path(source).glob("*.safetensors")):
+        with file.open("rb") as content:
+            if content.read(len(POINTER)) == POINTER:
+                return (
+                    f"{file} is a Git LFS pointer, not the weights themselves; run `git lfs pull` "
+                    "where it was cloned"
+                )
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as damage:
+            return f"{file} is damaged, not a whole safetensors file ({damage}); copy it again"
+    return f"cannot load {source}: its safetensors are damaged ({error}); download them again"
+
+
+def _some(items: list[str], separator: str = ", ") -> str:
+    more = f"{separator}and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return separator.join(items[:SHOWN]) + more
+
+
+@contextmanager
+def reading(source: str | Path) -> Iterator[None]:
+    """Around transformers' own loading: its errors as UserErrors, and without its table of what it
+    did not find, which `require_whole` says."""
+    loggers = [
+        logging.getLogger(f"transformers.{x}") for x in ("modeling_utils", "integrations.peft")
+    ]
+    for (
+        logger
+    ) in loggers:  # not by their level: transformers looks at that to decide what it checks
+        logger.disabled = True
+    try:
+        yield
+    except SafetensorError as error:
+        raise UserError(f"model: {_damaged(source, error)}") from None
+    except (OSError, ValueError, ImportError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise UserError(f"model: cannot load {source}: {error}") from None
+    finally:
+        for logger in loggers:
+            logger.disabled = False
