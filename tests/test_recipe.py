@@ -32,9 +32,40 @@ def problems(path, *overrides):
     return str(caught.value)
 
 
-def test_every_recipe_of_the_project_is_valid():
+@pytest.fixture
+def das(tmp_path, monkeypatch):
+    """Where the benchmark's corpora would be."""
+    for name in ("yelp_restaurant", "acl_anthology", "ai_corpus", "format_pubmed_small"):
+        (tmp_path / f"{name}.txt").write_text("a document\n")
+    for name in ("phone", "camera"):
+        (tmp_path / "absa/post_train").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"absa/post_train/{name}.txt").write_text("a document\n")
+    monkeypatch.setenv("MIGU_DAS", str(tmp_path))
+
+
+def test_every_recipe_of_the_project_is_valid_and_in_the_docs(das):
+    page = (RECIPES.parents[1] / "docs" / "recipes.md").read_text()
     for path in sorted(RECIPES.glob("*.yaml")):
         load_recipe(path.stem)
+        assert f"| `{path.stem}` |" in page
+
+
+def test_the_two_recipes_of_the_benchmark_differ_in_their_corpora_only(das):
+    hub, files = (load_recipe(f"roberta_das{x}") for x in ("", "_files"))
+    assert list(hub.data.domains) == list(files.data.domains)
+    assert [s.domain for s in hub.stages] == list(hub.data.domains)
+    for r in (hub, files):  # 640,000 sequences of 164 tokens
+        assert {s.steps for s in r.stages} == {640_000 // r.train.batch_size}
+        r.name, r.data.domains = "", {}
+    assert hub == files
+    assert hub.data.sequence_length == 164
+
+
+def test_missing_corpora_of_the_benchmark_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("MIGU_DAS", str(tmp_path))
+    message = problems("roberta_das_files")
+    assert "6 problems" in message
+    assert str(tmp_path / "acl_anthology.txt") in message
 
 
 CAUSAL = GOOD.replace("roberta}", "llama}").replace("300}", "300, objective: causal}")
