@@ -31,7 +31,7 @@ from pipeline.errors import UserError
 from pipeline.migu.gradient_mask import GradientMask, NonFiniteMagnitude
 from pipeline.migu.magnitude import MagnitudeRecorder
 from pipeline.migu.mask import kept_count, select_rows
-from pipeline.migu.targets import count_rows, find_targets
+from pipeline.migu.targets import Target, count_rows, find_targets
 from pipeline.recipe import Mask
 from pipeline.shard import Shard
 from tests.reference import MODELS, masked_linears
@@ -334,6 +334,50 @@ def test_magnitudes_are_sums_of_absolute_outputs():
     torch.testing.assert_close(normalized[at], each.abs().sum((0, 1)))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("normalize", ["none", "token"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_padding_adds_nothing_to_a_magnitude(name, normalize):
+    """A padded batch gives the sums of its rows alone, on both sides of an encoder-decoder."""
+    model, lengths = family(name), (3, 9, 1)
+    both = model.config.is_encoder_decoder
+    targets = [t for t in find_targets(model) if t.tokens != "none"]
+    recorder = MagnitudeRecorder(targets, normalize)
+    ids, decoder_ids = torch.randint(3, 29, (2, 3, 9))
+    real = torch.arange(9) < torch.tensor(lengths)[:, None]
+    decoder_real = real.flip(0)
+
+    def record(rows, length, decoder_length, with_padding):
+        inputs = {"input_ids": ids[rows, :length], "attention_mask": real[rows, :length].long()}
+        if both:
+            inputs["decoder_input_ids"] = decoder_ids[rows, :decoder_length]
+        with recorder.recording(*((real, decoder_real) if with_padding else ())):
+            model(**inputs)
+
+    record(slice(0, 3), 9, 9, with_padding=True)
+    padded = recorder.reduce()
+    for row, length in enumerate(lengths):
+        record(slice(row, row + 1), length, lengths[-1 - row], with_padding=False)
+    torch.testing.assert_close(padded, recorder.reduce(), rtol=1e-5, atol=1e-5)
+    record(slice(0, 3), 9, 9, with_padding=False)
+    assert not torch.allclose(padded, recorder.reduce(), rtol=1e-2)
+
+
+def test_a_layer_that_sees_some_tokens_only_is_refused_where_some_are_padding():
+    layer = nn.Linear(3, 4)
+    recorder = MagnitudeRecorder([Target("expert.weight", layer.weight, layer, "other", 4)])
+    real = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    with recorder.recording(real):
+        layer(torch.randn(5, 3))  # flattened, without the padding
+    assert recorder.reduce().all()
+    refused = pytest.raises(UserError, match=r"expert\.weight sees 4 of the 6")
+    with refused, recorder.recording(real):
+        layer(torch.randn(4, 3))
+    with recorder.recording(torch.ones(2, 3)):
+        layer(torch.randn(4, 3))
+    assert recorder.reduce().all()
+
+
 def test_a_module_called_twice_adds_up_and_a_recompute_does_not():
     sizes = {
         "vocab_size": 20,
@@ -378,7 +422,8 @@ def test_a_module_called_twice_adds_up_and_a_recompute_does_not():
 def test_a_compiled_model_records_the_same_magnitudes_without_a_graph_break(name):
     model, ids = MODELS[name](), torch.randint(5, 53, (2, 7))
     recorder = MagnitudeRecorder(find_targets(model))
-    with recorder.recording():
+    real = torch.arange(7) < torch.tensor([[7], [4]])
+    with recorder.recording(real):
         model(input_ids=ids)
     eager = recorder.reduce()
     torch.compiler.reset()
@@ -390,7 +435,7 @@ def test_a_compiled_model_records_the_same_magnitudes_without_a_graph_break(name
 
     compiled = torch.compile(model, backend=count_graphs, fullgraph=True)  # raises at a break
     for _ in range(3):
-        with recorder.recording():
+        with recorder.recording(real.clone()):
             compiled(input_ids=ids)
         assert torch.equal(recorder.reduce(), eager)
         compiled(input_ids=ids)

@@ -31,7 +31,7 @@ class GradientMask:
 
     settings has the fields of `recipe.Mask`. Used as:
 
-        with mask.recording():
+        with mask.recording(real):  # which tokens of the micro-batch are no padding
             loss = forward(micro_batch)
         backward(loss)
         ...
@@ -52,8 +52,11 @@ class GradientMask:
         )
         self.keep: Tensor | None = None  # bool [sum of rows], the last step's selection
 
-    def recording(self) -> AbstractContextManager[None]:
-        return self.recorder.recording() if self.recorder else nullcontext()
+    def recording(
+        self, real: Tensor | None = None, decoder: Tensor | None = None
+    ) -> AbstractContextManager[None]:
+        """To be entered around the forward of a micro-batch; see `MagnitudeRecorder.recording`."""
+        return self.recorder.recording(real, decoder) if self.recorder else nullcontext()
 
     @torch.no_grad()
     def apply(self, shards: ShardedModel, step: int) -> float:

@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline.errors import UserError
 from pipeline.migu.targets import Target
 
 
 class MagnitudeRecorder:
-    """Sums abs(output) of each target over the tokens of a step into one flat fp32 buffer.
+    """Sums abs(output) of each target over the real tokens of a step into one flat fp32 buffer.
 
     The flat layout (targets in order, `rows` entries each) lets one all-reduce and a batched
     selection serve the whole model. Outputs are observed only inside `recording()`, which the loop
@@ -26,35 +27,51 @@ class MagnitudeRecorder:
         self.magnitudes = torch.zeros(sum(t.rows for t in targets), device=device)
         self._normalize = normalize == "token"
         self._open = False
+        self._real: dict[str, Tensor | None] = {}
         self._hooks = []
         for target, view in zip(
             targets, self.magnitudes.split([t.rows for t in targets]), strict=True
         ):
-            self._hooks.append(target.observed.register_forward_hook(self._hook(view)))
+            self._hooks.append(target.observed.register_forward_hook(self._hook(target, view)))
 
-    def _hook(self, view: Tensor):
+    def _hook(self, target: Target, view: Tensor):
         def observe(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
             if self._open:
-                self._add(view, output.detach())
+                real = self._real.get(target.tokens)
+                self._add(view, output.detach(), _places(target, output, real))
 
         return observe
 
     @torch.no_grad()
-    def _add(self, view: Tensor, output: Tensor) -> None:
-        """output: [..., rows] of any float type; summed over the tokens in fp32."""
+    def _add(self, view: Tensor, output: Tensor, real: Tensor | None) -> None:
+        """output: [..., rows] of any float type; summed over the real tokens in fp32."""
         magnitudes = output.reshape(-1, view.numel()).abs()
         if self._normalize:
             total = magnitudes.sum(dim=1, dtype=torch.float32, keepdim=True)
             magnitudes = magnitudes / total.clamp_min(torch.finfo(torch.float32).tiny)
+        if real is not None:
+            magnitudes = magnitudes.masked_fill(~real[:, None], 0)
         view += magnitudes.sum(dim=0, dtype=torch.float32)
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
+    def recording(
+        self, real: Tensor | None = None, decoder: Tensor | None = None
+    ) -> Iterator[None]:
+        """Observe the forward of one micro-batch.
+
+        Args:
+            real: bool or 0/1 [batch, length]: which of the input's tokens are no padding; None: all
+            decoder: the same for what the decoder of an encoder-decoder reads.
+        """
+        self._real = {
+            "input": None if real is None else real.bool(),
+            "decoder": None if decoder is None else decoder.bool(),
+        }
         self._open = True
         try:
             yield
         finally:
-            self._open = False
+            self._open, self._real = False, {}
 
     def reduce(self) -> Tensor:
         """Magnitudes of the whole step (all micro-batches, all ranks), fp32 [sum of rows]; resets.
@@ -71,3 +88,22 @@ class MagnitudeRecorder:
         """Remove the hooks from the model."""
         for hook in self._hooks:
             hook.remove()
+
+
+def _places(target: Target, output: Tensor, real: Tensor | None) -> Tensor | None:
+    """real, flattened as the output's tokens are; None: all of them count.
+
+    Raises:
+        UserError: the layer sees some of the tokens only, and which are padding is not known.
+    """
+    if real is None:
+        return None
+    tokens, count = output.numel() // target.rows, real.numel()
+    if tokens == count:
+        return real.reshape(-1)
+    if tokens == (found := int(real.sum())) or found == count:
+        return None  # the model has dropped the padding, or there is none
+    raise UserError(
+        f"mask: {target.name} sees {tokens} of the {count} tokens of a batch with padding, so its "
+        "magnitudes cannot leave the padding out. Leave the layer out with mask.components."
+    )

@@ -68,7 +68,9 @@ class Target:
     name: the parameter's name in the model; observed: the module whose output gives the
     magnitudes; rows: its output features; output_dim: the dimension of the weight that indexes
     them (0 for nn.Linear's [out, in], 1 for GPT-2's Conv1D [in, out]); parts: the sizes of the
-    consecutive pieces of the rows in which rows are selected separately, by default one of all.
+    consecutive pieces of the rows in which rows are selected separately, by default one of all;
+    tokens: what the outputs are of: the model's input, the decoder's input (of an
+    encoder-decoder), or something that is no token.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Target:
     rows: int
     output_dim: int = 0
     parts: tuple[int, ...] = ()
+    tokens: Literal["input", "decoder", "none"] = "input"
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -110,7 +113,7 @@ def find_targets(
             found += _targets_of(name, module, component)
     if wanted and "head" in wanted:
         found.append(_head(model))
-    found = [t for t in found if t.weight.requires_grad]
+    found = [replace(t, tokens=_tokens(t, model)) for t in found if t.weight.requires_grad]
     if not found:
         kind = type(model).__name__
         what = (
@@ -128,7 +131,7 @@ def find_targets(
 def _split(model: nn.Module, targets: list[Target]) -> list[Target]:
     """The targets, the fused ones with their parts. The A of a fused LoRA layer is not fused: its
     rows are those of the rank."""
-    config: Any = next((m.config for m in model.modules() if hasattr(m, "config")), None)
+    config = _config(model)
     split = [t if ".lora_A." in t.name else replace(t, parts=_parts(t, config)) for t in targets]
     if all(len(t.parts) == 1 for t in split):
         raise UserError(
@@ -136,6 +139,23 @@ def _split(model: nn.Module, targets: list[Target]) -> list[Target]:
             "fused; remove it"
         )
     return split
+
+
+def _config(model: nn.Module) -> Any:
+    """The configuration of the model inside whatever wraps it; None where it has none."""
+    return next((m.config for m in model.modules() if hasattr(m, "config")), None)
+
+
+def _tokens(target: Target, model: nn.Module) -> Literal["input", "decoder", "none"]:
+    path = target.name.split(".")
+    if {"pos_query_proj", "pos_key_proj"} & set(path):
+        return "none"  # DeBERTa: relative positions
+    if not getattr(_config(model), "is_encoder_decoder", False):
+        return "input"
+    if "decoder" not in path and target.component != "head":
+        return "input"
+    crosses = {"EncDecAttention", "encoder_attn", "crossattention"} & set(path)
+    return "input" if crosses and target.component in ("k", "v", "qkv") else "decoder"
 
 
 def _parts(target: Target, config: Any) -> tuple[int, ...]:

@@ -71,7 +71,7 @@ def train_stage(
         scale = len(micro_batches) * world_size() / max(predicted, 1)
         loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
         for i, (batch, targets) in enumerate(zip(micro_batches, shifted, strict=True), start=1):
-            with mask.recording() if mask else nullcontext():
+            with mask.recording(batch.get("real")) if mask else nullcontext():
                 loss = _summed_loss(engine, head, batch, targets)
             engine.backward(loss * scale, last=i == len(micro_batches))
             loss_sum += loss.detach()
