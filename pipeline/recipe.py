@@ -71,6 +71,8 @@ class Domain:
     max_documents: int | None = None
     sample: float = 1.0  # fraction of the documents, drawn by hash; the paper's Magicoder: 0.2
     sample_seed: int = 0
+    deduplicate: bool = False  # leave out documents that are equal to an earlier one
+    decontaminate: list[str] = field(default_factory=list)  # humaneval, or evaluation tasks
 
 
 @dataclass
@@ -78,6 +80,8 @@ class Data:
     """How text becomes training sequences."""
 
     domains: dict[str, Domain] = field(default_factory=dict)
+    prepare: bool = True  # tokenize a corpus once and keep it; false: read it as a stream
+    prepared: str | None = None  # folder of prepared corpora; default: in the cache folder
     sequence_length: int = 128  # tokens
     masking: float = 0.15  # fraction of the tokens to predict (masked LM)
     heldout_masking: float = 0.15  # fixed, so that runs with another `masking` stay comparable

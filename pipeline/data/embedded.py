@@ -94,7 +94,7 @@ def embedded_documents(name: str) -> list[Document]:
         raise UserError(f"no embedded corpus is called {name!r}; choose one of: {choices()}")
     from filelock import FileLock
 
-    path = cache_dir() / f"{name}-{_fingerprint(name)}.jsonl.gz"
+    path = cache_dir() / f"{name}-{embedded_version(name)}.jsonl.gz"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):  # one rank extracts, the others wait and read
@@ -112,7 +112,7 @@ def choices() -> str:
     return ", ".join(EMBEDDED)
 
 
-def _fingerprint(name: str) -> str:
+def embedded_version(name: str) -> str:
     """Twelve hex digits that change with whatever changes the extracted text."""
     versions = [f"{package} {_version(package)}" for package in PACKAGES[name]]
     key = f"{VERSION} {name} {platform.python_version()} {versions}"

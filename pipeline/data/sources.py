@@ -1,0 +1,201 @@
+"""What a domain's documents come from, in units that one process reads, and how much it is."""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.embedded import embedded_documents, embedded_version
+from pipeline.data.encode import Encoder
+from pipeline.data.instruct import Document
+from pipeline.data.prepared import Side, fingerprint
+from pipeline.data.reader import (
+    BadLines,
+    _everything,
+    _from_hub,
+    _resolve,
+    _row,
+    document_of,
+    read_file,
+)
+from pipeline.errors import UserError
+from pipeline.recipe import Domain
+
+UNIT = 256 << 20  # bytes of files in a unit: small files are read together
+HEAD = 1 << 20  # bytes of a file that are read to estimate the rest
+ESTIMATED_FROM = 8  # files
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Some of a domain's documents, read by one process into files of their own.
+
+    side: where all of them go; None: each by its hash.
+    files: local ones. hub_split: a split of the data set. Neither: the embedded corpus.
+    """
+
+    number: int
+    side: Side | None
+    files: tuple[str, ...] = ()
+    hub_split: str | None = None
+
+
+def units_of(domain: Domain) -> list[Unit]:
+    """In the order in which the documents count. Raises UserError for files that are not there."""
+    found: list[Unit] = []
+    wanted: list[tuple[Side | None, list[str], str | None]]
+    if domain.heldout_files or domain.heldout_split:
+        wanted = [
+            ("train", domain.files, domain.split),
+            ("heldout", domain.heldout_files, domain.heldout_split),
+        ]
+    else:
+        wanted = [(None, domain.files, domain.split)]
+    for side, files, split in wanted:
+        if files:
+            groups = _groups(_resolve(files), together=domain.max_documents is not None)
+            found += [Unit(len(found) + i, side, group) for i, group in enumerate(groups)]
+        elif domain.hub:
+            found.append(Unit(len(found), side, hub_split=split))
+        else:
+            found.append(Unit(len(found), side))
+    return found
+
+
+def _groups(paths: list[str], together: bool) -> list[tuple[str, ...]]:
+    """Neighbouring files of up to UNIT bytes together, or all of them."""
+    groups: list[list[str]] = []
+    size = 0
+    for path in paths:
+        more = Path(path).stat().st_size
+        if not groups or (size + more > UNIT and not together):
+            groups.append([])
+            size = 0
+        groups[-1].append(path)
+        size += more
+    return [tuple(group) for group in groups]
+
+
+def read_unit(unit: Unit, domain: Domain, bad: BadLines) -> Iterator[Document]:
+    """Its documents; `max_documents` counts those of a side's sources in their order."""
+    documents: Iterator[Document]
+    if unit.files:
+        documents = (d for path in unit.files for d in read_file(path, domain, bad))
+    elif unit.hub_split:
+        documents = map(document_of, _from_hub(domain, unit.hub_split, _everything, bad))
+    else:
+        documents = iter(embedded_documents(domain.embedded or ""))
+    return islice(documents, domain.max_documents)
+
+
+def identity(domain: Domain, units: list[Unit]) -> list[dict[str, Any]]:
+    """What the documents come from, so that a change of it is seen: for a file its name, size, time
+    of the last change (ns) and a hash of a sample of its bytes."""
+    found: list[dict[str, Any]] = []
+    for unit in units:
+        if unit.hub_split:
+            found.append(_hub_identity(domain, unit.hub_split))
+        elif not unit.files:
+            found.append(
+                {"name": domain.embedded, "version": embedded_version(str(domain.embedded))}
+            )
+        found += [file_identity(path) for path in unit.files]
+    return found
+
+
+def file_identity(path: str) -> dict[str, Any]:
+    try:
+        state = Path(path).stat()
+        sample = fingerprint(Path(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    return {"name": path, "size": state.st_size, "changed": state.st_mtime_ns, "sample": sample}
+
+
+def _hub_identity(domain: Domain, split: str) -> dict[str, Any]:
+    """Of a folder in the hub's layout its files, of a data set of the hub its commit."""
+    known = {"name": domain.hub, "config": domain.hub_config, "split": split}
+    folder = Path(str(domain.hub))
+    if folder.is_dir():
+        files = sorted(str(p) for p in folder.rglob("*") if p.is_file())
+        return {**known, "files": [file_identity(f) for f in files]}
+    from huggingface_hub import HfApi
+
+    try:
+        commit = HfApi().dataset_info(str(domain.hub), revision=domain.revision, timeout=20).sha
+    except Exception as error:  # many kinds: no network, no such name or revision
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"data set {domain.hub!r} cannot be looked up ({type(error).__name__}: {reason}). "
+            "Check `hub`, `revision` and the network."
+        ) from None
+    return {**known, "commit": commit}
+
+
+@dataclass
+class Estimate:
+    """How much a domain is, from the beginnings of some of its files."""
+
+    text_bytes: int
+    tokens: int
+
+    def disk_bytes(self, id_bytes: int, flags: int) -> int:
+        """Of the prepared corpus; flags: bits beside each token's id."""
+        return round(self.tokens * (id_bytes + flags / 8) + self.text_bytes / 100) + (1 << 16)
+
+
+def estimate(domain: Domain, units: list[Unit], encoder: Encoder) -> Estimate | None:
+    """None where it is not known before all is read (a data set of the hub)."""
+    if any(unit.hub_split for unit in units):
+        return None
+    paths = [path for unit in units for path in unit.files]
+    if not paths:
+        texts = [document_text(d) for d in embedded_documents(str(domain.embedded))]
+        sample, size = texts[:200], float(sum(len(t.encode()) for t in texts))
+    else:
+        sizes = {path: Path(path).stat().st_size for path in paths}
+        some_paths = paths[:: max(1, len(paths) // ESTIMATED_FROM)]
+        sample, size = [], 0.0
+        for path in some_paths:
+            texts, stored = _head(path, domain)
+            sample += texts
+            size += sizes[path] * sum(len(t.encode()) for t in texts) / max(1, stored)
+        size *= sum(sizes.values()) / max(1, sum(sizes[path] for path in some_paths))
+    some = sum(len(t.encode()) for t in sample)
+    if domain.max_documents and sample:
+        size = min(size, domain.max_documents * some / len(sample))
+    few = sample[:: max(1, len(sample) // 500)]
+    tokens = sum(len(t.ids) for t in encoder.encode(few)) if few else 0
+    per_byte = tokens / max(1, sum(len(t.encode()) for t in few))
+    return Estimate(round(size), round(size * per_byte))
+
+
+def _head(path: str, domain: Domain) -> tuple[list[str], float]:
+    """The first texts of a file, and about how many bytes of the file they take."""
+    size = Path(path).stat().st_size
+    bad = BadLines(budget=1 << 62)
+    texts: list[str] = []
+    if path.endswith(".parquet"):
+        import pyarrow.parquet
+
+        texts = [document_text(d) for d in islice(read_file(path, domain, bad), 200)]
+        rows = pyarrow.parquet.read_metadata(path).num_rows if texts else 1
+        return texts, size * len(texts) / max(1, rows)
+    with tempfile.TemporaryDirectory() as folder:
+        head = Path(folder, f"head{''.join(Path(path).suffixes)}")
+        with open(path, "rb") as file:
+            head.write_bytes(file.read(HEAD))
+        try:
+            for document in read_file(path if size <= HEAD else str(head), domain, bad):
+                texts.append(document_text(document))
+        except (
+            UserError
+        ):  # the head of an archive is a damaged archive; the rest will be read later
+            pass
+    return texts, min(size, HEAD)
+
+
+def document_text(document: Document) -> str:
+    return "\0".join(_row(document).values())

@@ -1,0 +1,87 @@
+"""The prepared corpora of a run, and that they stay the same while it lasts."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.data.prepare import prepare, sources_of
+from pipeline.data.prepared import Prepared
+from pipeline.errors import UserError
+from pipeline.ranks import rank
+from pipeline.recipe import Recipe
+
+FILE = "corpora.json"
+
+
+def open_corpora(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: Path
+) -> dict[str, Prepared]:
+    """Every domain that the run trains on or measures, prepared where it is not yet.
+
+    All ranks call it. What was read is written into the run folder (`corpora.json`).
+
+    Raises:
+        UserError: a domain's files changed since the run began, by name; what `prepare` refuses.
+    """
+    trained = [name for stage in recipe.stages for name in stage.domains]
+    names = list(dict.fromkeys([*trained, *recipe.heldout_domains()]))
+    known = _known(folder)
+    for name in names:
+        if name in known:
+            _refuse_changed(name, known[name]["sources"], sources_of(recipe, name))
+    found = {name: prepare(recipe, name, tokenizer) for name in names}
+    now = {
+        name: {
+            "folder": str(prepared.folder),
+            "sources": prepared.manifest["sources"],
+            "content": _content(prepared),
+        }
+        for name, prepared in found.items()
+    }
+    for name in names:  # of files whose time changed, but not their samples
+        if name in known and known[name]["content"] != now[name]["content"]:
+            raise _changed(name, _touched(known[name]["sources"], now[name]["sources"]))
+    if rank() == 0:
+        temporary = folder / f".{FILE}.tmp"
+        temporary.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, folder / FILE)
+    return found
+
+
+def _known(folder: Path) -> dict[str, Any]:
+    """What the run has read so far; nothing before its first stage."""
+    if not (folder / "stages").is_dir() or not (folder / FILE).is_file():
+        return {}
+    return json.loads((folder / FILE).read_text(encoding="utf-8"))
+
+
+def _refuse_changed(name: str, before: list[dict], now: list[dict]) -> None:
+    def without_time(sources: list[dict]) -> dict[str, Any]:
+        return {s["name"]: {k: v for k, v in s.items() if k != "changed"} for s in sources}
+
+    old, new = without_time(before), without_time(now)
+    if changed := [n for n in {**old, **new} if old.get(n) != new.get(n)]:
+        raise _changed(name, changed)
+
+
+def _touched(before: list[dict], now: list[dict]) -> list[str]:
+    return [s["name"] for s in now if s not in before]
+
+
+def _changed(name: str, files: list[str]) -> UserError:
+    more = f" and {len(files) - 10} more" if len(files) > 10 else ""
+    return UserError(
+        f"data.domains.{name}: changed since this run began: {', '.join(map(str, files[:10]))}"
+        f"{more}. Put it back as it was, or start anew with --restart (or another name=...)"
+    )
+
+
+def _content(prepared: Prepared) -> str:
+    """A hash of the tokens of a corpus."""
+    files = prepared.manifest["files"]
+    text = json.dumps({name: known["sha256"] for name, known in files.items()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
