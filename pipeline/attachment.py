@@ -2,14 +2,15 @@
 Hugging Face Trainer (with and without DeepSpeed) and what derives from it (TRL's SFTTrainer)."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from pipeline.errors import UserError
 from pipeline.migu.gradient_mask import GradientMask, ShardedModel
@@ -25,8 +26,9 @@ def _nothing() -> None:
 class Attached:
     """A mask that works in another loop's steps.
 
-    Magnitudes are taken in every forward of the model in train mode with gradients on; a step's
-    mask is selected from all forwards since the last step.
+    A step's mask is selected from the forwards whose backward runs in it, whatever becomes of the
+    step: gradients that are dropped (zeroed, or skipped by a GradScaler) take their magnitudes with
+    them. Where the forward gets a 2-D `attention_mask`, only its real tokens count.
     """
 
     def __init__(self, model: nn.Module, shards: ShardedModel, settings: Mask, seed: int):
@@ -34,6 +36,11 @@ class Attached:
         self.steps = 0
         self._shards = shards
         self._applied = False
+        self._sums: Tensor | None = None  # of the forwards behind the gradients that are there
+        self._backward = -1  # autograd's number of the last backward pass
+        # Parameters whose gradients show whether a step was dropped, and whether there were any.
+        self._watched: list[nn.Parameter] = []
+        self._had_gradients = False
         self._open = ExitStack()
         self._hooks: list[Any] = [
             model.register_forward_pre_hook(self._before_forward),
@@ -46,10 +53,17 @@ class Attached:
         Call it before you clip, so that the norm is that of the masked gradient; otherwise it
         happens in the optimizer's step. Under a DeepSpeed engine and a Trainer it always happens
         before the clipping.
+
+        Raises:
+            RuntimeError: no backward ran since the last step.
+            UserError: a masked weight has a gradient, but its layer's output was not observed.
         """
-        if not self._applied:
-            self.mask.apply(self._shards, self.steps + 1)
-            self._applied = True
+        if self._applied:
+            return
+        if self.mask.recorder and self._sums is not None:
+            self.mask.recorder.put(self._sums)
+        self.mask.apply(self._shards, self.steps + 1)
+        self._applied = True
 
     def detach(self) -> None:
         """Take every hook away: training is dense again."""
@@ -57,12 +71,63 @@ class Attached:
             hook.remove()
         self.mask.close()
 
-    def _before_forward(self, module: nn.Module, _inputs: Any) -> None:
-        if module.training and torch.is_grad_enabled():
+    def _before_forward(self, _module: nn.Module, _inputs: Any) -> None:
+        if torch.is_grad_enabled():
             self._open.enter_context(self.mask.recording())
 
-    def _after_forward(self, *_: Any) -> None:
+    def _after_forward(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self._open.close()
+        if not torch.is_grad_enabled():
+            return
+        recorder = self.mask.recorder
+        forward = [recorder.take() if recorder else None]
+
+        def backward_begins(_gradient: Tensor) -> None:
+            if forward:  # of several outputs the first one says it
+                self._count(forward.pop())
+
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(backward_begins)
+
+    def _count(self, magnitudes: Tensor | None) -> None:
+        """A gradient is about to be added to those that are there: that of this forward."""
+        backward = torch._C._current_graph_task_id()
+        if backward != self._backward:  # not another forward of the same loss
+            self._backward = backward
+            if self._applied or self._gradients_are_gone():
+                self._forget()
+            elif self._sums is not None:
+                self._sums = self._sums * self._gradients_are_not_zero()
+        if magnitudes is not None:
+            self._sums = magnitudes if self._sums is None else self._sums + magnitudes
+
+    def _forget(self) -> None:
+        self._sums, self._applied, self._had_gradients = None, False, False
+
+    def _watch(self, parameters: list[nn.Parameter]) -> None:
+        """Look at these for gradients that were dropped."""
+
+        def gradient_came(_parameter: Tensor) -> None:
+            self._had_gradients = True
+
+        self._watched = parameters
+        self._hooks += [p.register_post_accumulate_grad_hook(gradient_came) for p in parameters]
+
+    def _gradients_are_gone(self) -> bool:
+        """Whether there were gradients, and all were set to None. (FSDP2 has none yet between
+        micro-batches that it does not reduce.)"""
+        return self._had_gradients and all(p.grad is None for p in self._watched)
+
+    def _gradients_are_not_zero(self) -> Tensor | float:
+        """1.0, or 0.0 where they were zeroed in place; without waiting for the device."""
+        found = [p.grad for p in self._watched if p.grad is not None]
+        local = [g.to_local() if isinstance(g, DTensor) else g for g in found]
+        local = [g for g in local if g.numel()]
+        if not local:
+            return 1.0
+        norms = torch.stack([n.float() for n in torch._foreach_norm(local, float("inf"))])
+        return (norms != 0).any().float()
 
     def _wrap(
         self,
@@ -87,7 +152,7 @@ class Attached:
 
     def _after_step(self, *_: Any) -> None:
         self.steps += 1
-        self._applied = False
+        self._forget()
 
 
 def attach(target: Any, optimizer: Any = None, *, seed: int = 0, **settings: Any) -> Attached:
@@ -162,6 +227,8 @@ def _attach_model(model: nn.Module, optimizer: Any, mask: Mask, seed: int) -> At
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(f"attach: {type(optimizer).__name__} is not a torch optimizer")
     attached = Attached(model, ParameterShards(model), mask, seed)
+    names = dict(model.named_parameters())
+    attached._watch([names[t.name] for t in attached.mask.targets])
     stepped = [p for group in optimizer.param_groups for p in group["params"]]
     _require_stepped(attached, model, stepped)
     holds = ExitStack()
@@ -232,6 +299,18 @@ def _require_stepped(attached: Attached, model: nn.Module, stepped: Any) -> None
             f"attach: the optimizer does not step {left_out[0]} and {len(left_out) - 1} more "
             "masked weights; give the optimizer that trains this model"
         )
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors of what a model's forward returns."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _tensors(value)
 
 
 def _class(module: str, name: str) -> Any:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline.errors import UserError
 from pipeline.migu.magnitude import MagnitudeRecorder
 from pipeline.migu.mask import select_rows
 from pipeline.migu.targets import find_targets
@@ -62,8 +63,12 @@ class GradientMask:
     def apply(self, shards: ShardedModel, step: int) -> float:
         """Mask the reduced gradients of this step in place; returns the fraction of kept rows.
 
+        Of a target that took no part in the step no row is kept.
+
         Raises:
             NonFiniteMagnitude: the scores cannot be ranked; on every rank alike.
+            UserError: a target has a gradient, but no output of it was observed to rank its rows
+                by; on every rank alike.
         """
         scores = self._scores(shards, step)
         if not scores.any():
@@ -74,6 +79,8 @@ class GradientMask:
             raise NonFiniteMagnitude(f"non-finite {self.settings.criterion} magnitude in {layer}")
         self.keep = select_rows(scores, self.parts, self.settings.threshold, self.settings.rule)
         rows = self.rows_by_name(self.keep)
+        for name in self._unobserved(shards):
+            rows[name][0].fill_(False)
         for shard in shards.gradient_shards([t.name for t in self.targets]):
             keep, output_dim = rows[shard.name]
             shard.mask(keep.to(shard.tensor.device), output_dim)
@@ -124,6 +131,28 @@ class GradientMask:
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(scores)
         return scores
+
+    def _unobserved(self, shards: ShardedModel) -> list[str]:
+        """Targets without an output in this step: experts that got no token, say."""
+        if self.recorder is None or self.recorder.observed.all():
+            return []
+        seen = self.recorder.observed.tolist()
+        names = [t.name for t, yes in zip(self.targets, seen, strict=True) if not yes]
+        place = {name: i for i, name in enumerate(names)}
+        gradient = torch.zeros(len(names), device=self.recorder.observed.device)
+        for shard in shards.gradient_shards(names):
+            gradient[place[shard.name]] += shard.tensor.count_nonzero()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(gradient)
+        for name, count in zip(names, gradient.tolist(), strict=True):
+            if count:
+                raise UserError(
+                    f"mask: {name} has a gradient in this step, but its layer was not called in a "
+                    "recorded forward (its weight is used elsewhere, or a compiled model ran "
+                    "before the mask came), so its rows cannot be ranked. Leave the layer out "
+                    "with mask.components, or choose another mask.criterion."
+                )
+        return names
 
     def _layer_of(self, row: int) -> str:
         for target in self.targets:

@@ -24,21 +24,26 @@ class MagnitudeRecorder:
     def __init__(self, targets: list[Target], normalize: Literal["none", "token"] = "none"):
         """normalize: "token" divides each token's output vector by its own L1 norm first."""
         device = targets[0].weight.device
-        self.magnitudes = torch.zeros(sum(t.rows for t in targets), device=device)
+        sizes = [t.rows for t in targets]
+        # One tensor, so that one all-reduce serves both.
+        self._sums = torch.zeros(sum(sizes) + len(sizes), device=device)
+        self.magnitudes, self._calls = self._sums.split([sum(sizes), len(sizes)])
+        self.observed = torch.ones(len(sizes), dtype=torch.bool, device=device)
         self._normalize = normalize == "token"
         self._open = False
         self._real: dict[str, Tensor | None] = {}
         self._hooks = []
-        for target, view in zip(
-            targets, self.magnitudes.split([t.rows for t in targets]), strict=True
-        ):
-            self._hooks.append(target.observed.register_forward_hook(self._hook(target, view)))
+        views = zip(targets, self.magnitudes.split(sizes), self._calls.split(1), strict=True)
+        for target, view, calls in views:
+            hook = self._hook(target, view, calls)
+            self._hooks.append(target.observed.register_forward_hook(hook))
 
-    def _hook(self, target: Target, view: Tensor):
+    def _hook(self, target: Target, view: Tensor, calls: Tensor):
         def observe(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
             if self._open:
                 real = self._real.get(target.tokens)
                 self._add(view, output.detach(), _places(target, output, real))
+                calls.add_(1)
 
         return observe
 
@@ -73,16 +78,28 @@ class MagnitudeRecorder:
         finally:
             self._open, self._real = False, {}
 
+    def take(self) -> Tensor:
+        """What this rank has recorded since the last time, to be given to `put`; resets."""
+        taken = self._sums.clone()
+        self._sums.zero_()
+        return taken
+
+    def put(self, taken: Tensor) -> None:
+        """As if only the forwards of `taken` (a sum of results of `take`) had been recorded."""
+        self._sums.copy_(taken)
+
     def reduce(self) -> Tensor:
         """Magnitudes of the whole step (all micro-batches, all ranks), fp32 [sum of rows]; resets.
 
-        Every rank gets the same bits, so every rank selects the same rows.
+        Every rank gets the same bits, so every rank selects the same rows. `observed` says of which
+        targets any rank saw an output: bool [targets].
         """
-        total = self.magnitudes.clone()
-        self.magnitudes.zero_()
+        total = self.take()
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(total)
-        return total
+        magnitudes, calls = total.split([len(self.magnitudes), len(self._calls)])
+        self.observed = calls > 0
+        return magnitudes
 
     def close(self) -> None:
         """Remove the hooks from the model."""
