@@ -4,18 +4,19 @@ Hugging Face Trainer (with and without DeepSpeed) and what derives from it (TRL'
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import is_dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
 
 from pipeline.errors import UserError
 from pipeline.migu.gradient_mask import GradientMask, ShardedModel
-from pipeline.recipe import Mask
-from pipeline.run.problems import mask_problems
+from pipeline.recipe import EIGHT_BIT_DRIFT, Mask, mask_problems
 from pipeline.shard import ParameterShards
 
 
@@ -205,12 +206,16 @@ def attach(target: Any, optimizer: Any = None, *, seed: int = 0, **settings: Any
 
 
 def _attach_engine(engine: Any, mask: Mask, seed: int) -> Attached:
+    from pipeline.engine.config import engine_problems
     from pipeline.engine.zero_shards import ZeroShards
 
     if not hasattr(engine, "_take_model_step"):
         raise UserError("attach: this version of DeepSpeed is not supported; see constraints.txt")
     if engine.optimizer is None:
         raise UserError("attach: this DeepSpeed engine has no optimizer")
+    if problems := engine_problems(engine._config._param_dict):
+        raise UserError("attach: " + "; ".join(problems))
+    _refuse_8bit(engine.basic_optimizer, mask)
     attached = Attached(engine.module, ZeroShards(engine), mask, seed)
     _require_stepped(attached, engine.module, engine.module.parameters())
     hold = partial(attached.mask.hold, attached._shards)
@@ -223,14 +228,21 @@ def _attach_engine(engine: Any, mask: Mask, seed: int) -> Attached:
 def _attach_model(model: nn.Module, optimizer: Any, mask: Mask, seed: int) -> Attached:
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         raise UserError("attach: FSDP1 flattens its parameters; use fully_shard (FSDP2)")
+    if isinstance(model, nn.DataParallel):
+        raise UserError(
+            "attach: DataParallel runs copies of the model whose outputs cannot be recorded; use "
+            "DistributedDataParallel (start the script with torchrun)"
+        )
     optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(f"attach: {type(optimizer).__name__} is not a torch optimizer")
+    _refuse_8bit(optimizer, mask)
     attached = Attached(model, ParameterShards(model), mask, seed)
     names = dict(model.named_parameters())
     attached._watch([names[t.name] for t in attached.mask.targets])
     stepped = [p for group in optimizer.param_groups for p in group["params"]]
     _require_stepped(attached, model, stepped)
+    _require_whole_rows(attached, model)
     holds = ExitStack()
 
     def before(*_: Any) -> None:
@@ -301,6 +313,33 @@ def _require_stepped(attached: Attached, model: nn.Module, stepped: Any) -> None
         )
 
 
+def _require_whole_rows(attached: Attached, model: nn.Module) -> None:
+    """Raises UserError for tensor parallelism: a layer's output is then a part of its features on
+    each rank, or a sum that is not added up yet."""
+    fsdp = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    sharded = {id(p) for module in fsdp for p in module.parameters()}
+    names = dict(model.named_parameters())
+    for target in attached.mask.targets:
+        weight = names[target.name]
+        whole = weight.shape[target.output_dim] == target.rows
+        if isinstance(weight, DTensor):
+            shards = [p for p in weight.placements if not p.is_replicate()]
+            whole &= shards in ([], [Shard(0)]) and (id(weight) in sharded or not shards)
+        if not whole:
+            attached.detach()
+            raise UserError(
+                f"attach: {target.name} is split over ranks by tensor parallelism, where a rank "
+                "sees a part of the layer's outputs only; use FSDP2, DDP or DeepSpeed ZeRO"
+            )
+
+
+def _refuse_8bit(optimizer: Any, mask: Mask) -> None:
+    bits = getattr(getattr(optimizer, "args", None), "optim_bits", 32)  # bitsandbytes
+    low = bits == 8 or type(optimizer).__module__.startswith("torchao.")
+    if low and mask.update == "gradient":
+        raise UserError(f"attach: {type(optimizer).__name__} {EIGHT_BIT_DRIFT}")
+
+
 def _tensors(output: Any) -> Iterator[Tensor]:
     """The tensors of what a model's forward returns."""
     if isinstance(output, Tensor):
@@ -311,6 +350,8 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, (tuple, list)):
         for value in output:
             yield from _tensors(value)
+    elif is_dataclass(output):
+        yield from _tensors(vars(output))
 
 
 def _class(module: str, name: str) -> Any:

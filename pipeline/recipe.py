@@ -1,6 +1,6 @@
 """The recipe: what to train, as nested dataclasses.
 
-`recipe_file.py` reads one from YAML; `recipe_problems.py` says what is wrong with one. DeepSpeed's
+`run/recipe_file.py` reads one from YAML; `run/problems.py` says what is wrong with one. DeepSpeed's
 settings (ZeRO stage, offload, precision) live in a JSON file of their own: see `engine/config.py`.
 """
 
@@ -227,7 +227,31 @@ class Recipe:
         return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(self)))
 
 
-# Whoever validates one of them refuses unknown keys: `recipe_file.py`, `pipeline.attach`.
+# Of optimizers with 8-bit moments under `update: gradient`: said of recipes and by `attach`.
+EIGHT_BIT_DRIFT = (
+    "rounds a moment of zero to one that is not, so masked rows would drift; set mask.update=strict"
+)
+
+
+def mask_problems(mask: Mask) -> list[str]:
+    """What is wrong with a mask's settings by themselves."""
+    found = []
+    if not 0 <= mask.threshold < 1:
+        found.append(
+            f"mask.threshold: {mask.threshold} is outside [0, 1); the paper uses 0.7 (70% masked)"
+        )
+    if mask.enabled and mask.normalize != "none" and mask.criterion != "output":
+        found.append(f"mask.normalize: has no effect with criterion {mask.criterion!r}; remove it")
+    if mask.enabled and mask.random_redraw != "stage" and mask.criterion != "random":
+        found.append(
+            f"mask.random_redraw: has no effect with criterion {mask.criterion!r}; remove it"
+        )
+    if mask.components is not None and not mask.components:
+        found.append("mask.components: the list is empty; name components, or leave it out for all")
+    return found
+
+
+# Whoever validates one of them refuses unknown keys: `run/recipe_file.py`, `pipeline.attach`.
 for _cls in (
     Lora, Model, Instruction, Domain, Data, Stage, Mask, Optimizer, Train, Engine, Benchmark,
     HumanEval, Evaluation, Recipe,

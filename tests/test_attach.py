@@ -1,5 +1,6 @@
 """`pipeline.attach` in other people's loops: the reference's masks and weights, or an error."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -8,11 +9,14 @@ from pathlib import Path
 import deepspeed
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import pipeline
+from pipeline.engine.config import engine_problems
 from pipeline.engine.optimizer import weight_groups
 from pipeline.errors import UserError
 from pipeline.ranks import rank, world_size
@@ -32,6 +36,7 @@ from tests.spawn import run_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 3
+MAKE = {"lr": LR, "betas": BETAS, "eps": EPS}
 
 
 def loss_of(model, batch, name, predicted):
@@ -49,13 +54,35 @@ def predicted_in(step, name):
     return sum(int((b["labels"][:, start:] >= 0).sum()) for b in step)
 
 
+def wrap(model, kind):
+    if kind == "ddp":
+        return DistributedDataParallel(model)
+    if kind == "fsdp2":
+        for block in model.get_submodule("roberta.encoder.layer"):
+            fully_shard(block)
+        fully_shard(model)
+    return model
+
+
+def assert_kept(attached, masks):
+    for layer, (rows, _) in attached.mask.rows_by_name(attached.mask.keep).items():
+        layer = layer.removeprefix("module.").removesuffix(".weight")
+        assert torch.equal(rows, masks[layer])
+
+
+def difference(model, expected):
+    """The largest one of a weight."""
+    weights = {n.removeprefix("module."): p.detach() for n, p in model.named_parameters()}
+    whole = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in weights.items()}
+    return max(float((whole[n] - w).abs().max()) for n, w in expected.items())
+
+
 def train_attached(name, kind, strict):
     """Largest difference from the reference after three steps in a loop of somebody's own."""
     steps = micro_batches(name, STEPS, 2 * world_size())
     expected, kept = train_reference(name, steps, strict)
     settings = {"threshold": THRESHOLD, "update": "strict" if strict else "gradient"}
     model = MODELS[name]().train()
-    make = {"lr": LR, "betas": BETAS, "eps": EPS}
     if kind.startswith("zero"):
         config = {
             "train_micro_batch_size_per_gpu": 2,
@@ -63,17 +90,12 @@ def train_attached(name, kind, strict):
             "gradient_clipping": CLIP,
             "zero_optimization": {"stage": int(kind[-1])},
         }
-        optimizer = torch.optim.AdamW(weight_groups(model, WEIGHT_DECAY), **make)
+        optimizer = torch.optim.AdamW(weight_groups(model, WEIGHT_DECAY), **MAKE)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         attached = pipeline.attach(engine, **settings)
     else:
-        if kind == "ddp":
-            model = DistributedDataParallel(model)
-        elif kind == "fsdp2":
-            for block in model.get_submodule("roberta.encoder.layer"):
-                fully_shard(block)
-            fully_shard(model)
-        optimizer = torch.optim.AdamW(weight_groups(model, WEIGHT_DECAY), **make)
+        model = wrap(model, kind)
+        optimizer = torch.optim.AdamW(weight_groups(model, WEIGHT_DECAY), **MAKE)
         attached = pipeline.attach(model, optimizer, **settings)
     for step, masks in zip(steps, kept, strict=True):
         predicted = predicted_in(step, name)
@@ -89,16 +111,10 @@ def train_attached(name, kind, strict):
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             optimizer.zero_grad()
-        for layer, (rows, _) in attached.mask.rows_by_name(attached.mask.keep).items():
-            layer = layer.removeprefix("module.").removesuffix(".weight")
-            assert torch.equal(rows, masks[layer])
+        assert_kept(attached, masks)
     assert attached.steps == STEPS
     attached.detach()
-    owner = engine.module if kind.startswith("zero") else model
-    weights = {n.removeprefix("module."): p.detach() for n, p in owner.named_parameters()}
-    if kind == "fsdp2":
-        weights = {n: p.full_tensor() for n, p in weights.items()}
-    return max(float((weights[n] - w).abs().max()) for n, w in expected.items())
+    return difference(engine.module if kind.startswith("zero") else model, expected)
 
 
 def compare_attached():
@@ -144,6 +160,190 @@ def test_a_mask_that_cannot_take_effect_is_refused():
         optimizer.step()
     attached.detach()
     optimizer.step()
+
+
+def drop_by_setting_to_none(optimizer):
+    optimizer.zero_grad()
+
+
+def drop_by_zeroing_in_place(optimizer):
+    optimizer.zero_grad(set_to_none=False)
+
+
+DROPS = (drop_by_setting_to_none, drop_by_zeroing_in_place)
+
+
+def train_with_dropped_steps(kind, drop, apply_first, zero_late):
+    """Largest difference from a reference that never saw the step which this loop drops.
+
+    apply_first: the loop masks before it drops. zero_late: the dropped gradients are zeroed between
+    the next step's forward and its backward.
+    """
+    name = "roberta" if kind == "fsdp2" else "llama"
+    steps = micro_batches(name, STEPS + 1, 2 * world_size())
+    dropped = 1
+    expected, kept = train_reference(name, steps[:dropped] + steps[dropped + 1 :], strict=True)
+    model = wrap(MODELS[name]().train(), kind)
+    optimizer = torch.optim.AdamW(weight_groups(model, WEIGHT_DECAY), **MAKE)
+    attached = pipeline.attach(model, optimizer, threshold=THRESHOLD, update="strict")
+    late = False
+    for i, step in enumerate(steps):
+        predicted = predicted_in(step, name)
+        for batch in step[rank() :: world_size()]:
+            loss = loss_of(model, batch, name, predicted) * world_size()
+            if late:
+                drop(optimizer)
+                late = False
+            loss.backward()
+        if i == dropped:
+            if apply_first:
+                attached.apply()
+            late = zero_late
+            if not late:
+                drop(optimizer)
+            continue
+        attached.apply()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        assert_kept(attached, kept.pop(0))
+        drop(optimizer)
+    return difference(model, expected)
+
+
+def every_dropped_step():
+    kinds = ("ddp", "fsdp2") if world_size() > 1 else ("plain",)
+    cases = itertools.product(kinds, DROPS, (False, True), (False, True))
+    return {str(case): train_with_dropped_steps(*case) for case in cases}
+
+
+def test_a_dropped_step_leaves_nothing_behind(on_two_ranks):
+    """Whether it was masked or not, and however and whenever its gradients were dropped."""
+    for dropped in (every_dropped_step(), *(x for x, _ in on_two_ranks)):
+        for case, off in dropped.items():
+            assert off < 1e-6, case
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_step_that_the_gradient_scaler_skips_leaves_nothing_behind(masked):
+    name = "llama"
+    steps = micro_batches(name, STEPS + 1, 2)
+    expected, kept = train_reference(name, steps[:1] + steps[2:], strict=True)
+    model = MODELS[name]().train()
+    optimizer = torch.optim.AdamW(weight_groups(model, WEIGHT_DECAY), **MAKE)
+    attached = pipeline.attach(model, optimizer, threshold=THRESHOLD, update="strict")
+    # Powers of two: scaling rounds nothing.
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for i, step in enumerate(steps):
+        for batch in step:
+            scaler.scale(loss_of(model, batch, name, predicted_in(step, name))).backward()
+        if i == 1:
+            next(model.parameters()).grad.fill_(float("inf"))
+        scaler.unscale_(optimizer)
+        if i != 1 or masked:
+            attached.apply()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        scaler.step(optimizer)
+        scaler.update()
+        if i != 1:
+            assert_kept(attached, kept.pop(0))
+        optimizer.zero_grad()
+    assert scaler.get_scale() == 2.0**9
+    assert attached.steps == STEPS
+    assert difference(model, expected) < 1e-6
+
+
+def test_only_forwards_with_a_backward_count():
+    """Two forwards behind one loss do, one without a loss does not, nor one after the masking."""
+    name = "roberta"
+    [[first, second, other]] = micro_batches(name, 1, 3)
+    _, [masks] = train_reference(name, [[first, second]])
+    model = MODELS[name]().train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    attached = pipeline.attach(model, optimizer, threshold=THRESHOLD)
+    for zero in DROPS:
+        model(input_ids=other["input_ids"])
+        loss = sum(loss_of(model, b, name, predicted_in([b], name)) for b in (first, second))
+        zero(optimizer)
+        loss.backward()
+        attached.apply()
+        model(input_ids=other["input_ids"])
+        optimizer.step()
+        model.load_state_dict(MODELS[name]().state_dict())
+        assert_kept(attached, masks)
+
+
+def test_a_layer_without_output_keeps_no_row_or_is_an_error():
+    """With equal magnitudes of nothing, the first rows would be kept."""
+    model = MODELS["llama"]().train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    attached = pipeline.attach(model, optimizer, threshold=THRESHOLD, update="strict")
+    [[batch]] = micro_batches("llama", 1, 1)
+    skipped = model.model.layers[1].mlp
+    forward = skipped.forward
+    skipped.forward = lambda x: x
+    before = {n: p.detach().clone() for n, p in skipped.named_parameters()}
+    for zero in DROPS[::-1]:  # gradients of zero, and none at all
+        loss_of(model, batch, "llama", 1).backward()
+        optimizer.step()
+        zero(optimizer)
+        rows = attached.mask.rows_by_name(attached.mask.keep)
+        for name, (keep, _) in rows.items():
+            assert bool(keep.any()) != name.startswith("model.layers.1.mlp"), name
+        assert all(torch.equal(p, before[n]) for n, p in skipped.named_parameters())
+    up = skipped.up_proj
+    skipped.forward = lambda x: F.linear(F.linear(x, up.weight), skipped.down_proj.weight)
+    loss_of(model, batch, "llama", 1).backward()
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.\w+\.weight has a gradient"):
+        optimizer.step()
+    skipped.forward = forward
+    attached.detach()
+
+
+def refuse_tensor_parallel():
+    found = []
+    mesh = init_device_mesh("cpu", (2,))
+    for plan in (ColwiseParallel(), RowwiseParallel()):
+        model = MODELS["t5"]()
+        parallelize_module(model, mesh, {"encoder.block.0.layer.1.DenseReluDense.wo": plan})
+        with pytest.raises(UserError) as caught:
+            pipeline.attach(model, torch.optim.AdamW(model.parameters()))
+        found.append(str(caught.value))
+    return found
+
+
+def in_two_ranks():
+    return every_dropped_step(), refuse_tensor_parallel()
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks():
+    return run_ranks(in_two_ranks, 2)
+
+
+def test_tensor_parallel_weights_are_refused(on_two_ranks):
+    for _, messages in on_two_ranks:
+        assert all("DenseReluDense.wo.weight is split over ranks" in m for m in messages)
+
+
+def test_what_a_recipe_refuses_is_refused_of_an_engine_or_optimizer_too():
+    model = MODELS["llama"]()
+    low = pytest.importorskip("bitsandbytes").optim.AdamW8bit(model.parameters())
+    with pytest.raises(UserError, match="AdamW8bit rounds a moment of zero"):
+        pipeline.attach(model, low)
+    pipeline.attach(model, low, update="strict").detach()
+    with pytest.raises(UserError, match="DataParallel runs copies"):
+        pipeline.attach(torch.nn.DataParallel(model), low)
+    for config, word in (
+        ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "round_robin"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "hpz"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "nvme"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel"),
+        ({"compression_training": {"weight_quantization": {}}}, "compression"),
+        ({"optimizer": {"type": "OneBitAdam"}}, "onebitadam"),
+    ):
+        [problem] = engine_problems(config)
+        assert word in problem
+    assert engine_problems({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 1}}) == []
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,10 @@ UNSUPPORTED_ZERO = {
     "zero_quantized_weights": "ZeRO++ weights are not tested with the mask",
     "zenflow": "ZenFlow selects gradients by itself",
     "mics_shard_size": "MiCS is not tested with the mask",
+    "zero_hpz_partition_size": "ZeRO++'s second partition of the weights is not tested with the "
+    "mask",
 }
+OFF: tuple[Any, ...] = (None, False, 0, 1, -1, {})  # values under which such a setting does nothing
 PRECISIONS = ("bf16", "fp16")
 DEFAULT_DS_CONFIG = "ds_configs/zero2.json"
 
@@ -184,6 +187,32 @@ def resolve_fsdp_config(recipe: Recipe, ranks: int, device: str) -> dict[str, An
     }
 
 
+def engine_problems(config: dict[str, Any]) -> list[str]:
+    """Why the mask would not find a DeepSpeed engine's gradients and outputs where it looks.
+
+    config: DeepSpeed's JSON, of an engine that anybody made.
+    """
+    found = []
+    block = config.get("zero_optimization") or {}
+    for key, why in UNSUPPORTED_ZERO.items():
+        if block.get(key) is True or block.get(key) not in (*OFF, "auto"):
+            found.append(f"zero_optimization.{key}: not supported: {why}")
+    for what in ("optimizer", "param"):
+        offload = block.get(f"offload_{what}") or {}
+        if offload.get("device") == "nvme":
+            found.append(f"zero_optimization.offload_{what}.device: nvme is not supported; use cpu")
+        if offload.get("ratio", 1) != 1:
+            found.append(f"zero_optimization.offload_{what}.ratio: only 1 is supported")
+    if (config.get("tensor_parallel") or {}).get("autotp_size", 0) not in OFF:
+        found.append("tensor_parallel: a rank would see a part of each layer's outputs only")
+    if config.get("compression_training"):
+        found.append(f"compression_training: {UNUSED['compression_training']}")
+    kind = str((config.get("optimizer") or {}).get("type", "")).lower()
+    if kind.startswith(("onebit", "zeroone")):
+        found.append(f"optimizer.type: {kind} steps on gradients that are not reduced")
+    return found
+
+
 def zero_stage(config: dict[str, Any]) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
@@ -278,8 +307,7 @@ def _check_zero(config: dict[str, Any], problems: list[str]) -> None:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             problems.append(f"zero_optimization.{key}: unknown key{hint}")
-        elif key in UNSUPPORTED_ZERO and block[key]:
-            problems.append(f"zero_optimization.{key}: not supported: {UNSUPPORTED_ZERO[key]}")
+    problems += engine_problems({"zero_optimization": block})
     try:
         DeepSpeedZeroConfig(**{k: v for k, v in block.items() if k in known and v != "auto"})
     except ValidationError as error:
@@ -290,16 +318,10 @@ def _check_zero(config: dict[str, Any], problems: list[str]) -> None:
     stage = block.get("stage", 0)
     for what, least in (("optimizer", 1), ("param", 3)):
         offload = block.get(f"offload_{what}") or {}
-        if offload.get("device") == "nvme":
-            problems.append(
-                f"zero_optimization.offload_{what}.device: nvme is not supported; use cpu"
-            )
         if offload.get("device", "none") != "none" and stage < least:
             problems.append(
                 f"zero_optimization.offload_{what}: needs stage {least} or more, got {stage}"
             )
-        if offload.get("ratio", 1) != 1:
-            problems.append(f"zero_optimization.offload_{what}.ratio: only 1 is supported")
 
 
 def _resolve_precision(

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.data.reader import check_domain
-from pipeline.recipe import Evaluation, HumanEval, Mask, Recipe
+from pipeline.recipe import EIGHT_BIT_DRIFT, Evaluation, HumanEval, Recipe, mask_problems
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a domain or a benchmark: it names files
 
@@ -162,8 +162,7 @@ def recipe_problems(r: Recipe) -> list[str]:
     )
     need(
         not (o.name == "adamw8bit" and k.enabled and k.update == "gradient"),
-        "optimizer.name: adamw8bit rounds a moment of zero to one that is not, so masked rows "
-        "would drift; set mask.update=strict",
+        f"optimizer.name: adamw8bit {EIGHT_BIT_DRIFT}",
     )
     need(
         m.objective == "causal" or not (m.config or {}).get("is_decoder"),
@@ -211,24 +210,6 @@ def evaluation_problems(e: Evaluation) -> list[str]:
         for key in ("max_new_tokens", "batch_size"):
             need(getattr(h, key) >= 1, f"{where}.{key}: must be at least 1")
         need(h.timeout > 0, f"{where}.timeout: must be positive, in seconds")
-    return found
-
-
-def mask_problems(mask: Mask) -> list[str]:
-    """What is wrong with a mask's settings by themselves."""
-    found = []
-    if not 0 <= mask.threshold < 1:
-        found.append(
-            f"mask.threshold: {mask.threshold} is outside [0, 1); the paper uses 0.7 (70% masked)"
-        )
-    if mask.enabled and mask.normalize != "none" and mask.criterion != "output":
-        found.append(f"mask.normalize: has no effect with criterion {mask.criterion!r}; remove it")
-    if mask.enabled and mask.random_redraw != "stage" and mask.criterion != "random":
-        found.append(
-            f"mask.random_redraw: has no effect with criterion {mask.criterion!r}; remove it"
-        )
-    if mask.components is not None and not mask.components:
-        found.append("mask.components: the list is empty; name components, or leave it out for all")
     return found
 
 
