@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import is_dataclass
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class Attached:
         self._had_gradients = False
         self._open = ExitStack()
         self._hooks: list[Any] = [
-            model.register_forward_pre_hook(self._before_forward),
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, always_call=True),
         ]
 
@@ -72,9 +73,9 @@ class Attached:
             hook.remove()
         self.mask.close()
 
-    def _before_forward(self, _module: nn.Module, _inputs: Any) -> None:
+    def _before_forward(self, module: nn.Module, inputs: Any, named: Any) -> None:
         if torch.is_grad_enabled():
-            self._open.enter_context(self.mask.recording())
+            self._open.enter_context(self.mask.recording(*_real_tokens(module, inputs, named)))
 
     def _after_forward(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self._open.close()
@@ -338,6 +339,24 @@ def _refuse_8bit(optimizer: Any, mask: Mask) -> None:
     low = bits == 8 or type(optimizer).__module__.startswith("torchao.")
     if low and mask.update == "gradient":
         raise UserError(f"attach: {type(optimizer).__name__} {EIGHT_BIT_DRIFT}")
+
+
+def _real_tokens(
+    model: nn.Module, inputs: tuple, named: dict[str, Any]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which tokens of a forward's input, and of its decoder's, are no padding: [batch, length];
+    None where nothing says it."""
+    inner: Any = model
+    while inside := getattr(inner, "module", None) or getattr(inner, "_orig_mod", None):
+        inner = inside  # of DDP or torch.compile
+    given = dict(zip(signature(inner.forward).parameters, inputs, strict=False)) | named
+    real, decoder = given.get("attention_mask"), given.get("decoder_attention_mask")
+    encodes = getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
+    if encodes and decoder is None and given.get("labels") is not None:
+        decoder = given["labels"] != -100  # transformers makes the decoder's input of them
+    return tuple(  # type: ignore[return-value]
+        m if isinstance(m, Tensor) and m.dim() == 2 else None for m in (real, decoder)
+    )
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

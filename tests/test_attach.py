@@ -272,6 +272,31 @@ def test_only_forwards_with_a_backward_count():
         assert_kept(attached, masks)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_padding_does_not_count(name):
+    """A batch that is padded to twice its length keeps the rows of the batch without padding."""
+    [[batch]] = micro_batches(name, 1, 1)
+    padded = {
+        key: F.pad(value, (0, 8), value=-100 if key == "labels" else 1 - (key == "attention_mask"))
+        for key, value in batch.items()
+        if key != "decoder_input_ids"
+    }
+    batch.pop("decoder_input_ids", None)
+    kept = []
+    for inputs in (batch, padded):
+        model = MODELS[name]().train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        attached = pipeline.attach(model, optimizer, threshold=THRESHOLD)
+        if name == "roberta":
+            out = model(inputs["input_ids"], inputs["attention_mask"], labels=inputs["labels"])
+        else:  # T5's decoder takes its input, padding included, from the labels
+            out = model(**inputs)
+        out.loss.backward()
+        optimizer.step()
+        kept.append(attached.mask.keep)
+    assert torch.equal(*kept)
+
+
 def test_a_layer_without_output_keeps_no_row_or_is_an_error():
     """With equal magnitudes of nothing, the first rows would be kept."""
     model = MODELS["llama"]().train()

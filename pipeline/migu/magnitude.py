@@ -43,7 +43,8 @@ class MagnitudeRecorder:
             if self._open:
                 real = self._real.get(target.tokens)
                 self._add(view, output.detach(), _places(target, output, real))
-                calls.add_(1)
+                if output.numel():  # an expert may be called without a token
+                    calls.add_(1)
 
         return observe
 
