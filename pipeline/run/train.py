@@ -18,8 +18,10 @@ from pipeline.model.load import PredictedPositions
 from pipeline.progress import EventLog, StageProgress
 from pipeline.ranks import rank, total, world_size
 from pipeline.recipe import Optimizer, Recipe
+from pipeline.run.domain_losses import DomainLosses
 
 Batch = dict[str, Tensor]
+NOT_INPUTS = ("labels", "domains", "real")  # what the loop reads of a batch, not the model
 
 
 @dataclass
@@ -39,6 +41,7 @@ def train_stage(
     log: EventLog | None,
     pauses: Mapping[int, float] | None = None,
     pause: Callable[[int, float], None] | None = None,
+    domains: list[str] | None = None,
 ) -> StageResult:
     """Train `steps` steps; the model, the optimizer and the schedule start fresh with the stage.
 
@@ -49,6 +52,7 @@ def train_stage(
         log: None on every rank but 0.
         pauses: steps after which `pause(step, pauses[step])` is called, to evaluate within the
             stage. Its time does not count as training.
+        domains: names of those that `domains` of a micro-batch counts; their losses are logged.
 
     Raises:
         TrainingStopped: before the optimizer step, so the weights are those of the last good step.
@@ -59,23 +63,31 @@ def train_stage(
     head = PredictedPositions(engine.module) if _trims_head(recipe, mask) else None
     title = f"{recipe.name}: stage {stage}/{len(recipe.stages)} {name}"
     progress = StageProgress(title, steps) if rank() == 0 else None
+    by_domain = DomainLosses(domains, engine.device) if domains and len(domains) > 1 else None
     timer = Stopwatch(engine.device)
     tokens_per_step = recipe.train.batch_size * recipe.data.sequence_length
     start, paused = time.perf_counter(), 0.0
     for step in range(1, steps + 1):
         timer.start("step")
-        micro_batches = [_to(batch, engine.device) for batch in next(batches)]
-        shifted = [_targets(batch, objective) for batch in micro_batches]
+        micro_batches = next(batches)
         # Every predicted token of the step weighs the same, however the batch is split.
-        predicted = total(sum(int((t >= 0).sum()) for t in shifted), engine.device)
+        counts = [int((_targets(b["labels"], objective) >= 0).sum()) for b in micro_batches]
+        predicted = total(sum(counts), engine.device)
         scale = len(micro_batches) * world_size() / max(predicted, 1)
         loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
-        for i, (batch, targets) in enumerate(zip(micro_batches, shifted, strict=True), start=1):
+        for i, waiting in enumerate(micro_batches, start=1):
+            batch = _to(waiting, engine.device)
+            targets = _targets(batch["labels"], objective)
             with mask.recording(batch.get("real")) if mask else nullcontext():
-                loss = _summed_loss(engine, head, batch, targets)
+                losses = _losses(engine, head, batch, targets)
+            loss = losses.sum()
+            if by_domain is not None:
+                by_domain.count(batch["domains"])
+                by_domain.add(losses, targets, _targets(batch["domains"], objective))
             engine.backward(loss * scale, last=i == len(micro_batches))
             loss_sum += loss.detach()
         mean_loss = total(loss_sum.item(), engine.device) / max(predicted, 1)
+        domain_losses = by_domain.reduce() if by_domain is not None else None
         where = f"stage {stage} ({name}), step {step}: the loss is {mean_loss}"
         timer.start("mask")
         try:  # before the loss is looked at: this names the layer
@@ -105,6 +117,7 @@ def train_stage(
                 tokens=tokens_per_step,
                 seconds=timer.seconds("step"),
                 mask_seconds=timer.seconds("mask"),
+                **({"domains": domain_losses} if domain_losses is not None else {}),
             )
             _monitor(engine, recipe, stage, step, mean_loss, norm, lr, kept)
         if pauses and pause and step in pauses:
@@ -131,26 +144,25 @@ def learning_rate(optimizer: Optimizer, peak: float, step: int, steps: int) -> f
     return peak
 
 
-def _summed_loss(
-    engine: Any, head: PredictedPositions | None, batch: Batch, targets: Tensor
-) -> Tensor:
-    """Sum of the cross-entropies (nats) over the positions with a target, fp32."""
+def _losses(engine: Any, head: PredictedPositions | None, batch: Batch, targets: Tensor) -> Tensor:
+    """Cross-entropies (nats) of the positions with a target, fp32 [predicted], in their order."""
     if head is not None:
         head.select(targets >= 0)
-    logits = engine.forward(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    inputs = {k: v for k, v in batch.items() if k not in NOT_INPUTS}
+    logits = engine.forward(**inputs).logits
+    wanted = targets >= 0
     if head is not None:
         head.select(None)
-        targets = targets[targets >= 0]
-    logits = logits.reshape(-1, logits.shape[-1]).float()
-    return F.cross_entropy(logits, targets.reshape(-1), ignore_index=-100, reduction="sum")
+        logits = logits.reshape(-1, logits.shape[-1])
+    else:
+        logits = logits[wanted]
+    return F.cross_entropy(logits.float(), targets[wanted], reduction="none")
 
 
-def _targets(batch: Batch, objective: str) -> Tensor:
-    """[batch, length], -100 where nothing is predicted; a causal LM predicts the next token."""
-    labels = batch["labels"]
-    if objective == "masked":
-        return labels
-    return F.pad(labels[:, 1:], (0, 1), value=-100)
+def _targets(values: Tensor, objective: str) -> Tensor:
+    """[batch, length], of what each position predicts, -100 where that is nothing; a causal LM
+    predicts the next token."""
+    return values if objective == "masked" else F.pad(values[:, 1:], (0, 1), value=-100)
 
 
 def _trims_head(recipe: Recipe, mask: GradientMask | None) -> bool:

@@ -1,0 +1,35 @@
+"""The losses of a step by domain are those of its tokens, and their sum is the step's."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pipeline.run.domain_losses import DomainLosses
+from pipeline.run.train import _targets
+
+
+@pytest.mark.parametrize("objective", ["masked", "causal"])
+def test_losses_by_domain_sum_to_the_loss_of_the_step(objective):
+    generator = torch.Generator().manual_seed(0)
+    sums = DomainLosses(["a", "b", "unseen"], torch.device("cpu"))
+    total, predicted, tokens = 0.0, 0, 0
+    for _ in range(3):  # micro-batches
+        labels = torch.randint(-1, 9, (4, 16), generator=generator)
+        labels[labels < 0] = -100
+        domains = torch.randint(-1, 2, (4, 16), generator=generator).short()
+        labels[domains < 0] = -100
+        targets = _targets(labels, objective)
+        logits = torch.randn(4, 16, 9, generator=generator)
+        losses = F.cross_entropy(logits[targets >= 0], targets[targets >= 0], reduction="none")
+        sums.count(domains)
+        sums.add(losses, targets, _targets(domains, objective))
+        total, predicted = total + losses.double().sum().item(), predicted + len(losses)
+        tokens += int((domains >= 0).sum())
+    found = sums.reduce()
+    assert sum(d["loss"] * d["predicted"] for d in found.values() if d["predicted"]) == (
+        pytest.approx(total, rel=1e-12)
+    )
+    assert sum(d["predicted"] for d in found.values()) == predicted
+    assert sum(d["tokens"] for d in found.values()) == tokens
+    assert found["unseen"] == {"loss": None, "predicted": 0, "tokens": 0}
+    assert all(d["predicted"] == 0 for d in sums.reduce().values())  # a new step
