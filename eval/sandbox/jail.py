@@ -50,6 +50,7 @@ SYSTEM_CALLS: dict[str, tuple[int | None, int | None]] = {
 # Allowed for some arguments only; ioctl never, as if no file were a terminal.
 OPENAT, FCNTL, IOCTL = (257, 56), (72, 25), (16, 29)
 FCNTL_COMMANDS = (0, 1, 2, 3, 4, 1030)  # duplicate and flags; not owners of signals, nor leases
+O_CREATES = os.O_CREAT | (os.O_TMPFILE & ~os.O_DIRECTORY)  # only then openat has a mode
 AUDIT_ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 # Landlock's rights on files (linux/landlock.h) and the calls, which all architectures number alike.
@@ -105,9 +106,10 @@ def set_limits(seconds: float, memory_mb: int, file_mb: int) -> None:
 
 
 def restrict_files(job: dict[str, Any]) -> None:
-    """Landlock, if the job has it: `folders` (or files) can be read, `listed` only be listed, and
-    files be made, written and removed in the working directory. Nothing else can be opened, also
-    not by root, and processes outside this one's domain cannot be traced or looked into."""
+    """Landlock, if the job has it: `read` (files, or folders with all below) can be read, `listed`
+    only be listed, and files be made, written and removed in the working directory. Nothing else
+    can be opened, also not by root, and processes outside this one's domain cannot be traced or
+    looked into."""
     abi = job["landlock"]
     if not abi:
         return
@@ -130,7 +132,7 @@ def restrict_files(job: dict[str, Any]) -> None:
         system_call(LANDLOCK_ADD_RULE, rules, 1, rule, 0)
         os.close(descriptor)
 
-    for path in job["folders"]:
+    for path in job["read"]:
         allow(path, READ_FILE | READ_DIR)
     for path in job["listed"]:
         allow(path, READ_DIR)
@@ -159,11 +161,14 @@ def restrict_system_calls() -> None:
             verdict_if(number, allow)
     verdict_if(IOCTL[column], no_terminal)
     # Landlock before ABI 3 lets a file be emptied by opening it with O_TRUNC but not for writing.
-    code += [(equal, 0, 9, OPENAT[column]), (load, 0, 0, 32)]
+    # A new file is never set-uid, set-gid or sticky: it may outlive the sandbox, as root's.
+    code += [(equal, 0, 16, OPENAT[column]), (load, 0, 0, 32)]
     code += [(mask, 0, 0, os.O_TRUNC | os.O_ACCMODE)]
     for flags in (os.O_TRUNC, os.O_ACCMODE, os.O_TRUNC | os.O_ACCMODE):
         verdict_if(flags, refuse)
-    code += [(give, 0, 0, allow)]
+    code += [(load, 0, 0, 32), (mask, 0, 0, O_CREATES), (equal, 3, 0, 0)]
+    code += [(load, 0, 0, 40), (mask, 0, 0, 0o7000), (equal, 0, 1, 0)]
+    code += [(give, 0, 0, allow), (give, 0, 0, refuse)]
     code += [(equal, 1, 0, FCNTL[column]), (give, 0, 0, refuse), (load, 0, 0, 24)]
     for command in FCNTL_COMMANDS:
         verdict_if(command, allow)
@@ -302,7 +307,7 @@ def main() -> None:
     set_limits(job["seconds"], job["memory_mb"], job["file_mb"])
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     restrict_files(job)
-    sys.path[:] = sys.path[1:] + job["listed"]  # the first entry is this script's folder
+    sys.path[:] = sys.path[1:] + job["search"]  # the first entry is this script's folder
     call_pipe, answer_pipe = os.pipe(), os.pipe()
     parent = os.getpid()
     child = os.fork()

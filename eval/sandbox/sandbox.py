@@ -4,7 +4,6 @@ A supervisor (here) starts `jail.py`, which locks itself in, and watches time an
 outside. Nothing else in the project executes generated code.
 """
 
-import importlib.util
 import json
 import os
 import platform
@@ -13,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from dataclasses import dataclass
@@ -21,15 +19,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eval.sandbox import jail
+from eval.sandbox.readable import Readable, interpreter, readable
 from pipeline.errors import UserError
 
 Level = Literal["bubblewrap", "landlock", "unsafe"]
 STRONGEST_FIRST: tuple[Level, ...] = ("bubblewrap", "landlock")  # of what `auto` may take
-PACKAGES = ("numpy",)  # what a program may import beside the standard library, if it is installed
-SYSTEM_FOLDERS = (
-    "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/etc/localtime",
-    "/usr/share/zoneinfo",
-)  # fmt: skip
 STARTUP = 20.0  # seconds that a busy machine may take to start and to end the jail
 WATCH = 0.05  # seconds between two looks at the scratch folder
 
@@ -82,7 +76,8 @@ class Sandbox:
     def _supervise(
         self, program: str, function: str, tests: str, limits: Limits, scratch: str
     ) -> tuple[bool, str]:
-        folders, packages = _readable()
+        allowed = readable()
+        read, listed = allowed.by_part()
         job = {
             **vars(limits),
             "program": program,
@@ -90,13 +85,14 @@ class Sandbox:
             "parent": os.getpid() if self.level != "bubblewrap" else None,
             "landlock": jail.landlock_abi() if self.level != "unsafe" else 0,  # 0: without
             "seccomp": self.level != "unsafe",
-            "folders": folders,
-            "listed": packages,
+            "read": read,
+            "listed": listed,
+            "search": allowed.search,
         }
         unsent: bytes | None = f"{json.dumps(job)}\n{tests}".encode()
-        command = [_interpreter(), "-S", "-s", "-B", jail.__file__]
+        command = [interpreter(), "-S", "-s", "-B", jail.__file__]
         if self.level == "bubblewrap":
-            command = [*_bubblewrap(scratch), "--", *command]
+            command = [*_bubblewrap(allowed, scratch), "--", *command]
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -214,6 +210,7 @@ def attempts(secret, port, supervisor):
     attempt("read a file outside", lambda: open(secret).read())
     attempt("write outside", lambda: open(secret + "2", "w"))
     attempt("change a file's mode", lambda: os.chmod(secret, 0o777))
+    attempt("make a set-uid file", lambda: os.open("set-uid", os.O_CREAT | os.O_WRONLY, 0o4755))
     attempt("delete a file outside", lambda: os.unlink(secret))
     attempt("read another environment", lambda: open(f"/proc/{supervisor}/environ").read())
     attempt("read its own process", lambda: open("/proc/self/maps").read())
@@ -241,29 +238,6 @@ def _description(level: Level) -> str:
     return ", ".join([*parts, "seccomp", "rlimits"])
 
 
-def _interpreter() -> str:
-    """The one behind a virtual environment: nothing of the environment itself is needed."""
-    return os.path.realpath(sys._base_executable)  # type: ignore[attr-defined]
-
-
-def _readable() -> tuple[list[str], list[str]]:
-    """What a program may read: the standard library, the libraries of the system, `PACKAGES`; and
-    the folders that the packages lie in, of which it sees the names alone."""
-    base = Path(sys.base_prefix)
-    folders = {sysconfig.get_path(k) for k in ("stdlib", "platstdlib")}
-    folders |= {str(p) for p in (base / "lib", base / "lib64")}
-    folders |= {p for p in os.environ.get("LD_LIBRARY_PATH", "").split(":") if p}
-    parents = []
-    for name in PACKAGES:
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.origin is not None:
-            package = Path(spec.origin).parent
-            folders |= {str(package), f"{package}.libs"}
-            parents.append(str(package.parent))
-    existing = (p for p in (*folders, *SYSTEM_FOLDERS) if os.path.exists(p))
-    return sorted(existing), sorted(set(parents))
-
-
 def _environment() -> dict[str, str]:
     """A fixed hash seed, so that a program which depends on the order of a set always does alike;
     one thread for numpy, since threads cannot be started."""
@@ -278,7 +252,7 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _bubblewrap(scratch: str) -> list[str]:
+def _bubblewrap(allowed: Readable, scratch: str) -> list[str]:
     """Namespaces of its own, with what it may read and its scratch folder as the only files."""
     # By its full path: the environment that it is started with has another PATH.
     command = [
@@ -288,8 +262,14 @@ def _bubblewrap(scratch: str) -> list[str]:
         "--cap-drop",
         "ALL",
     ]
-    for path in (*_readable()[0], _interpreter(), jail.__file__):
+    for path in (*allowed.whole, interpreter(), jail.__file__):
         command += ["--ro-bind", path, path]
+    for path in allowed.hidden:
+        command += ["--tmpfs", path]
+    for path in allowed.packages:  # some lie in what is hidden
+        command += ["--ro-bind", path, path]
+    for path in allowed.hidden:
+        command += ["--remount-ro", path]
     for device in ("/dev/null", "/dev/urandom"):
         command += ["--dev-bind", device, device]
     return [*command, "--bind", scratch, scratch, "--remount-ro", "/", "--chdir", scratch]
