@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,19 @@ class Shard:
 
     tensor: 1-D view of the elements [start, start + numel) of the row-major weight of `shape`.
     ZeRO's partitions are cut anywhere, so a shard may begin and end in the middle of a row.
+    What works on rows or columns is for matrices only.
     """
 
     name: str
     tensor: Tensor
     start: int
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
+
+    def fill(self, whole: Tensor) -> None:
+        """Copy this piece from the whole weight, of any dtype and device."""
+        piece = whole.reshape(-1)[self.start : self.start + self.tensor.numel()]
+        with torch.no_grad():
+            self.tensor.copy_(piece)
 
     def mask(self, keep: Tensor, output_dim: int = 0) -> None:
         """Multiply by `keep` (bool [shape[output_dim]]) along the output features, in place.
@@ -88,17 +96,20 @@ class ParameterShards:
 
     master_shards = weight_shards
 
+    def masters_changed(self) -> None:
+        """To be called after a write into `master_shards`: here they are the model's weights."""
+
 
 def _local(name: str, weight: Tensor) -> Iterator[Shard]:
     """This rank's piece of a weight or gradient as torch keeps it: the whole tensor, or the local
     rows of a DTensor that is sharded along dimension 0 (nothing where this rank has no row)."""
-    rows, columns = weight.shape
+    shape = tuple(weight.shape)
     if not isinstance(weight, DTensor):
-        yield Shard(name, weight.view(-1), 0, (rows, columns))
+        yield Shard(name, weight.view(-1), 0, shape)
         return
     local = weight.to_local()
     if local.numel():
         _, (row, *_) = compute_local_shape_and_global_offset(
             weight.shape, weight.device_mesh, weight.placements
         )
-        yield Shard(name, local.view(-1), row * columns, (rows, columns))
+        yield Shard(name, local.view(-1), row * prod(shape[1:]), shape)

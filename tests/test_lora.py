@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from eval.measure.lm import evaluate_share, merge_shares
+from eval.measure.lm import measure_in_engine
 from pipeline.engine.config import check_quantized, resolve_ds_config
 from pipeline.errors import UserError
 from pipeline.migu.targets import find_targets
@@ -220,15 +220,8 @@ def whole_run(path, runs):
     loaded = load_recipe(path, settings)
     config = resolve_ds_config({"zero_optimization": {"stage": 2}}, loaded, 1, "cpu")
 
-    def evaluate(task, _recipe, kinds):
-        assert kinds == ["heldout"]
-        task.folder.mkdir(parents=True, exist_ok=True)
-        part, heldout = task.folder / "part.npz", task.run / "heldout"
-        evaluate_share(load_for_evaluation(task.checkpoint, "masked", "sdpa"), heldout, part)
-        merge_shares([part], heldout, task.folder / "eval.json", 0.7, {})
-
     text = describe_run(loaded, config, 1)
-    run_recipe(loaded, config, runs, evaluate, lambda folder: folder)
+    run_recipe(loaded, config, runs, measure_in_engine, pytest.fail, lambda folder: folder)
     return text
 
 

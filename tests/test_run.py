@@ -165,7 +165,7 @@ def test_mistakes_are_found_before_training(recipe, overrides, expected):
     (folder / "broken.jsonl").write_text('{"text": "fine words here"}\n{"text": oops}\n' * 40)
     wrong = load_recipe(recipe, [o.format(folder) for o in overrides])
     with pytest.raises(UserError, match=expected):
-        run_recipe(wrong, {}, folder / "runs", pytest.fail, pytest.fail)
+        run_recipe(wrong, {}, folder / "runs", pytest.fail, pytest.fail, pytest.fail)
     # Nothing was begun, so the mended recipe takes the folder over.
     with open_run(folder / "runs" / "tiny", load_recipe(recipe), {}):
         pass

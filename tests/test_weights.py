@@ -134,14 +134,15 @@ def test_a_run_publishes_what_it_initialised_and_goes_on_from_there(tmp_path):
     with pytest.raises(UserError, match=r"lacks 1 .*lm_head\.dense\.weight"):
         describe_run(recipe, config, 1)
     with pytest.raises(UserError, match=r"lacks 1 .*lm_head\.dense\.weight"):
-        run_recipe(recipe, config, tmp_path, lambda *_: None, lambda run: run)
+        run_recipe(recipe, config, tmp_path, pytest.fail, pytest.fail, lambda run: run)
     recipe.model.initialize_missing = True
     evaluated = []
     run_recipe(
         recipe,
         config,
         tmp_path,
-        lambda task, *_: evaluated.append(task.checkpoint),
+        lambda engine, task, _: evaluated.append(task.checkpoint),
+        pytest.fail,
         lambda run: run,
     )
     assert [Path(c).parent.name for c in evaluated] == ["00_base", "01_math"]

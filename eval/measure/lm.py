@@ -1,16 +1,18 @@
-"""Held-out loss of a checkpoint on every domain, and which rows the domains share.
+"""Held-out loss of a model on every domain, and which rows the domains share.
 
-Runs in a process of its own (`launch/evaluate.py`), one per rank, each on its share of the blocks.
-The result does not depend on the number of ranks: blocks are formed before they are shared, and
-summed in their order.
+In a run the engine computes it, sharded as it is (`measure_in_engine`); `launch/evaluate.py` loads
+a published checkpoint. Each rank evaluates its share of the blocks. The result does not depend on
+the number of ranks: blocks are formed before they are shared, and summed in their order.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -18,10 +20,46 @@ from tqdm import tqdm
 from eval.measure.results import write_arrays, write_json
 from pipeline.data.heldout import load_heldout
 from pipeline.data.mlm import collate_causal, collate_mlm
+from pipeline.engine.config import precision_of
 from pipeline.migu.magnitude import MagnitudeRecorder
 from pipeline.migu.mask import select_rows
 from pipeline.migu.targets import find_targets
 from pipeline.model.load import PredictedPositions
+from pipeline.ranks import on_rank0, rank, world_size
+from pipeline.recipe import Recipe
+from pipeline.run.run import RESULTS, Evaluation
+
+Arrays = dict[str, Any]  # of numpy
+
+
+def measure_in_engine(engine: Any, task: Evaluation, recipe: Recipe) -> None:
+    """Write `eval.json` and `sequences.npz` of the weights that the engine holds. All ranks call
+    it; none needs to hold the whole model."""
+    share = (rank(), world_size())
+    heldout = task.run / "heldout"
+    with engine.evaluating():
+        sums = _evaluate(
+            engine.module,
+            engine.forward,
+            engine.device,
+            heldout,
+            share,
+            recipe.evaluate.batch_size,
+            recipe.evaluate.overlap,
+        )
+    if world_size() > 1:  # the magnitudes are already summed over the ranks
+        for name in (n for n in sums if n.startswith("loss/")):
+            losses = torch.from_numpy(sums[name]).to(engine.device)
+            dist.all_reduce(losses)
+            sums[name] = losses.cpu().numpy()
+    info = {**task.describe(), "precision": precision_of(engine.config)}
+
+    def write() -> None:
+        task.folder.mkdir(parents=True, exist_ok=True)
+        output = task.folder / RESULTS["heldout"]
+        _write_result(sums, heldout, output, recipe.mask.threshold, info)
+
+    on_rank0(write)
 
 
 @torch.inference_mode()
@@ -33,8 +71,30 @@ def evaluate_share(
     batch_size: int = 32,
     overlap: bool = True,
 ) -> None:
-    """Evaluate blocks i with i % share[1] == share[0]; write the sums to `output` (.npz)."""
+    """Evaluate blocks i with i % share[1] == share[0]; write the sums to `output` (.npz).
+
+    For a process without a process group, whose model is whole; `merge_shares` follows.
+    """
     device = next(model.parameters()).device
+    sums = _evaluate(model, model, device, heldout, share, batch_size, overlap)
+    with output.open("wb") as file:
+        np.savez(file, **sums)
+
+
+def _evaluate(
+    model: nn.Module,
+    forward: Callable[..., Any],
+    device: torch.device,
+    heldout: Path,
+    share: tuple[int, int],
+    batch_size: int,
+    overlap: bool,
+) -> Arrays:
+    """Sums over this share's blocks: per domain the loss of each sequence and the magnitudes (with
+    `overlap`), which the recorder adds up over the process group.
+
+    Every share does the same number of forwards: where the model is sharded, each is a collective.
+    """
     manifest, domains = load_heldout(heldout)
     masked = manifest["objective"] == "masked"
     # A layer's rows are its outputs': of an adapter B alone, which is masked by them.
@@ -42,10 +102,11 @@ def evaluate_share(
     recorder = MagnitudeRecorder(linears) if overlap else None
     head = PredictedPositions(model)
     collate = collate_mlm if masked else collate_causal
-    arrays: dict[str, Any] = {}
-    count = sum(-(-len(d["labels"]) // batch_size) for d in domains.values())
+    arrays: Arrays = {}
+    # Rounds of one block a share; in a domain's last round some shares repeat a block for nothing.
+    rounds = {n: -(-len(d["labels"]) // (batch_size * share[1])) for n, d in domains.items()}
     bar = tqdm(
-        total=count,
+        total=sum(rounds.values()),
         desc="held-out loss",
         unit="batch",
         disable=None if share[0] == 0 else True,
@@ -53,11 +114,11 @@ def evaluate_share(
     )
     for name, data in domains.items():
         losses = np.zeros(len(data["labels"]))
-        starts = range(0, len(losses), batch_size)
-        for block, start in enumerate(starts):
+        for i in range(rounds[name]):
             bar.update()
-            if block % share[1] != share[0]:
-                continue
+            start = (i * share[1] + share[0]) * batch_size
+            mine = start < len(losses)
+            start = start if mine else 0
             rows = slice(start, start + batch_size)
             columns = (data[k][rows].long().numpy() for k in ("input_ids", "labels", "segments"))
             batch = collate(
@@ -68,8 +129,10 @@ def evaluate_share(
             if not masked:
                 targets = F.pad(targets[:, 1:], (0, 1), value=-100)
             head.select(targets >= 0)
-            with recorder.recording() if recorder else nullcontext():
-                logits = model(**batch).logits
+            with recorder.recording() if recorder and mine else nullcontext():
+                logits = forward(**batch).logits
+            if not mine:
+                continue
             loss = F.cross_entropy(logits.float(), targets[targets >= 0], reduction="none")
             sequence = (targets >= 0).nonzero()[:, 0].cpu().numpy()
             np.add.at(losses, start + sequence, loss.double().cpu().numpy())
@@ -82,15 +145,28 @@ def evaluate_share(
         recorder.close()
         arrays["rows"] = np.array([t.rows for t in linears])
         arrays["components"] = np.array([t.component for t in linears])
-    with output.open("wb") as file:
-        np.savez(file, **arrays)
+    return arrays
 
 
 def merge_shares(
     parts: list[Path], heldout: Path, output: Path, threshold: float, info: dict[str, Any]
 ) -> None:
-    """Add the shares up and write `eval.json` atomically: per domain the mean loss (nats per
-    predicted token), its standard error over sequences, and the kept rows that domains share.
+    """Add up what `evaluate_share` wrote, and write the result."""
+    shares = [dict(np.load(p)) for p in parts]
+    summed = {
+        k: sum(s[k] for s in shares) if k.startswith(("loss/", "magnitude/")) else v
+        for k, v in shares[0].items()
+    }
+    _write_result(summed, heldout, output, threshold, info)
+    for part in parts:
+        part.unlink()
+
+
+def _write_result(
+    summed: Arrays, heldout: Path, output: Path, threshold: float, info: dict[str, Any]
+) -> None:
+    """Write `eval.json` atomically: per domain the mean loss (nats per predicted token), its
+    standard error over sequences, and the kept rows that domains share.
 
     Beside it `sequences.npz`, for differences between runs on the same text: per domain the summed
     loss `loss/<domain>` (float64) and the number of predicted tokens `tokens/<domain>` (int64) of
@@ -99,10 +175,6 @@ def merge_shares(
     from safetensors import safe_open
 
     manifest, domains = load_heldout(heldout)
-    shares = [dict(np.load(p)) for p in parts]
-    summed = {
-        k: sum(s[k] for s in shares) for k in shares[0] if k.startswith(("loss/", "magnitude/"))
-    }
     result: dict[str, Any] = {**info, "domains": {}}
     sequences: dict[str, Any] = {}
     for name, data in domains.items():
@@ -124,17 +196,15 @@ def merge_shares(
             "sequences": len(losses),
             "unigram_loss": unigram,
         }
-    if "rows" in shares[0]:
+    if "rows" in summed:
         result["overlap"] = _overlap(
             {n: summed[f"magnitude/{n}"] for n in domains},
-            shares[0]["rows"].tolist(),
-            shares[0]["components"].tolist(),
+            summed["rows"].tolist(),
+            summed["components"].tolist(),
             threshold,
         )
     write_arrays(output.with_name("sequences.npz"), sequences)
     write_json(output, result)
-    for part in parts:
-        part.unlink()
 
 
 def _predicted(labels: np.ndarray, objective: str) -> np.ndarray:

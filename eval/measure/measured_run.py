@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from eval.measure.checkpoint import check
+from eval.measure.lm import measure_in_engine
 from eval.measure.process import evaluate_in_processes
 from eval.report.page import write_report
 from eval.report.summary import print_summary
@@ -37,6 +38,13 @@ def measured_run(args: argparse.Namespace) -> None:
     on_rank0(lambda: check(recipe.evaluate))
     if args.restart:
         on_rank0(lambda: restart(Path(args.runs), recipe))
-    page = run_recipe(recipe, engine_config, Path(args.runs), evaluate_in_processes, write_report)
+    page = run_recipe(
+        recipe,
+        engine_config,
+        Path(args.runs),
+        measure_in_engine,
+        evaluate_in_processes,
+        write_report,
+    )
     if rank() == 0:
         print_summary(page)

@@ -38,16 +38,11 @@ def evaluate_in_processes(task: Evaluation, recipe: Recipe, kinds: list[str]) ->
     while not all(_done(folder, r).exists() for r in range(world_size())):
         time.sleep(0.1)  # not in a collective: its timeout is shorter than a long evaluation
     total(0.0, device)  # every rank has seen every file
-    info = {
-        "stage": task.stage,
-        "name": task.name,
-        "checkpoint": task.checkpoint,
-    }
-    if task.step is not None:
-        info |= {"step": task.step, "progress": task.progress}
     heldout, threshold = task.run / "heldout", recipe.mask.threshold
     failed = on_rank0(
-        partial(merge, folder, kinds, world_size(), recipe.evaluate, heldout, threshold, info)
+        partial(
+            merge, folder, kinds, world_size(), recipe.evaluate, heldout, threshold, task.describe()
+        )
     )
     on_rank0(partial(_clear, folder))
     if failed:

@@ -1,7 +1,7 @@
 """The FSDP2 engine: PyTorch's own `fully_shard`, with HSDP as replicas of the sharded model."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ from pipeline.shard import ParameterShards
 
 
 class FsdpEngine:
-    """One stage's model under FSDP2; the interface is that of `ZeroEngine`.
+    """A run's model under FSDP2; the interface is that of `ZeroEngine`.
 
     Every weight is cut into rows over the ranks of a replica; the shards are fp32, so they are the
     master weights of bf16 training too. The blocks are gathered one at a time.
@@ -38,6 +38,7 @@ class FsdpEngine:
             optimizer: has the fields of `recipe.Optimizer`.
         """
         start_distributed()
+        self.config = config
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             self.device = torch.device("cuda", torch.cuda.current_device())
@@ -68,6 +69,12 @@ class FsdpEngine:
     @property
     def module(self) -> nn.Module:
         return self._module
+
+    scales_loss = False
+
+    def start_stage(self) -> None:
+        """Forget the optimizer's moments and its step count. The weights stay as they are."""
+        self._optimizer.state.clear()  # made again at the next step
 
     @property
     def monitor(self) -> SimpleNamespace:
@@ -117,10 +124,30 @@ class FsdpEngine:
         """L2 norm of the last step's (masked) gradient, before clipping."""
         return self._norm
 
-    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter whole, on the CPU, in fp32; all ranks call it."""
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """For forwards without training: no dropout, no gradient. All ranks must do the same
+        number of them."""
+        self._module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._module.train()
+            self._module.reshard()  # what a forward leaves gathered for a backward
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Set the named weights; every rank gives the same whole tensors (any dtype, device)."""
+        for name, whole in weights:
+            for shard in self.shards.master_shards([name]):
+                shard.fill(whole)
+        self.shards.masters_changed()
+
+    def full_weights(self, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Every (`trained`) parameter whole, in fp32, one at a time; all ranks call it."""
         for name, p in self._parameters.items():
-            yield name, p.detach().full_tensor().cpu()
+            if p.requires_grad or not trained:
+                yield name, p.detach().full_tensor()
 
     def save(self, folder: Path) -> None:
         """Write weights and optimizer state as a distributed checkpoint; all ranks call it."""
@@ -146,9 +173,10 @@ class FsdpEngine:
         return state
 
     def close(self) -> None:
-        """Free the optimizer's state and the gradients."""
+        """Free the model and all that belongs to it; nothing of the engine works afterwards."""
         self._optimizer.zero_grad()
         self._optimizer.state.clear()
+        self._module = self._parameters = self._optimizer = self.shards = None  # type: ignore
 
 
 def _in_fp32(module: nn.Module) -> nn.Module:

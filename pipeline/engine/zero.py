@@ -4,8 +4,8 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +13,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import transformers
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
@@ -47,7 +48,10 @@ def start_distributed() -> None:
 
 
 class ZeroEngine:
-    """One stage's model under DeepSpeed: forward, backward, masked step, export."""
+    """A run's model under DeepSpeed: forward, backward, masked step, evaluation, export.
+
+    It serves all stages: `start_stage` forgets what the optimizer knows of the one before.
+    """
 
     def __init__(self, model: nn.Module, ds_config: dict[str, Any], optimizer: Any):
         """
@@ -67,12 +71,34 @@ class ZeroEngine:
         inner = adam(groups, **kwargs)
         update = inner.step
         inner.step = lambda *args: self._held(update, *args)
+        self._adam: Any = inner
         self._hold: Hold = nullcontext
         self._engine: Any = None
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=inner, config=ds_config)
         self.shards = ZeroShards(self._engine)
         self._parameters = dict(self._engine.module.named_parameters())
         self._norm = float("nan")
+        # Its step count and scale change while training, if there is loss scaling.
+        self._scaler = _loss_scaler(self._engine.optimizer)
+        self._fresh_scaler = dict(vars(self._scaler)) if self._scaler is not None else {}
+
+    def start_stage(self) -> None:
+        """Forget the optimizer's moments, its step count and the loss scale. The fp32 weights stay
+        as they are, to the bit."""
+        self._adam.state.clear()  # made again at the next step
+        optimizer = self._engine.optimizer
+        if hasattr(optimizer, "_hp_optimizer_states_linked"):  # ZeRO-1, 2: views of the moments
+            optimizer._hp_optimizer_states_linked = False
+            for p in self._parameters.values():
+                if getattr(p, "_hp_mapping", None) is not None:
+                    p._hp_mapping.optim_fragment = None
+        if self._scaler is not None:
+            vars(self._scaler).update(self._fresh_scaler)
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether a gradient that is not finite is an overflow, whose step is skipped."""
+        return precision_of(self.config) == "fp16"
 
     def _optimizer_class(self, name: str):
         if name == "adamw8bit":
@@ -146,7 +172,7 @@ class ZeroEngine:
         if self._engine.get_global_grad_norm() is not None:
             self._norm = float(self._engine.get_global_grad_norm())
         applied = self._engine.was_step_applied()
-        if not applied and precision_of(self.config) == "fp16":
+        if not applied and self.scales_loss:
             return False  # the next step has a smaller loss scale
         if not applied or not math.isfinite(self._norm):
             # DeepSpeed skips such a step without a word, in fp32 and bf16 too. (With
@@ -159,21 +185,65 @@ class ZeroEngine:
         """L2 norm of the last step's (masked) gradient, before clipping."""
         return self._norm
 
-    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter whole, on the CPU, in the optimizer's fp32; all ranks call it."""
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """For forwards without training: no dropout, no gradient. Where weights are sharded, all
+        ranks must do the same number of them."""
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.module.train()
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Set the named trained weights, in the optimizer's fp32 and in the model; all ranks call
+        it with the same whole tensors (of any dtype and device)."""
+        for name, whole in weights:
+            for shard in self.shards.master_shards([name]):
+                shard.fill(whole)
+        self.shards.masters_changed()
+
+    def full_weights(self, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Every (`trained`) parameter whole, in the optimizer's fp32, one at a time; all ranks call
+        it."""
         masters = self.shards.stage0_masters()
         for name, p in self._parameters.items():
+            if trained and not p.requires_grad:
+                continue
             full = masters.get(id(p))
             if full is None and p.requires_grad:
                 full = safe_get_full_fp32_param(p)
             if full is None:
                 with deepspeed.zero.GatheredParameters([p], enabled=self.stage == 3):
                     full = p.detach().clone()
-            yield name, full.detach().to("cpu").reshape(getattr(p, "ds_shape", p.shape))
+            yield name, full.detach().reshape(getattr(p, "ds_shape", p.shape))
 
     def close(self) -> None:
-        """Free the engine's buffers and hooks."""
+        """Free the model and all that belongs to it; nothing of the engine works afterwards."""
+        module = self.module
         self._engine.destroy()
+        if self.stage == 3:
+            _release(module)
+        self._adam.state.clear()
+        self._adam = self._engine = self._parameters = self.shards = None
+
+
+def _release(module: Any) -> None:
+    """Cut what DeepSpeed leaves of ZeRO-3 in a module and in its own globals: circles and hooks by
+    which the weights would live as long as the process."""
+    if module in FWD_MODULE_STACK:
+        FWD_MODULE_STACK.remove(module)
+    for part in module.modules():
+        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
+            getattr(part, kind).clear()
+    for p in module.parameters():
+        p.ds_tensor = None
+
+
+def _loss_scaler(optimizer: Any) -> Any:
+    """Where DeepSpeed's wrapper keeps the loss scale; None where it has none."""
+    return getattr(optimizer, "loss_scaler", getattr(optimizer, "loss_scale_config", None))
 
 
 def _shard(model: nn.Module, ds_config: dict[str, Any]) -> None:

@@ -102,6 +102,23 @@ class ZeroShards:
                 piece = p._hp_mapping.hp_fragment.detach()
                 yield Shard(name, piece.view(-1), at.start, tuple(p.shape))
 
+    def masters_changed(self) -> None:
+        """To be called by every rank after a write into `master_shards`: the model's own weights
+        follow, as after an optimizer step."""
+        opt = self._engine.optimizer
+        if self.stage == 0:
+            low = {id(p): p for p in self._parameters.values()}
+            for key, master in self.stage0_masters().items():
+                low[key].data.copy_(master)
+        elif self.stage == 3:
+            opt._partition_all_parameters()
+            for group in range(len(opt.fp16_partitioned_groups_flat)):
+                opt._reassign_or_swap_out_partitioned_parameters(group)
+            if opt.persistent_parameters:
+                opt.persistent_parameters[0].all_gather(opt.persistent_parameters)
+        else:
+            opt.update_lp_params()
+
     def stage0_masters(self) -> dict[int, Tensor]:
         """Stage 0 in bf16 or fp16: id of each parameter -> its fp32 copy."""
         if self.stage != 0 or not self._half:

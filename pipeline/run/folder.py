@@ -25,6 +25,7 @@ from pipeline.progress import now
 from pipeline.ranks import on_rank0, rank, world_size
 from pipeline.recipe import Recipe
 
+MASTERS = "masters"  # beside the newest checkpoint: its trained weights in fp32
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy", "safetensors")
 
 

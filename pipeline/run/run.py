@@ -1,14 +1,14 @@
 """A run: stage 0, then for each stage train, publish, evaluate, report. Rerun to continue.
 
-Every stage starts from the checkpoint that the stage before published, so a run that was
-interrupted and continued is the same run (docs/runs.md).
+One engine serves all stages. An interrupted run starts it from what was published last, in fp32,
+so a run that was interrupted and continued is the same run (docs/runs.md).
 """
 
 import gc
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, islice
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from pipeline.checkpoint import MANIFEST, is_published, publish, require_space, verify
@@ -37,14 +36,21 @@ from pipeline.errors import UserError
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.model.gguf import local_weights
 from pipeline.model.load import build_model, check_model, check_pretrained, load_config
-from pipeline.model.lora import is_adapter
-from pipeline.progress import EventLog, now, say
+from pipeline.progress import EventLog, say
 from pipeline.ranks import on_rank0, rank, world_size
 from pipeline.recipe import Model, Recipe
-from pipeline.run.folder import describe_model, open_run, stage_folder, step_folder
+from pipeline.run.folder import MASTERS, describe_model, open_run, stage_folder, step_folder
+from pipeline.run.published import (
+    check_masters,
+    publish_masters,
+    publish_model,
+    read_masters,
+    remove,
+)  # fmt: skip
 from pipeline.run.train import train_stage
 
 TOKENIZER_DOCUMENTS = 100_000
+Engine = ZeroEngine | FsdpEngine
 
 
 RESULTS = {"heldout": "eval.json", "benchmarks": "benchmarks.json", "humaneval": "humaneval.json"}
@@ -67,6 +73,11 @@ class Evaluation:
         folder = stage_folder(self.run, self.stage, self.name)
         return folder if self.step is None else step_folder(folder, self.step)
 
+    def describe(self) -> dict[str, Any]:
+        """What a result says of where it belongs."""
+        within = {} if self.step is None else {"step": self.step, "progress": self.progress}
+        return {"stage": self.stage, "name": self.name, "checkpoint": self.checkpoint, **within}
+
     def pending(self, recipe: Recipe) -> list[str]:
         """What of RESULTS the recipe wants and is not there yet."""
         wanted = {
@@ -87,23 +98,36 @@ class Run:
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerFast
     log: EventLog | None  # on rank 0
+    engine: Engine | None = None  # made when it is first needed: `_engine_with`
+    holds: str | None = None  # the checkpoint whose weights it has; None: of no checkpoint
 
     def checkpoint(self, stage: int) -> Path:
         name = self.recipe.stages[stage - 1].name if stage else "base"
         return stage_folder(self.folder, stage, name) / "checkpoint"
+
+    def masters(self, stage: int) -> Path:
+        """Beside the newest checkpoint, where that has a lower precision than fp32."""
+        return self.checkpoint(stage).with_name(MASTERS)
+
+    @property
+    def keeps_masters(self) -> bool:
+        return self.recipe.train.publish_dtype != "float32"
 
 
 def run_recipe(
     recipe: Recipe,
     engine_config: dict[str, Any],
     runs: Path,
+    measure_heldout: Callable[[Any, Evaluation, Recipe], None],
     evaluate: Callable[[Evaluation, Recipe, list[str]], None],
     report: Callable[[Path], Path],
 ) -> Path:
     """Do what is not done yet of a recipe; returns the report's page. All ranks call it.
 
-    evaluate: called by all ranks; raises RuntimeError on all of them where an evaluation failed.
-        Training goes on then, and the next run tries it again.
+    measure_heldout: called by all ranks, with the engine that holds the weights of the checkpoint:
+        its held-out loss.
+    evaluate: called by all ranks, for the other RESULTS; raises RuntimeError on all of them where
+        an evaluation failed. Training goes on then, and the next run tries it again.
     report: called by rank 0 with the run folder.
 
     Raises:
@@ -121,15 +145,21 @@ def run_recipe(
             pending = on_rank0(partial(task.pending, recipe))
             if pending:
                 _tell(f"{_place(task)}: measuring {', '.join(pending)}")
+                if "heldout" in pending:
+                    measure_heldout(_engine_with(run, task.checkpoint), task, recipe)
+                    pending.remove("heldout")
                 try:
-                    evaluate(task, recipe, pending)
+                    if pending:
+                        _free_memory()  # room for the evaluation's own copy of the model
+                        evaluate(task, recipe, pending)
                 except RuntimeError as error:
                     failed.append(f"{task.folder}: {error}")
                     _tell(f"{_place(task)}: evaluation failed ({error}); training goes on")
                 on_rank0(partial(report, folder))
             return time.perf_counter() - start
 
-        measure(Evaluation(folder, 0, "base", _base_checkpoint(run), recipe.model.revision))
+        revision = recipe.model.revision
+        measure(Evaluation(folder, 0, "base", _base_checkpoint(run), revision))
         for stage, s in enumerate(recipe.stages, start=1):
             published = run.checkpoint(stage)
             result = None
@@ -145,6 +175,8 @@ def run_recipe(
                 run.log.write(
                     "stage", stage=stage, domain=s.name, **result, eval_seconds=eval_seconds
                 )
+        _close_engine(run)
+        remove(run.masters(len(recipe.stages)))
         page = on_rank0(partial(report, folder))
     if failed:
         raise UserError(
@@ -168,21 +200,20 @@ def _prepare(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Run
 
 
 def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict[str, Any]:
-    """Train a stage from the checkpoint before it and publish it; its numbers for the log."""
+    """Train a stage from the weights of the one before and publish it; its numbers for the log."""
     recipe = run.recipe
     s = recipe.stages[stage - 1]
     plan: StagePlan = on_rank0(partial(plan_stage, recipe, stage, run.tokenizer))
     _tell_examples(plan, recipe, s.name)
     on_rank0(partial(_clear_within, run, stage))
+    before = str(run.checkpoint(stage - 1)) if stage > 1 else _base_checkpoint(run)
+    if run.keeps_masters and stage > 1 and run.holds != before:
+        check_masters(run.masters(stage - 1))
+    engine = _engine_with(run, before)
+    _require_space(run, engine)
+    engine.start_stage()
+    run.holds = None
     torch.manual_seed(recipe.stage_seed(stage) * 100_003 + rank())
-    source = None if stage == 1 and _starts_elsewhere(recipe.model) else run.checkpoint(stage - 1)
-    # In half precision the engine converts weights itself, as it shards them.
-    keep_dtype = precision_of(run.engine_config) != "fp32"
-    model = build_model(recipe.model, run.config, source, recipe.seed, keep_dtype)
-    dtype = getattr(torch, recipe.train.publish_dtype)
-    size = sum(p.numel() for p in model.parameters() if p.requires_grad) * dtype.itemsize
-    on_rank0(partial(require_space, run.folder, size))
-    engine = _engine(model, run.engine_config, recipe)
     mask = None
     if recipe.mask.enabled and stage >= recipe.mask.from_stage:
         mask = GradientMask(engine.module, recipe.mask, recipe.stage_seed(stage))
@@ -191,22 +222,21 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
         training_batches(recipe, stage, run.tokenizer, rank(), world_size(), bad),
         recipe.data.prefetch,
     )
-    pause = partial(_evaluate_within, run, stage, engine, dtype, measure)
+    pause = partial(_evaluate_within, run, stage, engine, measure)
     pauses = plan.pauses(s.evaluate_every)
     result = train_stage(engine, mask, batches, recipe, stage, plan.steps, run.log, pauses, pause)
     batches.close()
     _report_bad_lines(bad, run.log)
     start = time.perf_counter()
-    info = {"stage": stage, "name": s.name, "steps": result.steps, "tokens": result.tokens}
-    _publish(run, run.checkpoint(stage), engine, dtype, info)
-    publish_seconds = time.perf_counter() - start
     if mask:
         mask.close()
-    engine.close()
-    del engine, model, mask, pause
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    info = {"stage": stage, "name": s.name, "steps": result.steps, "tokens": result.tokens}
+    if run.keeps_masters:  # before what it belongs to: a published stage has its masters
+        publish_masters(run.masters(stage), engine, info)
+    _publish(run, run.checkpoint(stage), engine, info)
+    if stage > 1:
+        remove(run.masters(stage - 1))
+    publish_seconds = time.perf_counter() - start
     return {
         "steps": result.steps, "tokens": result.tokens, "seconds": result.seconds,
         "publish_seconds": publish_seconds,
@@ -217,8 +247,7 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
 def _evaluate_within(
     run: Run,
     stage: int,
-    engine: ZeroEngine | FsdpEngine,
-    dtype: torch.dtype,
+    engine: Engine,
     measure: Callable[[Evaluation], float],
     step: int,
     progress: float,
@@ -227,47 +256,64 @@ def _evaluate_within(
     name = run.recipe.stages[stage - 1].name
     target = step_folder(stage_folder(run.folder, stage, name), step) / "checkpoint"
     info = {"stage": stage, "name": name, "steps": step, "progress": progress}
-    _publish(run, target, engine, dtype, info)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # room for the evaluation's own copy of the model
+    _publish(run, target, engine, info)
     measure(Evaluation(run.folder, stage, name, str(target), None, step, progress))
+    run.holds = None
 
 
-def _engine(
-    model: nn.Module, engine_config: dict[str, Any], recipe: Recipe
-) -> ZeroEngine | FsdpEngine:
-    kind = FsdpEngine if recipe.engine.kind == "fsdp" else ZeroEngine
-    return kind(model, engine_config, recipe.optimizer)
+def _engine_with(run: Run, checkpoint: str) -> Engine:
+    """The run's engine with the weights of a checkpoint: a stage's, or what stage 1 starts from.
+
+    It is made once in a run. Only what an interrupted run has left to measure at an older
+    checkpoint makes another one. (So will a method that changes what is trained: here.)
+    """
+    if run.engine is not None and run.holds == checkpoint:
+        return run.engine
+    _close_engine(run)
+    model = run.recipe.model
+    source = None if checkpoint == model.path and _starts_elsewhere(model) else checkpoint
+    # In half precision the engine converts weights itself, as it shards them.
+    half = precision_of(run.engine_config) != "fp32"
+    net = build_model(model, run.config, source, run.recipe.seed, keep_dtype=half)
+    masters = Path(checkpoint).with_name(MASTERS)
+    exact: Iterable[tuple[str, torch.Tensor]] = ()
+    if on_rank0(partial(is_published, masters)):
+        exact = read_masters(masters)
+    elif half:  # of fp32 weights (mapped from their file) it would make masters that are rounded
+        trained = [(n, p.detach()) for n, p in net.named_parameters() if p.requires_grad]
+        exact = [(n, w) for n, w in trained if w.dtype == torch.float32]
+    kind = FsdpEngine if run.recipe.engine.kind == "fsdp" else ZeroEngine
+    run.engine = kind(net, run.engine_config, run.recipe.optimizer)
+    run.engine.load_weights(exact)
+    run.holds = checkpoint
+    return run.engine
 
 
-def _publish(
-    run: Run,
-    target: Path,
-    engine: ZeroEngine | FsdpEngine,
-    dtype: torch.dtype,
-    info: dict[str, Any],
-) -> None:
-    """Gather the weights on rank 0 and write them in Hugging Face format."""
-    module: Any = engine.module
-    frozen = {n for n, p in module.named_parameters() if not p.requires_grad}
-    unpublished = frozen if run.recipe.model.lora else set()  # an adapter goes without its base
-    weights = {}
-    for name, weight in engine.full_weights():
-        if rank() == 0 and name not in unpublished:
-            weights[name] = weight.to(dtype)
-    if rank() == 0:
-        persistent = module.state_dict().keys()
-        buffers = {n: b.detach().cpu() for n, b in module.named_buffers() if n in persistent}
-        weights.update(buffers)
+def _close_engine(run: Run) -> None:
+    if run.engine is not None:
+        run.engine.close()
+        run.engine = run.holds = None
+        _free_memory()
 
-    def write(folder: Path) -> None:
-        module.save_pretrained(folder, state_dict=weights)
-        if not is_adapter(folder):  # transformers names the dtype of the module, not of the file
-            module.config.dtype = dtype
-            module.config.save_pretrained(folder)
-        run.tokenizer.save_pretrained(folder)
 
-    on_rank0(partial(publish, target, write, {**info, "published": now()}))
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _require_space(run: Run, engine: Engine) -> None:
+    """For what the stage will publish."""
+    parameters: list[Any] = [p for p in engine.module.parameters() if p.requires_grad]
+    size = getattr(torch, run.recipe.train.publish_dtype).itemsize + 4 * run.keeps_masters
+    numbers = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+    on_rank0(partial(require_space, run.folder, numbers * size))
+
+
+def _publish(run: Run, target: Path, engine: Engine, info: dict[str, Any]) -> None:
+    dtype = getattr(torch, run.recipe.train.publish_dtype)
+    publish_model(target, engine, run.tokenizer, dtype, info)
+    run.holds = str(target)
 
 
 def _base_checkpoint(run: Run) -> str:
