@@ -88,6 +88,9 @@ def test_a_completion_may_define_the_function_itself(problems, box):
     assert not judge(problem, forged, box, 10).passed
 
 
+F = "def f(x):\n    return x\n"
+
+
 @pytest.mark.parametrize(
     ("answer", "code"),
     [
@@ -96,6 +99,19 @@ def test_a_completion_may_define_the_function_itself(problems, box):
             "def f(x):\n    return x\n",
         ),
         ("```\n    return x\n```", "    return x\n"),
+        ("It is:\n\n1. so\n\n   ```python3\n   def f(x):\n       return x\n   ```\n", F),
+        ("~~~py\ndef f(x):\n    return x\n~~~", F),
+        ("````Python\ndef f(x):\n    return x\n````", F),
+        ("``` {.python .numberLines}\ndef f(x):\n    return x\n```", F),
+        ("Here: ```PYTHON title=f.py\r\ndef f(x):\r\n    return x\r\n```", F.replace("\n", "\r\n")),
+        ("```bash\npip install x\n```\nthen\n```py\ndef f(x):\n    return x\n```", F),
+        ("```text\n3\n```\nthen\n```\ndef f(x):\n    return x\n```", F),
+        (
+            '```python\ndef f(x):\n    """```\n    >>> f(1)\n    ```"""\n```',
+            'def f(x):\n    """```\n    >>> f(1)\n    ```"""\n',
+        ),
+        ("```python\nreturn x```", "    return x"),
+        ("Use ```f``` like so: return x", "    Use ```f``` like so: return x"),
         ("```python\nreturn x", "    return x"),
         ("    return x", "    return x"),
         ("y = x\nreturn y", "    y = x\n    return y"),

@@ -291,15 +291,47 @@ class StopWords(StoppingCriteria):
 
 
 def code_of(answer: str) -> str:
-    """The code of an instruction-tuned model's answer: its first fenced block, or all of it.
+    """The code of an instruction-tuned model's answer: its first fenced block of Python, or the
+    first that names no language, or the first of any; without a fence all of it.
 
     A function's body that is not indented is indented.
     """
-    fenced = re.search(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", answer, re.DOTALL)
-    code = fenced[1] if fenced else answer
-    if re.search(r"^def ", code, re.MULTILINE) or code.startswith((" ", "\t", "\n")):
+    blocks = list(_fenced(answer))
+    named = [code for language, code in blocks if PYTHON.fullmatch(language)]
+    unnamed = [code for language, code in blocks if not language]
+    code = next(iter([*named, *unnamed, *(code for _, code in blocks)]), answer)
+    if re.search(r"^(async )?def ", code, re.MULTILINE) or code.startswith((" ", "\t", "\n")):
         return code
     return textwrap.indent(code, "    ")
+
+
+PYTHON = re.compile(r"i?py(thon)?[23]?(\.\d+)*")
+FENCE = re.compile(r"(?P<before>[^`~]*)(?P<fence>`{3,}|~{3,})(?P<info>[^`\n]*)")
+
+
+def _fenced(answer: str) -> Iterator[tuple[str, str]]:
+    """(language in lower case, code) of the fenced blocks, as Markdown has them; a block that is
+    not closed goes to the end. A list's indentation in front of the fence is taken off the code."""
+    lines = answer.splitlines(keepends=True)
+    while lines:
+        opened = FENCE.fullmatch(lines.pop(0).rstrip())
+        if opened is None:
+            continue
+        fence, words = opened["fence"], opened["info"].strip().strip("{}").lstrip(".").split()
+        indent = opened["before"] if not opened["before"].strip() else ""
+        closed = [_closes(line, fence) for line in lines]
+        if True not in closed:  # "return x```" on one line
+            closed = [line.rstrip().endswith(fence) for line in lines]
+        end = closed.index(True) if True in closed else len(lines)
+        code = [line.removeprefix(indent) for line in lines[:end]]
+        last = "".join(lines[end : end + 1]).rstrip().rstrip(fence[0])
+        code += [last] if last.strip() else []
+        lines = lines[end + 1 :]
+        yield words[0].lower() if words else "", "".join(code)
+
+
+def _closes(line: str, fence: str) -> bool:
+    return line.strip().startswith(fence) and not line.strip().strip(fence[0])
 
 
 def _first_stop_word(text: str) -> int | None:
