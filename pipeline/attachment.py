@@ -207,7 +207,7 @@ def attach(target: Any, optimizer: Any = None, *, seed: int = 0, **settings: Any
 
 
 def _attach_engine(engine: Any, mask: Mask, seed: int) -> Attached:
-    from pipeline.engine.config import engine_problems
+    from pipeline.engine.ds_keys import engine_problems
     from pipeline.engine.zero_shards import ZeroShards
 
     if not hasattr(engine, "_take_model_step"):

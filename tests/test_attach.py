@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import pipeline
-from pipeline.engine.config import engine_problems
+from pipeline.engine.ds_keys import engine_problems
 from pipeline.engine.optimizer import weight_groups
 from pipeline.errors import UserError
 from pipeline.ranks import rank, world_size

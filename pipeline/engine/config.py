@@ -5,73 +5,16 @@ word), filled from the recipe where it says "auto", and held against the recipe 
 something else. For FSDP it comes from the recipe alone and has the block `fsdp`.
 """
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
+from pipeline.engine.ds_keys import top_level_problems, zero_problems
 from pipeline.errors import UserError
 from pipeline.recipe import Lora, Recipe
 
-# Top-level keys that take effect here, and keys of DeepSpeed that do not, with the reason.
-USED = {
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer",
-    "fp16",
-    "bf16",
-    "zero_optimization",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "data_types",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "dump_state",
-    "flops_profiler",
-    "comms_logger",
-    "tensorboard",
-    "wandb",
-    "comet",
-    "csv_monitor",
-    "aio",
-    "timers",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-}
-UNUSED = {
-    "scheduler": "the schedule is the recipe's (optimizer.schedule, optimizer.warmup)",
-    "activation_checkpointing": "set model.gradient_checkpointing in the recipe",
-    "amp": "use bf16 or fp16",
-    "torch_autocast": "use bf16 or fp16",
-    "curriculum_learning": "the order of the data is the recipe's (stages)",
-    "data_efficiency": "the order of the data is the recipe's (stages)",
-    "elasticity": "the batch size is the recipe's (train.batch_size)",
-    "autotuning": "it starts runs of its own",
-    "checkpoint": "checkpoints are published in Hugging Face format",
-    "compression_training": "compressed layers are not masked",
-    "sparse_gradients": "sparse embedding gradients are not sharded by ZeRO",
-    "pipeline": "pipeline parallelism is not supported",
-    "tensor_parallel": "tensor parallelism is not supported",
-    "managed_gradient_accumulation": "the training loop relies on the default",
-}
-# Settings inside zero_optimization under which the gradient is not where the mask looks for it.
-UNSUPPORTED_ZERO = {
-    "round_robin_gradients": "DeepSpeed then maps parameters to the wrong master weights at export",
-    "zero_quantized_gradients": "ZeRO++ gradients are not tested with the mask",
-    "zero_quantized_weights": "ZeRO++ weights are not tested with the mask",
-    "zenflow": "ZenFlow selects gradients by itself",
-    "mics_shard_size": "MiCS is not tested with the mask",
-    "zero_hpz_partition_size": "ZeRO++'s second partition of the weights is not tested with the "
-    "mask",
-}
-OFF: tuple[Any, ...] = (None, False, 0, 1, -1, {})  # values under which such a setting does nothing
 PRECISIONS = ("bf16", "fp16")
 DEFAULT_DS_CONFIG = "ds_configs/zero2.json"
 
@@ -134,9 +77,12 @@ def resolve_ds_config(
             that nothing fills.
     """
     config = json.loads(json.dumps(config))
-    problems: list[str] = []
-    _check_keys(config, problems)
-    _check_zero(config, problems)
+    problems = top_level_problems(config)
+    if isinstance(config.setdefault("zero_optimization", {}), dict):
+        problems += zero_problems(config["zero_optimization"])
+    else:
+        problems.append('zero_optimization: must be an object such as {"stage": 2}')
+        config["zero_optimization"] = {}
     precision = _resolve_precision(config, recipe, device, problems)
     _resolve_batch(config, recipe, ranks, problems)
     _agree(config, "gradient_clipping", recipe.train.gradient_clipping, "train", problems)
@@ -185,32 +131,6 @@ def resolve_fsdp_config(recipe: Recipe, ranks: int, device: str) -> dict[str, An
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": recipe.train.gradient_clipping,
     }
-
-
-def engine_problems(config: dict[str, Any]) -> list[str]:
-    """Why the mask would not find a DeepSpeed engine's gradients and outputs where it looks.
-
-    config: DeepSpeed's JSON, of an engine that anybody made.
-    """
-    found = []
-    block = config.get("zero_optimization") or {}
-    for key, why in UNSUPPORTED_ZERO.items():
-        if block.get(key) is True or block.get(key) not in (*OFF, "auto"):
-            found.append(f"zero_optimization.{key}: not supported: {why}")
-    for what in ("optimizer", "param"):
-        offload = block.get(f"offload_{what}") or {}
-        if offload.get("device") == "nvme":
-            found.append(f"zero_optimization.offload_{what}.device: nvme is not supported; use cpu")
-        if offload.get("ratio", 1) != 1:
-            found.append(f"zero_optimization.offload_{what}.ratio: only 1 is supported")
-    if (config.get("tensor_parallel") or {}).get("autotp_size", 0) not in OFF:
-        found.append("tensor_parallel: a rank would see a part of each layer's outputs only")
-    if config.get("compression_training"):
-        found.append(f"compression_training: {UNUSED['compression_training']}")
-    kind = str((config.get("optimizer") or {}).get("type", "")).lower()
-    if kind.startswith(("onebit", "zeroone")):
-        found.append(f"optimizer.type: {kind} steps on gradients that are not reduced")
-    return found
 
 
 def zero_stage(config: dict[str, Any]) -> int:
@@ -280,48 +200,6 @@ def _fsdp_memory(parameters: int, config: dict[str, Any], ranks: int) -> dict[st
 def _problems(name: str, problems: list[str]) -> UserError:
     noun = "problem" if len(problems) == 1 else "problems"
     return UserError("\n".join([f"{name}: {len(problems)} {noun}", *(f"  {p}" for p in problems)]))
-
-
-def _check_keys(config: dict[str, Any], problems: list[str]) -> None:
-    for key in config:
-        if key in UNUSED:
-            problems.append(f"{key}: takes no effect here: {UNUSED[key]}. Remove it.")
-        elif key not in USED:
-            close = difflib.get_close_matches(key, USED, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else "; remove it"
-            problems.append(f"{key}: unknown key (DeepSpeed would ignore it){hint}")
-
-
-def _check_zero(config: dict[str, Any], problems: list[str]) -> None:
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    block = config.get("zero_optimization", {})
-    if not isinstance(block, dict):
-        problems.append(f"zero_optimization: must be an object, got {block!r}")
-        config["zero_optimization"] = {}
-        return
-    fields = DeepSpeedZeroConfig.model_fields
-    known = {*fields, *(f.alias for f in fields.values() if f.alias), "mics_shard_size"}
-    for key in block:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            problems.append(f"zero_optimization.{key}: unknown key{hint}")
-    problems += engine_problems({"zero_optimization": block})
-    try:
-        DeepSpeedZeroConfig(**{k: v for k, v in block.items() if k in known and v != "auto"})
-    except ValidationError as error:
-        for e in error.errors():
-            key = ".".join(["zero_optimization", *map(str, e["loc"])])
-            problems.append(f"{key}: {e['msg']}, got {e['input']!r}")
-        return
-    stage = block.get("stage", 0)
-    for what, least in (("optimizer", 1), ("param", 3)):
-        offload = block.get(f"offload_{what}") or {}
-        if offload.get("device", "none") != "none" and stage < least:
-            problems.append(
-                f"zero_optimization.offload_{what}: needs stage {least} or more, got {stage}"
-            )
 
 
 def _resolve_precision(

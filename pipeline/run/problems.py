@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.data.reader import check_domain
 from pipeline.recipe import EIGHT_BIT_DRIFT, Evaluation, HumanEval, Recipe, mask_problems
+from pipeline.run.unused_keys import unused_keys
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a domain or a benchmark: it names files
 
@@ -168,7 +169,7 @@ def recipe_problems(r: Recipe) -> list[str]:
         m.objective == "causal" or not (m.config or {}).get("is_decoder"),
         "model.config.is_decoder: a masked LM is an encoder; set model.objective=causal",
     )
-    return found
+    return found + unused_keys(r)
 
 
 def evaluation_problems(e: Evaluation) -> list[str]:

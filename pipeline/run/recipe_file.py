@@ -62,6 +62,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if isinstance(data.get("stages"), list):
         data["stages"] = [{"domain": s} if isinstance(s, str) else s for s in data["stages"]]
     given = {o.partition("=")[0] for o in overrides}
+    _switch_off_mask(data, given)
     try:
         recipe = _ADAPTER.validate_python(data)
     except ValidationError as error:
@@ -72,6 +73,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if problems:
         raise _all(path, problems)
     return recipe
+
+
+def _switch_off_mask(data: dict[Any, Any], given: set[str]) -> None:
+    """`mask.enabled=false` on the command line takes the file's other settings of the mask away,
+    but for the threshold: the overlap of the kept rows is measured of dense runs too."""
+    mask = data.get("mask")
+    if "mask.enabled" in given and isinstance(mask, dict) and mask.get("enabled") is False:
+        data["mask"] = {
+            key: value
+            for key, value in mask.items()
+            if key in ("enabled", "threshold") or f"mask.{key}" in given
+        }
 
 
 def _find_recipe(path: str | Path) -> Path:
