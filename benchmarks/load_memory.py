@@ -13,8 +13,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from pipeline.engine.config import resolve_ds_config, resolve_fsdp_config
+from pipeline.engine.distributed import start_distributed
 from pipeline.engine.fsdp import FsdpEngine
-from pipeline.engine.zero import ZeroEngine, start_distributed
+from pipeline.engine.zero import ZeroEngine
 from pipeline.model.load import build_model, load_config
 from pipeline.recipe import Data, Domain, Engine, Model, Recipe, Stage, Train
 

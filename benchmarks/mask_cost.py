@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from transformers import RobertaConfig, RobertaForMaskedLM
 
 from pipeline.engine.config import resolve_ds_config, resolve_fsdp_config
+from pipeline.engine.distributed import start_distributed
 from pipeline.engine.fsdp import FsdpEngine
-from pipeline.engine.zero import ZeroEngine, start_distributed
+from pipeline.engine.zero import ZeroEngine
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.recipe import Mask
 from pipeline.run.recipe_file import load_recipe

@@ -1,5 +1,7 @@
 """Exceptions whose message is all that the user sees."""
 
+import errno
+
 
 class UserError(Exception):
     """Something the user can mend: bad recipe, missing file, full disk.
@@ -10,4 +12,28 @@ class UserError(Exception):
 
 
 class TrainingStopped(Exception):
-    """Training cannot go on (the loss or a magnitude is not finite). Raised on all ranks alike."""
+    """Training cannot go on: the loss or a magnitude is not finite (raised on all ranks alike), or
+    a rank is gone."""
+
+
+ADVICE = {
+    errno.ENOSPC: "Free some space",
+    errno.EDQUOT: "Free some of your quota there",
+    errno.EACCES: "Ask for permission to write there, or choose another folder",
+    errno.EPERM: "Ask for permission to write there, or choose another folder",
+    errno.EROFS: "That file system can only be read; choose another folder",
+    errno.ENAMETOOLONG: "The file system takes no name of that length; choose a shorter one",
+    errno.EIO: "The device reports errors; choose another folder",
+}
+
+
+def advice(error: BaseException) -> str | None:
+    """What helps against an error of the system; None where nothing is known to."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in ADVICE:
+            return ADVICE[seen.errno]
+        seen = seen.__cause__ or seen.__context__
+    # safetensors and tokenizers give the system's error as text.
+    text = str(error)
+    return next((a for code, a in ADVICE.items() if f"(os error {code})" in text), None)

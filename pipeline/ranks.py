@@ -2,14 +2,18 @@
 
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from itertools import count
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from pipeline import heartbeat
 from pipeline.errors import UserError
 
 T = TypeVar("T")
+
+_numbers = count()  # of the meetings, the same on every rank
 
 
 def rank() -> int:
@@ -23,11 +27,16 @@ def world_size() -> int:
 def on_rank0(function: Callable[[], T]) -> T:
     """Run `function` on rank 0 and give its (picklable) result to every rank.
 
-    An exception on rank 0 is raised on every rank, so that none is left waiting in a collective.
+    It may take hours. An exception on rank 0 is raised on every rank, so that none is left waiting;
+    `error.everywhere` says so.
+
+    Raises:
+        TrainingStopped: a rank is gone.
     """
     if world_size() == 1:
         return function()
     outcome: list = [None, None]
+    heart, done = heartbeat.mine(), f"done/{next(_numbers)}"
     if rank() == 0:
         try:
             outcome[0] = function()
@@ -35,10 +44,40 @@ def on_rank0(function: Callable[[], T]) -> T:
             outcome[1] = (
                 error if isinstance(error, (UserError, OSError)) else RuntimeError(repr(error))
             )
+        if heart:
+            heart.say(done)
+    elif heart:  # not in a collective, which has a timeout
+        heart.wait(lambda: heart.said(done))
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
+        outcome[1].everywhere = True
         raise outcome[1]
     return outcome[0]
+
+
+def meet() -> None:
+    """Wait until every rank is here, however long the work before takes each of them.
+
+    Raises:
+        TrainingStopped: a rank is gone.
+    """
+    if world_size() == 1:
+        return
+    heart, here = heartbeat.mine(), f"here/{next(_numbers)}"
+    if heart is None:
+        dist.barrier()
+        return
+    heart.count(here, 1)
+    heart.wait(lambda: heart.count(here, 0) == world_size())
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's (picklable) value, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def total(value: float, device: torch.device) -> float:

@@ -96,7 +96,7 @@ def _rank(rank, world_size, port, reports, function, args):
     )
     torch.set_num_threads(1)
     try:
-        from pipeline.engine.zero import start_distributed
+        from pipeline.engine.distributed import start_distributed
 
         start_distributed()
         result = function(*args)

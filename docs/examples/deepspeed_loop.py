@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import pipeline
-from pipeline.engine.zero import start_distributed
+from pipeline.engine.distributed import start_distributed
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--local_rank", type=int, default=0)

@@ -17,7 +17,7 @@ parser.add_argument("--local_rank", type=int, default=0)
 parser.add_argument("--zero", type=int, help="use DeepSpeed with this ZeRO stage")
 zero = parser.parse_args().zero
 if zero is not None:
-    from pipeline.engine.zero import start_distributed
+    from pipeline.engine.distributed import start_distributed
 
     start_distributed()
 

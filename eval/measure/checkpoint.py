@@ -130,7 +130,7 @@ def measure_share(
         else:
             continue
         output.unlink(missing_ok=True)
-        reason.write_text(failed[-1])
+        reason.write_text(failed[-1], encoding="utf-8")
     return failed
 
 
@@ -151,9 +151,8 @@ def merge(
         output = folder / RESULTS[kind]
         described = {**info, "precision": settings.precision}
         if reasons or not all(p.is_file() for p in parts):
-            failed.append(
-                reasons[0].read_text() if reasons else f"{kind}: a process ended without a result"
-            )
+            texts = [reason.read_text(encoding="utf-8") for reason in reasons]
+            failed += list(dict.fromkeys(texts)) or [f"{kind}: a process ended without a result"]
             for file in [*reasons, *parts]:
                 file.unlink(missing_ok=True)
         elif kind == "heldout":

@@ -11,7 +11,7 @@ from eval.measure.process import evaluate_in_processes
 from eval.report.page import write_report
 from eval.report.summary import print_summary
 from pipeline.engine.config import resolve_engine_config
-from pipeline.engine.zero import start_distributed
+from pipeline.engine.distributed import start_distributed
 from pipeline.ranks import on_rank0, rank, world_size
 from pipeline.run.dry_run import describe_run
 from pipeline.run.folder import restart

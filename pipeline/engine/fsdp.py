@@ -16,8 +16,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from pipeline.engine.config import precision_of
+from pipeline.engine.distributed import start_distributed
 from pipeline.engine.optimizer import weight_groups
-from pipeline.engine.zero import start_distributed
 from pipeline.errors import TrainingStopped
 from pipeline.model.blocks import find_blocks
 from pipeline.shard import ParameterShards

@@ -2,49 +2,24 @@
 
 import logging
 import math
-import os
-import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
-import transformers
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from pipeline.engine.config import offloads, precision_of, zero_stage
+from pipeline.engine.distributed import start_distributed
 from pipeline.engine.optimizer import weight_groups
 from pipeline.engine.zero_shards import ZeroShards
 from pipeline.errors import TrainingStopped
 from pipeline.model.blocks import find_blocks
 
 Hold = Callable[[], AbstractContextManager[None]]
-
-
-def start_distributed() -> None:
-    """Join the launcher's process group; without a launcher, make one of a single rank."""
-    deepspeed.utils.logger.setLevel(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()
-    if "RANK" not in os.environ:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = str(s.getsockname()[1])
-        os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
-        )
-    if deepspeed.get_accelerator().device_name() == "cpu":
-        # The op is compiled for two minutes at the first start and used by inference only.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if torch.cuda.is_available():  # before the first collective: NCCL takes the current device
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if not dist.is_initialized():
-        # Other ranks wait in a collective while an evaluation runs: hours, not gloo's 30 minutes.
-        deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=12))
 
 
 class ZeroEngine:

@@ -1,12 +1,15 @@
 """What every command does alike: arguments, and a message instead of a traceback."""
 
 import argparse
+import io
+import locale
 import os
 import sys
+import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from pipeline.errors import TrainingStopped, UserError
+from pipeline.errors import TrainingStopped, UserError, advice
 
 
 def training_parser(description: str, recipe: str, examples: str) -> argparse.ArgumentParser:
@@ -44,7 +47,8 @@ def training_parser(description: str, recipe: str, examples: str) -> argparse.Ar
         action="store_true",
         help="delete an earlier run of this name instead of continuing it",
     )
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    # What launchers add, each in its own spelling; the rank is read from the environment.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -55,22 +59,61 @@ def training_parser(description: str, recipe: str, examples: str) -> argparse.Ar
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Call `main`; what a user can do something about is a message on rank 0, not a traceback.
+    """Call `main`; what a user can do something about is one message, not a traceback.
 
+    Rank 0 speaks for all; an error of another rank alone is printed by that rank, with its number.
     Exit codes: 2 for a UserError, 1 for TrainingStopped, 130 for Ctrl-C.
     """
+    read_and_write_utf8()
     try:
         main()
     except UserError as error:
-        _leave(f"error: {error}", 2)
+        _leave(error, f"error: {error}", 2)
     except TrainingStopped as error:
-        _leave(f"stopped: {error}. The stages that were published are unharmed.", 1)
+        _leave(error, f"stopped: {error}. The stages that were published are unharmed.", 1)
+    except OSError as error:
+        if (help_ := advice(error)) is None:
+            raise
+        _leave(error, f"error: {error}. {help_}, and run the same command again.", 2)
     except KeyboardInterrupt:
-        _leave("interrupted; run the same command again to continue", 130)
+        _leave(None, "interrupted; run the same command again to continue", 130)
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in LOST):
+            raise
+        _leave(error, "stopped: another rank is gone; see what it has said. The stages that were "
+               "published are unharmed.", 1)  # fmt: skip
     sys.exit(0)
 
 
-def _leave(message: str, code: int) -> NoReturn:
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(message, file=sys.stderr, flush=True)
+# How gloo and NCCL say, in a collective, that another rank is not there any more.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process")
+
+
+def read_and_write_utf8() -> None:
+    """Start this command again in Python's UTF-8 mode where the locale has another encoding.
+
+    Names of files and fields, configurations and templates are UTF-8 whatever the locale, also for
+    the libraries that open them without saying so. Processes that this one starts inherit it.
+    """
+    if not sys.flags.utf8_mode and locale.getpreferredencoding(False).lower() != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may have its own encoding
+
+
+def _leave(error: Exception | None, message: str, code: int) -> NoReturn:
+    """End this process with a message, printed once for all the ranks that have the same."""
+    rank = int(os.environ.get("RANK", 0))
+    heartbeat: Any = sys.modules.get("pipeline.heartbeat")  # if not, nobody waits for this rank
+    if heartbeat and (mine := heartbeat.mine()):
+        mine.leave(message)
+    if rank > 0:
+        if error is None or getattr(error, "everywhere", False):
+            sys.exit(code)  # rank 0 prints it
+        # Where rank 0 and the ranks before this one fail alike, the launcher ends this one first.
+        time.sleep(3 + 2 * int(os.environ.get("LOCAL_RANK", 0)))
+        message = f"rank {rank}: {message}"
+    print(message, file=sys.stderr, flush=True)
     sys.exit(code)

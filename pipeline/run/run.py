@@ -36,6 +36,7 @@ from pipeline.errors import UserError
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.model.gguf import local_weights
 from pipeline.model.load import build_model, check_model, check_pretrained, load_config
+from pipeline.nodes import send_folder
 from pipeline.progress import EventLog, say
 from pipeline.ranks import on_rank0, rank, world_size
 from pipeline.recipe import Model, Recipe
@@ -195,6 +196,7 @@ def _prepare(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Run
     on_rank0(partial(check_pretrained, recipe.model, config))
     if not on_rank0(partial(is_published, folder / "heldout")):
         on_rank0(partial(prepare_heldout, recipe, tokenizer, folder / "heldout"))
+    send_folder(folder / "heldout")
     log = EventLog(folder / "log.jsonl") if rank() == 0 else None
     return Run(folder, recipe, engine_config, config, tokenizer, log)
 
@@ -272,12 +274,15 @@ def _engine_with(run: Run, checkpoint: str) -> Engine:
     _close_engine(run)
     model = run.recipe.model
     source = None if checkpoint == model.path and _starts_elsewhere(model) else checkpoint
+    if source is not None:
+        send_folder(Path(source))
     # In half precision the engine converts weights itself, as it shards them.
     half = precision_of(run.engine_config) != "fp32"
     net = build_model(model, run.config, source, run.recipe.seed, keep_dtype=half)
     masters = Path(checkpoint).with_name(MASTERS)
     exact: Iterable[tuple[str, torch.Tensor]] = ()
     if on_rank0(partial(is_published, masters)):
+        send_folder(masters)
         exact = read_masters(masters)
     elif half:  # of fp32 weights (mapped from their file) it would make masters that are rounded
         trained = [(n, p.detach()) for n, p in net.named_parameters() if p.requires_grad]
@@ -364,6 +369,7 @@ def _tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerFast:
 
     if not on_rank0(partial(is_published, target)):
         on_rank0(train)
+    send_folder(target)
     return load_tokenizer(str(target))
 
 

@@ -1,0 +1,116 @@
+"""Ranks that wait for another rank learn at once that it is gone, and which one it is.
+
+A thread of every rank counts up a key in the process group's store. Rank 0's thread watches all the
+counters and says there whose has stopped; the others' watch rank 0's, and what it says. So whoever
+works for hours may, and whoever is gone is missed within `LIMIT` seconds.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from pipeline.errors import TrainingStopped
+
+INTERVAL = 1.0  # seconds between two beats
+LIMIT = 120.0  # seconds without one, after which a rank is gone
+
+
+class Heartbeat:
+    """Of this rank, until the process ends."""
+
+    def __init__(self, store: Any, rank: int, ranks: int):
+        """
+        Args:
+            store: of the process group. Its operations may come from several threads, but a `get`
+                of a key that is not there would block them all: look first.
+        """
+        self._store, self._rank = store, rank
+        self._watched = list(range(1, ranks)) if rank == 0 else [0]
+        self._seen: dict[int, tuple[bytes, float]] = {}
+        self.gone: str | None = None  # who, and what is known about it
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def wait(self, until: Callable[[], bool]) -> None:
+        """Until something is so; raises TrainingStopped as soon as a rank is gone."""
+        pause = 0.001
+        while True:
+            try:
+                if until():
+                    return
+            except RuntimeError as error:  # the store's
+                self.check()
+                raise TrainingStopped(f"rank 0 is gone ({_first_line(error)})") from None
+            self.check()
+            time.sleep(pause)
+            pause = min(2 * pause, 0.25)
+
+    def check(self) -> None:
+        """Raises TrainingStopped if a rank is gone."""
+        if self.gone is not None:
+            raise TrainingStopped(self.gone)
+
+    def say(self, key: str) -> None:
+        self._store.set(f"heartbeat/{key}", "1")
+
+    def said(self, key: str) -> bool:
+        return self._store.check([f"heartbeat/{key}"])
+
+    def count(self, key: str, more: int) -> int:
+        """Add to a counter that all ranks share; its new value."""
+        return self._store.add(f"heartbeat/{key}", more)
+
+    def leave(self, reason: str) -> None:
+        """This rank ends; the others need not wait for it."""
+        if self.gone is None:
+            try:
+                self._store.set("heartbeat/gone", f"rank {self._rank} ended: {reason}")
+            except RuntimeError:
+                return  # so has the store
+
+    def _beat(self) -> None:
+        beats = 0
+        while self.gone is None:
+            beats += 1
+            try:
+                self._store.set(f"heartbeat/{self._rank}", str(beats))
+                if self.said("gone"):
+                    self.gone = self._store.get("heartbeat/gone").decode()
+                elif silent := self._silent():
+                    self.gone = f"rank {silent[0]} has not been heard of for {LIMIT:.0f} seconds"
+                    self._store.set("heartbeat/gone", self.gone)
+            except RuntimeError as error:  # the store is rank 0's, or the launcher's
+                self.gone = f"rank 0 is gone ({_first_line(error)})"
+            time.sleep(INTERVAL)
+
+    def _silent(self) -> list[int]:
+        keys = [f"heartbeat/{r}" for r in self._watched]
+        if not self._store.check(keys):
+            return []  # not all of them have begun
+        now = time.monotonic()
+        for r, beats in zip(self._watched, self._store.multi_get(keys), strict=True):
+            if r not in self._seen or self._seen[r][0] != beats:
+                self._seen[r] = beats, now
+        return [r for r in self._watched if now - self._seen[r][1] > LIMIT]
+
+
+_mine: Heartbeat | None = None
+
+
+def start() -> None:
+    """Of a process group of several ranks, once it is there."""
+    global _mine
+    if _mine is None and dist.get_world_size() > 1:
+        store = dist.distributed_c10d._get_default_store()
+        _mine = Heartbeat(store, dist.get_rank(), dist.get_world_size())
+
+
+def mine() -> Heartbeat | None:
+    """None with one rank, and in a process group that somebody else has made."""
+    return _mine
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
