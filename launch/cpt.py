@@ -4,7 +4,11 @@ deepspeed launch/cpt.py --config ds_configs/zero2.json
 """
 
 import os
+import sys
 
+# The project's folder instead of this one, whose files would hide libraries of the same names.
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:] = [os.path.dirname(HERE), *(p for p in sys.path if os.path.realpath(p) != HERE)]
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pipeline.run.cli import run_command, training_parser

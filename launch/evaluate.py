@@ -6,12 +6,17 @@
       --tasks heldout --heldout runs/demo/heldout
 """
 
-import argparse
 import os
+import sys
+
+# The project's folder instead of this one, whose files would hide libraries of the same names.
+HERE = os.path.dirname(os.path.realpath(__file__))
+sys.path[:] = [os.path.dirname(HERE), *(p for p in sys.path if os.path.realpath(p) != HERE)]
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import argparse
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pipeline.run.cli import run_command
 
@@ -206,7 +211,7 @@ def _print(folder: Path, kinds: list[str]) -> None:
 
     from pipeline.run.run import RESULTS
 
-    results = {k: json.loads((folder / RESULTS[k]).read_text()) for k in kinds}
+    results = {k: json.loads((folder / RESULTS[k]).read_text(encoding="utf-8")) for k in kinds}
     print(json.dumps(results["heldout"] if kinds == ["heldout"] else results, indent=2))
 
 

@@ -1,5 +1,6 @@
 """Publish a folder atomically, with a manifest that says whether it is whole."""
 
+import errno
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, advice
 
 MANIFEST = "manifest.json"
 
@@ -33,7 +34,7 @@ def publish(folder: Path, write: Callable[[Path], None], info: dict[str, Any]) -
             **info,
             "files": {str(p.relative_to(temporary)): sha256(p) for p in files},
         }
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for path in [*files, temporary / MANIFEST, temporary]:
             _fsync(path)
         shutil.rmtree(folder, ignore_errors=True)
@@ -43,10 +44,10 @@ def publish(folder: Path, write: Callable[[Path], None], info: dict[str, Any]) -
         shutil.rmtree(temporary, ignore_errors=True)
         # safetensors wraps the system's error in one of its own.
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            free = shutil.disk_usage(folder.parent).free
+            help_ = advice(error) or "Mend it"
             raise UserError(
-                f"cannot publish {folder}: {error} ({free / 1e6:,.0f} MB free there). Free some "
-                "space and run the same command again: it continues after the last finished stage."
+                f"cannot publish {folder}: {error} ({_free(folder)}). {help_}, and run the same "
+                "command again: it continues after the last finished stage."
             ) from None
         raise
 
@@ -55,9 +56,14 @@ def is_published(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `publish` has written about a folder."""
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+
+
 def verify(folder: Path) -> None:
     """Raises UserError where a file is missing or differs from the manifest."""
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = read_manifest(folder)
     for name, digest in manifest["files"].items():
         path = folder / name
         if not path.is_file():
@@ -85,9 +91,22 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _free(folder: Path) -> str:
+    there = next(p for p in folder.parents if p.exists())
+    return f"{shutil.disk_usage(there).free / 1e6:,.0f} MB free there"
+
+
+# What file systems say that cannot flush (a folder, mostly): then they do it when they like.
+NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
+
+
 def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FSYNC:
+            raise

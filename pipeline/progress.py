@@ -24,7 +24,7 @@ class EventLog:
     """`log.jsonl`: one JSON object a line, flushed line by line."""
 
     def __init__(self, path: Path):
-        self._file = path.open("a")
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, event: str, **values: Any) -> None:
         self._file.write(json.dumps({"event": event, **values, "time": now()}) + "\n")

@@ -105,7 +105,9 @@ def evaluate_share(
         results[name]["truncated"] += language_model.truncated - before
         bar.update(sum(map(len, block)))
     bar.close()
-    output.write_text(json.dumps({"benchmarks": results, "skipped": skipped}) + "\n")
+    output.write_text(
+        json.dumps({"benchmarks": results, "skipped": skipped}) + "\n", encoding="utf-8"
+    )
 
 
 def _check_causal(model: nn.Module) -> None:
@@ -291,7 +293,7 @@ def merge_shares(parts: list[Path], output: Path, info: dict[str, Any]) -> None:
     left. Beside it `benchmarks.npz`: `<name>` float32 [documents], the metric of each document in
     their order. The parts are deleted.
     """
-    shares = [json.loads(part.read_text()) for part in parts]
+    shares = [json.loads(part.read_text(encoding="utf-8")) for part in parts]
     skipped = {k: v for share in shares for k, v in share["skipped"].items()}
     benchmarks: dict[str, Any] = {}
     arrays: dict[str, Any] = {}

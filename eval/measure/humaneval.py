@@ -120,7 +120,7 @@ def evaluate_share(
                     judged.append((record, future))
             bar.update()
     bar.close()
-    with output.open("w") as file:
+    with output.open("w", encoding="utf-8") as file:
         print(json.dumps({"level": sandbox.level, "description": sandbox.description}), file=file)
         for record, future in judged:
             print(json.dumps(record | vars(future.result())), file=file)
@@ -140,7 +140,7 @@ def merge_shares(
     """
     sandboxes, records = [], []
     for part in parts:
-        first, *lines = part.read_text().splitlines()
+        first, *lines = part.read_text(encoding="utf-8").splitlines()
         sandboxes.append(json.loads(first))
         records += [json.loads(line) for line in lines]
     order = {p["task_id"]: i for i, p in enumerate(load_problems(settings.limit))}

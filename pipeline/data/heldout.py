@@ -78,7 +78,7 @@ def prepare_heldout(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: 
 
 def load_heldout(folder: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
     """(manifest, tensors of each domain)."""
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     return manifest, {n: load_file(folder / f"{n}.safetensors") for n in manifest["domains"]}
 
 

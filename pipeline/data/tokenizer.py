@@ -169,13 +169,13 @@ def _from_sentencepiece(folder: Path, model: Any) -> "PreTrainedTokenizerFast":
     special = [AddedToken(t, special=True, normalized=False) for t in (unknown, bos, eos) if t]
     backend.add_special_tokens(special)
     file = folder / "tokenizer_config.json"
-    settings = json.loads(file.read_text()) if file.is_file() else {}
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if bos and settings.get("add_bos_token", True):
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, trainer.bos_id)]
         )
     chat = folder / "chat_template.jinja"
-    template = chat.read_text() if chat.is_file() else settings.get("chat_template")
+    template = chat.read_text(encoding="utf-8") if chat.is_file() else settings.get("chat_template")
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=bos,

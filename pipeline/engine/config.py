@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.recipe import Lora, Recipe
 
 PRECISIONS = ("bf16", "fp16")
-DEFAULT_DS_CONFIG = "ds_configs/zero2.json"
+DEFAULT_DS_CONFIG = str(Path(__file__).resolve().parents[2] / "ds_configs" / "zero2.json")
 
 
 def resolve_engine_config(
@@ -49,7 +49,7 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
         UserError: no such file, or not a JSON object.
     """
     try:
-        config = json.loads(Path(path).read_text())
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         here = sorted(p.name for p in Path(path).parent.glob("*.json"))
         near = f"; the folder has {', '.join(here)}" if here else ""

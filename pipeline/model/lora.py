@@ -38,7 +38,7 @@ def base_of(adapter: str | Path) -> tuple[str, str | None]:
     Raises:
         UserError: no base is recorded, or its folder is gone.
     """
-    recorded = json.loads((Path(adapter) / ADAPTER).read_text())
+    recorded = json.loads((Path(adapter) / ADAPTER).read_text(encoding="utf-8"))
     base, revision = recorded.get("base_model_name_or_path"), recorded.get("revision")
     if not base:
         raise UserError(f"{adapter}: {ADAPTER} names no base model (base_model_name_or_path)")

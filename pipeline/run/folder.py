@@ -1,5 +1,7 @@
 """The folder of a run: who may write it, and what it says about itself (docs/runs.md)."""
 
+import errno
+import hashlib
 import json
 import os
 import platform
@@ -13,19 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 from omegaconf import OmegaConf
 from transformers import PretrainedConfig
 
 from pipeline.engine.config import describe, precision_of
-from pipeline.errors import UserError
+from pipeline.errors import UserError, advice
 from pipeline.migu.targets import count_rows, find_targets
 from pipeline.model.load import empty_model
-from pipeline.progress import now
+from pipeline.progress import now, say
 from pipeline.ranks import on_rank0, rank, world_size
 from pipeline.recipe import Recipe
 
 MASTERS = "masters"  # beside the newest checkpoint: its trained weights in fp32
+LONGEST = 120  # letters of a stage's name in its folder's
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy", "safetensors")
 
 
@@ -37,7 +40,14 @@ FREE = {
 
 
 def stage_folder(run: Path, stage: int, name: str) -> Path:
-    return run / "stages" / f"{stage:02d}_{name}"
+    return run / "stages" / f"{stage:02d}_{_short(name)}"
+
+
+def _short(name: str) -> str:
+    """A name that every file system takes; the whole one is in the recipe and the results."""
+    if len(name) <= LONGEST:
+        return name
+    return f"{name[: LONGEST - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def step_folder(stage: Path, step: int) -> Path:
@@ -65,14 +75,9 @@ def _claim(folder: Path, lock: FileLock, recipe: Recipe, engine_config: dict[str
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the run folder {folder}: {error}") from None
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"{folder} is in use by another process. Wait for it, or give this run a name of its "
-            "own (name=...)."
-        ) from None
+        help_ = advice(error) or "Choose another with --runs or name=..."
+        raise UserError(f"cannot make the run folder {folder}: {error}. {help_}.") from None
+    _acquire(folder, lock)
     stored = folder / "recipe.yaml"
     if not (folder / "stages").exists():  # nothing measured yet: an attempt that failed early
         for leftover in ("tokenizer", "heldout"):
@@ -85,12 +90,12 @@ def _claim(folder: Path, lock: FileLock, recipe: Recipe, engine_config: dict[str
                 f"{folder} holds a run of another recipe ({'; '.join(different)}). Give this run a "
                 "name of its own (name=...), or delete the old one with --restart."
             )
-    stored.write_text(recipe.to_yaml())
+    stored.write_text(recipe.to_yaml(), encoding="utf-8")
     for name, content in (
         ("fsdp.json" if recipe.engine.kind == "fsdp" else "ds_config.json", engine_config),
         ("environment.json", _environment(engine_config)),
     ):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def restart(runs: Path, recipe: Recipe) -> None:
@@ -100,11 +105,34 @@ def restart(runs: Path, recipe: Recipe) -> None:
         return
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"--restart: {folder} is not a run folder; delete it by hand")
+    lock = FileLock(folder / ".lock")
+    _acquire(folder, lock)
     try:
-        with FileLock(folder / ".lock").acquire(timeout=0):
-            shutil.rmtree(folder)
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise UserError(f"--restart: cannot delete {folder}: {error}") from None
+    finally:
+        lock.release()
+
+
+def _acquire(folder: Path, lock: BaseFileLock) -> None:
+    """Raises UserError where another process has the lock, or nobody may have one."""
+    try:
+        lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(f"--restart: {folder} is in use by another process") from None
+        raise UserError(
+            f"{folder} is in use by another process. Wait for it, or give this run a name of its "
+            "own (name=...)."
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            help_ = advice(error) or "Choose another folder with --runs"
+            raise UserError(f"cannot lock {folder}: {error}. {help_}.") from None
+        say(f"{folder}: this file system has no locks ({error}); start no second run there")
+
+
+# What file systems say that have no locks; filelock makes a NotImplementedError of ENOSYS.
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
 
 
 def _differences(old: Any, new: Any) -> list[str]:
@@ -156,7 +184,12 @@ def _git(*arguments: str) -> str | None:
     here = Path(__file__).resolve().parent
     try:
         done = subprocess.run(
-            ["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10
+            ["git", *arguments],
+            cwd=here,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -166,7 +199,7 @@ def _git(*arguments: str) -> str | None:
 def describe_model(folder: Path, recipe: Recipe, config: PretrainedConfig) -> None:
     """Add to environment.json what is known once the model's configuration is."""
     model = empty_model(recipe.model, config)
-    known = json.loads((folder / "environment.json").read_text())
+    known = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     known["model"] = type(model).__name__
     known["parameters"] = sum(p.numel() for p in model.parameters())
     if recipe.mask.enabled:
@@ -177,4 +210,4 @@ def describe_model(folder: Path, recipe: Recipe, config: PretrainedConfig) -> No
             "total": sum(c["rows"] for c in counts.values()),
             "kept": sum(c["kept"] for c in counts.values()),
         }
-    (folder / "environment.json").write_text(json.dumps(known, indent=2) + "\n")
+    (folder / "environment.json").write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")

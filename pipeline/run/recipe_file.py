@@ -44,6 +44,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         config = OmegaConf.load(path)
     except Exception as error:  # every YAML error is the user's
         raise UserError(f"{path}: not a YAML file: {error}") from None
+    _check_keys(path, OmegaConf.to_container(config))
     problems: list[str] = []
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -54,8 +55,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             parsed = OmegaConf.from_dotlist([f"value={value}"])["value"]
             OmegaConf.update(config, key, parsed, merge=False, force_add=True)
         except (OmegaConfBaseException, ValueError, TypeError) as error:
-            problems.append(f"{override!r}: {str(error).splitlines()[0]}")
-    data = OmegaConf.to_container(config, resolve=True)
+            problems.append(f"{override!r}, on the command line: {one_line(error)}")
+    try:
+        data = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise _all(path, [*problems, one_line(error)]) from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: a recipe is a mapping with the keys {_keys(Recipe)}")
     data.setdefault("name", path.stem)
@@ -104,11 +108,40 @@ def _beside(model: Model, folder: Path) -> None:
             setattr(model, key, str(folder / value))
 
 
+def _check_keys(path: Path, data: Any, where: str = "") -> None:
+    """YAML reads some words as other things than text; as the name of a domain they lose it."""
+    if isinstance(data, list):
+        for i, value in enumerate(data):
+            _check_keys(path, value, f"{where}[{i}]")
+    if not isinstance(data, dict):
+        return
+    for key, value in data.items():
+        if not isinstance(key, str):
+            raise UserError(
+                f"{path}: {where or 'the recipe'}: YAML reads a key there as {key!r} instead of as "
+                "text (so it does with no, yes, on, off, null and numbers); write it in quotes, "
+                'e.g. "no"'
+            )
+        _check_keys(path, value, f"{where}.{key}".lstrip("."))
+
+
+def one_line(error: Exception) -> str:
+    """A library's message: all that it says, without its blank lines and indents."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return "; ".join(line for line in lines if line)[:500] or type(error).__name__
+
+
 def _explain(error: Any, path: Path, overridden: set[str]) -> str:
     """One pydantic error as 'key (file): what is wrong; suggestion'."""
-    loc = [x for x in error["loc"] if not str(x).startswith(("function-", "str", "list["))]
+    # Pydantic names the alternatives of a union there too; users name domains as they like.
+    above = [None, *error["loc"]]
+    loc = [
+        x
+        for before, x in zip(above, error["loc"], strict=False)
+        if before in _NAMED or not str(x).startswith(("function-", "str", "list["))
+    ]
     key = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in loc).lstrip(".")
-    where = "on the command line" if key in overridden else f"in {path}"
+    where = "on the command line" if _is_under(key, overridden) else f"in {path}"
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         owner = _dataclass_at(loc[:-1])
         known = [f.name for f in dataclasses.fields(owner)] if owner else []
@@ -118,6 +151,11 @@ def _explain(error: Any, path: Path, overridden: set[str]) -> str:
         return f"{key}: missing, {where}; add it"
     message = error["msg"].removeprefix("Value error, ")
     return f"{key}: {message[0].lower() + message[1:]}, got {error['input']!r}, {where}"
+
+
+def _is_under(key: str, overridden: set[str]) -> bool:
+    """Whether an override gave this key, or the value that holds it."""
+    return any(key == o or key.startswith((f"{o}.", f"{o}[")) for o in overridden)
 
 
 def _dataclass_at(loc: list[Any]) -> type | None:

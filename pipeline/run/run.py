@@ -5,7 +5,6 @@ so a run that was interrupted and continued is the same run (docs/runs.md).
 """
 
 import gc
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
-from pipeline.checkpoint import MANIFEST, is_published, publish, require_space, verify
+from pipeline.checkpoint import is_published, publish, read_manifest, require_space, verify
 from pipeline.data.batches import (
     StagePlan,
     plan_stage,
@@ -386,7 +385,7 @@ def _within(run: Run, stage: int) -> list[Evaluation]:
     name = run.recipe.stages[stage - 1].name
     tasks = []
     for folder in sorted(stage_folder(run.folder, stage, name).glob("step-*/checkpoint")):
-        info = json.loads((folder / MANIFEST).read_text())
+        info = read_manifest(folder)
         tasks.append(
             Evaluation(run.folder, stage, name, str(folder), None, info["steps"], info["progress"])
         )
