@@ -2,7 +2,6 @@
 
 import ast
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from pipeline.data.instruct import Example, example_statistics, prompt_text
 from pipeline.data.mlm import collate_causal
 from pipeline.data.reader import BadLines, document_of, read_documents
 from pipeline.data.stream import PackedStream, example_lengths, heldout_sequences
-from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
+from pipeline.data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
 from pipeline.recipe import Domain, Instruction
 from pipeline.run.recipe_file import load_recipe
@@ -214,30 +213,6 @@ def test_epochs_of_examples_are_counted_not_estimated(tmp_path, tokenizer):
     recipe.data.sequence_length = 16
     with pytest.raises(UserError, match="none of the"):
         plan_stage(recipe, 1, tokenizer)
-
-
-def test_a_sentencepiece_model_encodes_as_sentencepiece_does(tmp_path):
-    import sentencepiece
-
-    code = ["def f(x):\n    return x + 1\n", "for i in range(3):\n        print(i)\n"]
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text("\n".join(" ".join(WORDS) for _ in range(50)) + "".join(code * 30))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus), model_prefix=str(tmp_path / "tokenizer"), vocab_size=380,
-        model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, user_defined_symbols=[],
-    )  # fmt: skip
-    original = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    folder = tmp_path / "model"
-    folder.mkdir()
-    shutil.copy(tmp_path / "tokenizer.model", folder)
-    loaded = load_tokenizer(str(folder))
-    assert len(loaded) == original.vocab_size()
-    loaded.save_pretrained(tmp_path / "saved")
-    for tokenizer in (loaded, load_tokenizer(str(tmp_path / "saved"))):
-        for text in [*code, "  two  blanks", " ".join(WORDS), "é漢\t"]:
-            assert tokenizer(text)["input_ids"] == [original.bos_id(), *original.encode(text)]
-            assert tokenizer.decode(original.encode(text)) == text
 
 
 def test_a_hub_dataset_of_instructions(tmp_path):

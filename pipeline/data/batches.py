@@ -16,6 +16,7 @@ from pipeline.data.instruct import Document, Example, ExampleStatistics, example
 from pipeline.data.mlm import collate_causal, collate_mlm, mask_tokens
 from pipeline.data.reader import BadLines, document_of, read_documents
 from pipeline.data.stream import PackedStream, Sequence, example_lengths
+from pipeline.data.tokenizer import never_drawn, vocabulary_size
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 
@@ -199,8 +200,8 @@ def example(
             probability=probability,
             whole_word=whole_word,
             mask_id=tokenizer.mask_token_id,
-            vocab_size=len(tokenizer),
-            special_ids=tokenizer.all_special_ids,
+            vocab_size=vocabulary_size(tokenizer),
+            special_ids=never_drawn(tokenizer),
         )
         return ids, labels, sequence.segments
     ids = sequence.ids.astype(np.int64)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.data.instruct import Document, Example, example_texts
-from pipeline.data.tokenizer import text_start
+from pipeline.data.tokenizer import text_frame
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,10 +62,13 @@ class Encoder:
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = True  # "</s>" in a document is text
-        before = [tokenizer.cls_token_id] if masked else text_start(tokenizer)
-        after = tokenizer.sep_token_id if masked else tokenizer.eos_token_id
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else after
-        return cls(tokenizer, backend, masked, before, [after], pad, template)
+        before, after = text_frame(tokenizer)
+        if masked:  # where the tokenizer itself puts none
+            before, after = before or [tokenizer.cls_token_id], after or [tokenizer.sep_token_id]
+        else:  # most tokenizers end no text by themselves
+            after = [tokenizer.eos_token_id]
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else after[0]
+        return cls(tokenizer, backend, masked, before, after, pad, template)
 
     @property
     def largest_id(self) -> int:

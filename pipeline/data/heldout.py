@@ -16,6 +16,7 @@ from pipeline.checkpoint import publish
 from pipeline.data.batches import example, packs_examples, shares_attention, stage_documents
 from pipeline.data.reader import BadLines, document_of, read_documents
 from pipeline.data.stream import heldout_sequences
+from pipeline.data.tokenizer import vocabulary_size
 from pipeline.recipe import Recipe
 
 UNIGRAM_DOCUMENTS = 300
@@ -87,7 +88,7 @@ def _unigram_loss(
 ) -> float:
     """Cross-entropy (nats) of the labels under the add-one token frequencies of training text:
     what a model reaches that knows the domain's words but ignores the context."""
-    counts = np.ones(len(tokenizer))
+    counts = np.ones(vocabulary_size(tokenizer))
     documents = islice(stage_documents(recipe, [name])(0), UNIGRAM_DOCUMENTS)
     texts = [d if isinstance(d, str) else d.response for d in documents]
     for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []:

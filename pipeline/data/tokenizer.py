@@ -1,10 +1,11 @@
 """Tokenizers: load one from a folder or the hub, or train a small byte-level BPE."""
 
-import json
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.data import sentencepiece_bpe
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ def load_tokenizer(path_or_id: str, revision: str | None = None) -> "PreTrainedT
     """Load a fast tokenizer from a folder or a hub id; code from the hub is never run.
 
     A folder that holds only `vocab.json` and `merges.txt` is read as RoBERTa's byte-level BPE if
-    the vocabulary has `<mask>`, else as GPT-2's. One that holds a SentencePiece BPE model
-    (`tokenizer.model`, as Llama-2's) and no `tokenizer.json` is read as SentencePiece reads it.
+    the vocabulary has `<mask>`, else as GPT-2's. One that holds a SentencePiece model and no
+    `tokenizer.json` is read as the SentencePiece library reads it, or refused.
 
     Raises:
         UserError: the folder or id cannot be read, or gives no (or next to no) vocabulary.
@@ -33,10 +34,13 @@ def load_tokenizer(path_or_id: str, revision: str | None = None) -> "PreTrainedT
         known = names & {"tokenizer.json", "tokenizer_config.json"}
         if not known and {"vocab.json", "merges.txt"} <= names:
             return _checked(_from_bpe_files(folder), path_or_id)
-        if "tokenizer.model" in names and "tokenizer.json" not in names:
-            model = _sentencepiece_bpe(folder / "tokenizer.model")
-            if model is not None:
-                return _checked(_from_sentencepiece(folder, model), path_or_id)
+        pieces = None if "tokenizer.json" in names else sentencepiece_bpe.model_file(folder)
+        if pieces is not None:
+            model = sentencepiece_bpe.read_model(pieces)
+            if sentencepiece_bpe.is_plain_bpe(model):
+                converted = _checked(sentencepiece_bpe.tokenizer_of(folder, model), path_or_id)
+                sentencepiece_bpe.require_equal(converted, pieces, sentencepiece_bpe.CONTROL)
+                return converted
     elif folder.exists() or path_or_id.startswith(("/", ".", "~")) or path_or_id.count("/") > 1:
         raise UserError(f"tokenizer {path_or_id}: no such folder (give a folder or a hub id)")
 
@@ -58,13 +62,42 @@ def load_tokenizer(path_or_id: str, revision: str | None = None) -> "PreTrainedT
             fix = "Check the id, the revision and the network, or give a folder."
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(":. ")
         raise UserError(f"tokenizer {path_or_id}: cannot be loaded ({reason}). {fix}") from None
+    if folder.is_dir() and pieces is not None:
+        sentencepiece_bpe.require_equal(_checked(tokenizer, path_or_id), pieces)
     return _checked(tokenizer, path_or_id)
 
 
+def text_frame(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
+    """The tokens that the tokenizer itself puts before and behind a text: bos and nothing for
+    Llama-2, nothing for GPT-2, two for GLM, [CLS] and [SEP] for BERT."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    raise UserError(
+        f"tokenizer {tokenizer.name_or_path}: a text has other tokens with its special ones "
+        "than without them; its post_processor is not understood here"
+    )
+
+
 def text_start(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
-    """The token with which the tokenizer itself begins a text: bos for Llama-2, none for GPT-2."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos in tokenizer("a")["input_ids"][:1] else []
+    """The tokens with which the tokenizer itself begins a text."""
+    return text_frame(tokenizer)[0]
+
+
+@lru_cache(maxsize=8)  # a walk over the vocabulary
+def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
+    """The largest id and one: how many embeddings a model needs. Ids may be left out below it, so
+    it is not the number of tokens."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+@lru_cache(maxsize=8)  # a walk over the vocabulary
+def never_drawn(tokenizer: "PreTrainedTokenizerFast") -> tuple[int, ...]:
+    """Ids that no text has: of special tokens, and those that no token has."""
+    holes = set(range(vocabulary_size(tokenizer))) - set(tokenizer.get_vocab().values())
+    return tuple(sorted(holes | set(tokenizer.all_special_ids)))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
@@ -128,76 +161,6 @@ def _from_bpe_files(folder: Path) -> "PreTrainedTokenizerFast":
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=end, eos_token=end, unk_token=end
     )
-
-
-def _from_sentencepiece(folder: Path, model: Any) -> "PreTrainedTokenizerFast":
-    """A fast tokenizer that encodes as the SentencePiece library does, bos in front.
-
-    transformers 5 orders the merges by the pieces' ids where SentencePiece goes by their scores, so
-    that in Llama-2's vocabulary runs of blanks (the indentation of code) come out differently.
-    """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    pieces, trainer = model.pieces, model.trainer_spec
-    ids = {piece.piece: i for i, piece in enumerate(pieces)}
-    merges = sorted(
-        (-piece.score, ids[left], ids[right], left, right)
-        for piece in pieces
-        if piece.type == piece.NORMAL
-        for left, right in ((piece.piece[:i], piece.piece[i:]) for i in range(1, len(piece.piece)))
-        if left in ids and right in ids
-    )
-    unknown, bos, eos = (
-        pieces[i].piece if i >= 0 else None
-        for i in (trainer.unk_id, trainer.bos_id, trainer.eos_id)
-    )
-    bpe = models.BPE(
-        ids, [m[3:] for m in merges], unk_token=unknown, byte_fallback=trainer.byte_fallback,
-        fuse_unk=True,
-    )  # fmt: skip
-    backend = Tokenizer(bpe)
-    blanks: list[Any] = [normalizers.Replace(" ", "▁")]
-    strip: list[Any] = []
-    if model.normalizer_spec.add_dummy_prefix:
-        blanks = [normalizers.Prepend("▁"), *blanks]
-        strip = [decoders.Strip(" ", 1, 0)]
-    backend.normalizer = normalizers.Sequence(blanks)
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
-    special = [AddedToken(t, special=True, normalized=False) for t in (unknown, bos, eos) if t]
-    backend.add_special_tokens(special)
-    file = folder / "tokenizer_config.json"
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if bos and settings.get("add_bos_token", True):
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, trainer.bos_id)]
-        )
-    chat = folder / "chat_template.jinja"
-    template = chat.read_text(encoding="utf-8") if chat.is_file() else settings.get("chat_template")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=bos,
-        eos_token=eos,
-        unk_token=unknown,
-        pad_token=settings.get("pad_token"),
-        chat_template=template,
-    )
-
-
-def _sentencepiece_bpe(file: Path) -> Any | None:
-    """The SentencePiece model of a file, None unless it is BPE without normalization (Llama's)."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    try:
-        model.ParseFromString(file.read_bytes())
-    except Exception as error:  # protobuf's DecodeError
-        raise UserError(f"tokenizer {file}: not a SentencePiece model ({error})") from None
-    normalizer, kind = model.normalizer_spec, model.trainer_spec.model_type
-    plain = normalizer.name == "identity" and not normalizer.remove_extra_whitespaces
-    return model if plain and kind == model.trainer_spec.BPE else None
 
 
 def _roberta(backend: "Tokenizer") -> "PreTrainedTokenizerFast":

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.batches import plan_stage
-from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.tokenizer import load_tokenizer, vocabulary_size
 from pipeline.engine.config import check_quantized, describe, memory_per_rank, precision_of
 from pipeline.migu.targets import count_rows, find_targets
 from pipeline.model.blocks import block_linears
@@ -22,7 +22,7 @@ def describe_run(recipe: Recipe, engine_config: dict[str, Any], ranks: int) -> s
     m = recipe.model
     if m.train_tokenizer is None:
         tokenizer = load_tokenizer(local_weights(m.tokenizer or str(m.path)), m.revision)
-        vocabulary = len(tokenizer)
+        vocabulary = vocabulary_size(tokenizer)
     else:
         tokenizer, vocabulary = None, m.train_tokenizer
     config = load_config(m, vocabulary)

@@ -27,7 +27,7 @@ from pipeline.data.batches import (
 )  # fmt: skip
 from pipeline.data.heldout import prepare_heldout
 from pipeline.data.reader import BadLines
-from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
+from pipeline.data.tokenizer import load_tokenizer, train_tokenizer, vocabulary_size
 from pipeline.engine.config import check_quantized, precision_of
 from pipeline.engine.fsdp import FsdpEngine
 from pipeline.engine.zero import ZeroEngine
@@ -188,8 +188,8 @@ def run_recipe(
 
 def _prepare(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Run:
     tokenizer = _tokenizer(folder, recipe)
-    config = load_config(recipe.model, len(tokenizer))
-    check_model(config, recipe, len(tokenizer))
+    config = load_config(recipe.model, vocabulary_size(tokenizer))
+    check_model(config, recipe, vocabulary_size(tokenizer))
     check_quantized(recipe.model.lora, engine_config)
     on_rank0(partial(describe_model, folder, recipe, config))
     on_rank0(partial(check_pretrained, recipe.model, config))
