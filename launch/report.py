@@ -10,12 +10,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, uninstalled
 
+from eval.analysis.load import load_run
 from eval.report import compare, terminal_summary, write_comparison, write_report
 from pipeline.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return the exit status: 0, or 2 for a mistake of the user."""
+    """Return the exit status: 0; 1 where a run is damaged, so that there is a page but no verdict
+    on it; 2 for a mistake of the user."""
     parser = argparse.ArgumentParser(
         prog="launch/report.py",
         description="Write the report page of one run, or a page that compares several runs at "
@@ -39,10 +41,15 @@ def main(arguments: list[str] | None = None) -> int:
             if options.out:
                 parser.error("--out is for comparisons; the page of one run lies in its folder")
             page = write_report(options.runs[0])
+            damage = load_run(options.runs[0]).damage
+            for text in damage:
+                print(f"warning: {text}", file=sys.stderr)
         else:
             out = options.out or options.runs[0].resolve().parent / "comparison"
             page = write_comparison(options.runs, out)
-            print(terminal_summary(compare(options.runs)))
+            comparison = compare(options.runs)
+            damage = comparison.damaged
+            print(terminal_summary(comparison))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -50,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: cannot write the report: {error}", file=sys.stderr)
         return 2
     print(f"page: {page}")
-    return 0
+    return 1 if damage else 0
 
 
 if __name__ == "__main__":

@@ -4,12 +4,15 @@ import html
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
+from eval.analysis.load import load_run
 from eval.report import compare, terminal_summary, write_comparison, write_report
 from launch.report import main
 from pipeline.errors import UserError
@@ -208,9 +211,11 @@ def test_noise_is_paired_over_the_sequences_of_a_common_text(tmp_path):
     assert "not of the seed" in text_of(write_comparison(runs[:2], tmp_path / "out"))
 
     apart = {p.second: p for p in compare([runs[0], runs[2]]).pairs}
-    (runs[1] / "stages" / "02_python" / "sequences.npz").unlink()
+    for path in runs[1].glob("stages/*/sequences.npz"):
+        path.unlink()
     missing = compare(runs)
     assert "Against migu, without sequences.npz, every evaluation" in missing.noise
+    assert "migu: losses by sequence (sequences.npz) are missing" in " ".join(missing.warnings)
     unpaired = math.hypot(*[0.02 * 6**0.5 / 3] * 2)  # from the standard errors of eval.json
     for one in (missing.pairs[0], apart["random rows T=0.7, lr 8e-4"]):
         assert one.learned.noise == pytest.approx(2 * unpaired)
@@ -290,3 +295,116 @@ def test_command_line(tmp_path, capsys):
     (runs[0] / "recipe.yaml").write_text("stages: 3")
     with pytest.raises(UserError, match="not the recipe of a run"):
         write_report(runs[0])
+
+
+FILES = (
+    "environment.json", "heldout/manifest.json", "log.jsonl", "stages/02_python/eval.json",
+    "stages/02_python/sequences.npz", "stages/03_cpp/eval.json",
+)  # fmt: skip
+KINDS = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "empty": lambda path: path.write_bytes(b""),
+    "garbage": lambda path: path.write_bytes(bytes(range(256)) * 9),
+    "wrong type": lambda path: path.write_text("[1, 2]\n"),
+    "absent": lambda path: path.unlink(),
+}
+LOSSES = {"text": "4.2", "null": None, "list": [4.2], "infinite": math.inf}
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """Three whole runs, and what a comparison without the second of them says."""
+    folder = tmp_path_factory.mktemp("three")
+    runs = [
+        fake_run(folder / "ft", enabled=False, heldout="text"),
+        fake_run(folder / "migu", heldout="text"),
+        fake_run(folder / "random", criterion="random", heldout="text", seed=1),
+    ]
+    return runs, compare(runs), compare([runs[0], runs[2]])
+
+
+def assert_told(three, folder, said, damages_losses):
+    """A comparison with a damaged second run names what is damaged, on page and terminal alike, and
+    judges the others as if it were not there; or, if no number rests on what is damaged, judges
+    all of them as before."""
+    (ft, _, random), whole, without = three
+    damaged = compare([ft, folder, random])
+    expected = without if damages_losses else whole
+    assert damaged.damaged == (["migu"] if damages_losses else [])
+    assert damaged.headline.endswith(expected.headline)
+    assert damaged.headline.startswith("No verdict on migu") == damages_losses
+    assert damaged.pairs == expected.pairs
+    assert re.search(rf"migu: [^|]*{said}", "|".join(damaged.warnings)), damaged.warnings
+    shown = " ".join(terminal_summary(damaged).split())
+    for text in (damaged.headline, *damaged.warnings):
+        assert text in shown
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_file_is_told_and_decides_nothing(three, tmp_path, file, kind):
+    folder = shutil.copytree(three[0][1], tmp_path / "migu")
+    KINDS[kind](folder / file)
+    # The last half of a log that is cut holds the end of the run.
+    losses = not file.endswith(("environment.json", "log.jsonl"))
+    assert_told(three, folder, Path(file).name, losses)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_loss_that_is_no_number_is_told_and_decides_nothing(three, tmp_path, kind):
+    folder = shutil.copytree(three[0][1], tmp_path / "migu")
+    path = folder / "stages" / "02_python" / "eval.json"
+    record = json.loads(path.read_text())
+    record["domains"]["math"]["loss"] = LOSSES[kind]
+    path.write_text(json.dumps(record))
+    said = "the run diverged" if kind == "infinite" else "it is damaged"
+    assert_told(three, folder, f"The loss on math after stage 2 .*{said}", True)
+    text = text_of(write_report(folder))
+    assert said in text
+    assert ("diverged" in text) == (kind == "infinite")
+
+
+def test_pages_and_exit_codes_of_damaged_runs(three, tmp_path, capsys):
+    (ft, _, _), _, _ = three
+    folder = shutil.copytree(three[0][1], tmp_path / "migu")
+    for path in folder.glob("stages/*/eval.json"):
+        path.write_text("{")
+    assert main([str(ft), str(folder), "--out", str(tmp_path / "out")]) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    page = text_of(tmp_path / "out" / "index.html")
+    for said in ("No verdict on migu", "02_python/eval.json cannot be read"):
+        assert said in printed
+        assert said in page
+    assert main([str(folder)]) == 1
+    assert "02_python/eval.json cannot be read" in capsys.readouterr().err
+    text = text_of(folder / "report" / "index.html")
+    assert "nothing evaluated yet" in text
+    assert "-1" not in text.split("Time")[0].replace("1e-", "")
+    (folder / "recipe.yaml").write_text("stages: [{domain: 3}]\n")
+    assert main([str(folder)]) == 2
+    assert "recipe.yaml is not the recipe of a run: a stage names no domain" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_run_that_stopped_says_where_and_why(tmp_path):
+    run = fake_run(tmp_path / "stopped", evaluated=1)
+    stopped = {"event": "stopped", "stage": 2, "step": 31, "reason": "the loss is no number"}
+    with (run / "log.jsonl").open("a") as log:
+        log.write(json.dumps(stopped) + "\n")
+    said = "The run stopped at step 31 of stage 2 (python): the loss is no number."
+    assert text_of(write_report(run)).count(said) == 2  # in the summary, and as a warning
+    assert said in " ".join(compare([run, fake_run(tmp_path / "ft", enabled=False)]).warnings)
+    with (run / "log.jsonl").open("a") as log:  # it was resumed
+        log.write(json.dumps({"event": "step", "stage": 2, "step": 31, "loss": 4.0}) + "\n")
+    assert said not in text_of(write_report(run))
+
+
+def test_a_measured_run_is_finished_whatever_its_log_lacks(tmp_path):
+    run = fake_run(tmp_path / "whole")
+    lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    assert json.loads(lines[-1])["event"] == "stage"
+    (run / "log.jsonl").write_text("".join(lines[:-1]))
+    assert "under way" not in text_of(write_report(run))
+    assert load_run(run).finished
+    assert load_run(run).damage == []

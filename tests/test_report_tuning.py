@@ -156,7 +156,16 @@ def test_damaged_and_unfinished_runs_are_told(tmp_path):
     assert "ran without a sandbox" in text
     assert "HumanEval was not measured alike at all points" in text
     assert [p["label"] for p in numbers(page)["points"]][-1] == "epoch 6"
-    # In a comparison, the last point counts as the end so far.
+    assert compare([run, fake_tuning(tmp_path / "ft", enabled=False)]).damaged == ["half"]
+
+
+def test_in_a_comparison_the_last_point_counts_as_the_end_so_far(tmp_path):
+    run = fake_tuning(tmp_path / "half", skipped=("winogrande",))
+    for path in (run / "stages" / "01_code").glob("*.*"):
+        path.unlink()
+    lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    (run / "log.jsonl").write_text("".join(x for x in lines if '"event": "step"' in x))
+    page = write_report(run)
     comparison = compare([run, fake_tuning(tmp_path / "ft", enabled=False)])
     assert comparison.rows[0].end.step == 45
     assert comparison.rows[0].learned == numbers(page)["points"][-1]["learning_curve"]["learned"]

@@ -1,32 +1,17 @@
 """A run folder, read into what the reports need; whatever is missing so far is left open."""
 
 import json
-import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from eval.analysis.files import Damaged, Findings, finite, read_json
+from eval.analysis.log import Log, StageTime, read_log, stage_times
 from eval.analysis.matrix import Matrix
-from eval.analysis.points import Point, finite, load_points, losses_of, read_json
+from eval.analysis.points import Point, load_points, losses_of
 from pipeline.errors import UserError
-
-
-@dataclass
-class StageTime:
-    """Where the time of one stage went; None where the log does not say. Times in seconds."""
-
-    stage: int
-    name: str
-    steps: int
-    finished: bool
-    tokens: int
-    tokens_per_second: float | None
-    step_seconds: float | None  # median
-    mask_percent: float | None  # median mask time / median step time
-    seconds: float | None
-    publish_seconds: float | None
-    eval_seconds: float | None
 
 
 @dataclass
@@ -40,13 +25,12 @@ class Run:
     stderr: list[list[float | None]]  # of each cell of the matrix
     unigram: dict[str, float]  # loss of predicting by frequency alone, where the evaluation has it
     overlap: dict[int, dict]  # stage -> the "overlap" of its eval.json
-    steps: list[dict]  # one log record per optimizer step, in order, the last of any repeated ones
+    log: Log
     times: list[StageTime]
     heldout: str | None = None  # digests of the held-out text, as one string
-    bad_lines: dict[str, dict] = field(default_factory=dict)  # domain -> {"count", "examples"}
-    examples: dict[int, dict] = field(default_factory=dict)  # stage -> of its instruction data
     points: list[Point] = field(default_factory=list)  # all that was evaluated, in order
     warnings: list[str] = field(default_factory=list)
+    damage: list[str] = field(default_factory=list)  # of these, why no verdict rests on its losses
 
     @property
     def name(self) -> str:
@@ -60,152 +44,225 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.evaluated == self.matrix.last
+        """Whether every stage was measured."""
+        return all(any(v is not None for v in row) for row in self.matrix.values)
+
+    @property
+    def progress(self) -> str:
+        """How far the evaluations are, as the pages write it."""
+        if self.evaluated < 0:
+            return "nothing evaluated yet"
+        return f"after stage {self.evaluated} of {self.matrix.last}"
+
+    @property
+    def examples(self) -> dict[int, dict]:
+        """stage -> of its instruction data."""
+        found = {}
+        for stage, end in self.log.ends.items():
+            data = end.get("data")
+            counts = ("too_long", "examples")
+            if isinstance(data, dict) and all(isinstance(data.get(k, 0), int) for k in counts):
+                found[stage] = data
+        return found
+
+    @property
+    def stopped(self) -> str:
+        """Where and why the run broke off by itself; "" where it did not."""
+        record = self.log.stopped
+        if record is None or self.finished:
+            return ""
+        step = f"step {record['step']} of " if record.get("step") else ""
+        where = f"{step}stage {record['stage']} ({self.matrix.stages[record['stage']]})"
+        return f"The run stopped at {where}: {record.get('reason', 'it does not say why')}."
 
 
 def load_run(folder: Path) -> Run:
     """Read a run folder. `UserError` if it is not one, or its recipe cannot be read."""
     folder = Path(folder)
-    recipe_file = folder / "recipe.yaml"
-    if not recipe_file.is_file():
+    recipe = _recipe(folder)
+    sequence = [
+        [stage["domain"]] if isinstance(stage["domain"], str) else list(stage["domain"])
+        for stage in recipe["stages"]
+    ]
+    names = ["base", *("+".join(mixture) for mixture in sequence)]
+    findings = Findings()
+    log = read_log(folder / "log.jsonl", len(sequence), findings)
+    evals = _evals(folder, names, log, findings)
+    matrix, stderr = _matrix(recipe, sequence, names, evals)
+    for stage, results in evals.items():
+        if lacking := [d for d in matrix.domains if d not in results]:
+            findings.damaged(f"The evaluation after stage {stage} has no loss on {lacking}.")
+    points = load_points(folder, recipe["stages"], matrix, stderr, findings)
+    run = Run(
+        path=folder,
+        recipe=recipe,
+        environment=_environment(folder, findings),
+        matrix=matrix,
+        stderr=stderr,
+        unigram={
+            domain: value
+            for results in evals.values()
+            for domain, result in results.items()
+            if (value := result["unigram_loss"]) is not None
+        },
+        overlap=_overlaps(folder, evals, findings),
+        log=log,
+        times=[],
+        heldout=_heldout(folder, points, findings),
+        points=points,
+        warnings=findings.warnings,
+        damage=findings.damage,
+    )
+    run.times = stage_times(names, log, run.evaluated)
+    if run.stopped:
+        run.warnings.insert(0, run.stopped)
+    return run
+
+
+def _recipe(folder: Path) -> dict:
+    path = folder / "recipe.yaml"
+    if not path.is_file():
         raise UserError(
             f"{folder} is not a run folder: it has no recipe.yaml. Give the folder that training "
             "wrote, for example runs/demo."
         )
     try:
-        recipe = yaml.safe_load(recipe_file.read_text())
-        sequence = [
-            [stage["domain"]] if isinstance(stage["domain"], str) else list(stage["domain"])
-            for stage in recipe["stages"]
-        ]
-    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        problem = _recipe_problem(recipe)
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+        problem = f"{type(error).__name__} ({error})"
+    if problem:
         raise UserError(
-            f"{recipe_file} is not the recipe of a run: {type(error).__name__} ({error}). Training "
-            "writes this file; restore it, or run the recipe again."
-        ) from None
+            f"{path} is not the recipe of a run: {problem}. Training writes this file; restore it, "
+            "or run the recipe again."
+        )
+    return recipe
 
-    warnings: list[str] = []
+
+def _recipe_problem(recipe: Any) -> str:
+    if not isinstance(recipe, dict):
+        return "it holds no keys"
+    for key in ("model", "mask", "optimizer", "train", "data", "evaluate"):
+        if not isinstance(recipe.get(key) or {}, dict):
+            return f"{key} holds no keys"
+    if not isinstance((recipe.get("data") or {}).get("domains") or {}, dict):
+        return "data.domains holds no keys"
+    stages = recipe.get("stages")
+    if not isinstance(stages, list) or not stages:
+        return "stages is no list"
+    for stage in stages:
+        domain = stage.get("domain") if isinstance(stage, dict) else None
+        mixture = domain if isinstance(domain, list) else [domain]
+        if not mixture or not all(isinstance(name, str) for name in mixture):
+            return "a stage names no domain"
+    for key, place in (("threshold", recipe.get("mask")), ("lr", recipe.get("optimizer"))):
+        if finite((place or {}).get(key, 0.0)) is None:
+            return f"{key} is no number"
+    return ""
+
+
+def _evals(
+    folder: Path, names: list[str], log: Log, findings: Findings
+) -> dict[int, dict[str, dict[str, Any]]]:
+    """stage -> the results of each domain, of the stages that were evaluated."""
+    found = {stage: _eval_of(folder, stage) for stage in range(len(names))}
+    done = max([stage for stage, path in found.items() if path], default=-1)
+    done = max(done, *log.ends, log.begun - 1) if log.ends or log.begun else done
     evals = {}
-    for stage in range(len(sequence) + 1):
-        record = _eval_of(folder, stage, warnings)
-        if record:
-            evals[stage] = record
-    matrix, stderr, unigram = _matrix(recipe, sequence, evals, warnings)
-    records = _log(folder / "log.jsonl", warnings)
-    # A resumed stage repeats the steps after its last saved state: the later record counts.
-    by_place = {(r["stage"], r["step"]): r for r in records if r.get("event") == "step"}
-    steps = [by_place[place] for place in sorted(by_place)]
-    ends = {r["stage"]: r for r in records if r.get("event") == "stage"}
-    bad: dict[str, dict] = {}
-    for record in records:
-        if record.get("event") == "bad_lines":
-            known = bad.get(record["domain"], {"count": 0})
-            if record.get("count", 0) > known["count"]:
-                bad[record["domain"]] = record
-    manifest = read_json(folder / "heldout" / "manifest.json", warnings)
-    return Run(
-        path=folder,
-        recipe=recipe,
-        environment=read_json(folder / "environment.json", warnings) or {},
-        matrix=matrix,
-        stderr=stderr,
-        unigram=unigram,
-        overlap={t: r["overlap"] for t, r in evals.items() if r.get("overlap")},
-        steps=steps,
-        times=_times(matrix.stages, steps, ends),
-        heldout=json.dumps(manifest.get("files", manifest), sort_keys=True) if manifest else None,
-        bad_lines=bad,
-        examples={t: r["data"] for t, r in ends.items() if isinstance(r.get("data"), dict)},
-        points=load_points(folder, recipe["stages"], matrix, stderr, warnings),
-        warnings=warnings,
-    )
+    for stage, path in found.items():
+        if path is None:
+            if stage <= done:
+                name = f"{stage:02d}_{names[stage]}/eval.json"
+                findings.damaged(f"{name} is missing, although later work is there.")
+            continue
+        try:
+            record = read_json(path) or {}
+            where = f"after stage {stage} ({names[stage]})"
+            evals[stage] = losses_of(record, path, where, findings)
+        except Damaged as damaged:
+            findings.damaged(str(damaged))
+    return {stage: results for stage, results in evals.items() if results}
 
 
-def _eval_of(folder: Path, stage: int, warnings: list[str]) -> dict | None:
-    for path in sorted((folder / "stages").glob(f"{stage:02d}_*/eval.json")):
-        record = read_json(path, warnings)
-        if record and isinstance(record.get("domains"), dict):
-            return record
-    return None
+def _eval_of(folder: Path, stage: int) -> Path | None:
+    return next(iter(sorted((folder / "stages").glob(f"{stage:02d}_*/eval.json"))), None)
 
 
 def _matrix(
-    recipe: dict, sequence: list[list[str]], evals: dict[int, dict], warnings: list[str]
-) -> tuple[Matrix, list[list[float | None]], dict[str, float]]:
+    recipe: dict, sequence: list[list[str]], names: list[str], evals: dict[int, dict]
+) -> tuple[Matrix, list[list[float | None]]]:
     trained: dict[str, int] = {}
     for stage, mixture in enumerate(sequence, start=1):
         for domain in mixture:
             trained.setdefault(domain, stage)
-    seen = {domain: None for record in evals.values() for domain in record["domains"]}
+    seen = {domain: None for results in evals.values() for domain in results}
     order = [*((recipe.get("data") or {}).get("domains") or {}), *seen]
     base = [d for d in dict.fromkeys(order) if d in seen and d not in trained]
     domains = [*base, *trained]
-    stages = ["base", *("+".join(mixture) for mixture in sequence)]
-
-    results = {
-        stage: losses_of(record, f"after stage {stage} ({stages[stage]})", warnings)
-        for stage, record in evals.items()
-    }
 
     def rows(key: str) -> list[list[float | None]]:
-        return [
-            [results.get(t, {}).get(d, {}).get(key) for d in domains] for t in range(len(stages))
-        ]
+        return [[evals.get(t, {}).get(d, {}).get(key) for d in domains] for t in range(len(names))]
 
-    unigram = {
-        domain: value
-        for record in evals.values()
-        for domain, result in record["domains"].items()
-        if (value := finite(result.get("unigram_loss"))) is not None
-    }
-    return Matrix(stages, domains, trained, rows("loss")), rows("stderr"), unigram
+    return Matrix(names, domains, trained, rows("loss")), rows("stderr")
 
 
-def _log(path: Path, warnings: list[str]) -> list[dict]:
-    if not path.is_file():
-        warnings.append("There is no log.jsonl: training loss and times are missing.")
-        return []
-    records, unreadable = [], 0
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-            needed = {"step": ("stage", "step"), "stage": ("stage",), "bad_lines": ("domain",)}
-            if all(key in record for key in needed.get(record.get("event"), ())):
-                records.append(record)
-        except (ValueError, AttributeError):
-            unreadable += bool(line.strip())
-    if unreadable:
-        warnings.append(
-            f"{unreadable} line(s) of log.jsonl cannot be read and are left out (a run that was "
-            "killed can leave half a line)."
-        )
-    return records
+def _overlaps(folder: Path, evals: dict[int, dict], findings: Findings) -> dict[int, dict]:
+    found = {}
+    for stage in evals:
+        path = _eval_of(folder, stage)
+        record = read_json(path) if path else None
+        overlap = record.get("overlap") if record else None
+        if isinstance(overlap, dict) and _is_overlap(overlap):
+            found[stage] = overlap
+        elif overlap:
+            findings.warnings.append(f"The overlap of stage {stage} is damaged and left out.")
+    return found
 
 
-def _times(stages: list[str], steps: list[dict], ends: dict[int, dict]) -> list[StageTime]:
-    times = []
-    for stage, name in enumerate(stages[1:], start=1):
-        mine = [step for step in steps if step["stage"] == stage]
-        end = ends.get(stage, {})
-        if not mine and not end:
-            continue
-        timed = [s for s in mine if s.get("seconds")]
-        spent = sum(s["seconds"] for s in timed)
-        step_seconds = statistics.median(s["seconds"] for s in timed) if timed else None
-        masking = [s["mask_seconds"] for s in timed if s.get("mask_seconds") is not None]
-        times.append(
-            StageTime(
-                stage=stage,
-                name=name,
-                steps=end.get("steps", len(mine)),
-                finished=bool(end),
-                tokens=end.get("tokens", sum(s.get("tokens", 0) for s in mine)),
-                tokens_per_second=sum(s.get("tokens", 0) for s in timed) / spent if spent else None,
-                step_seconds=step_seconds,
-                mask_percent=100 * statistics.median(masking) / step_seconds if masking else None,
-                seconds=end.get("seconds"),
-                publish_seconds=end.get("publish_seconds"),
-                eval_seconds=end.get("eval_seconds"),
-            )
-        )
-    return times
+def _is_overlap(overlap: dict) -> bool:
+    domains, kinds = overlap.get("domains"), overlap.get("kinds")
+    if not isinstance(domains, list) or not isinstance(kinds, dict):
+        return False
+    if finite(overlap.get("threshold", 0.0)) is None:
+        return False
+    tables = list(kinds.values())
+    rows = [row for table in tables if isinstance(table, list) for row in table]
+    return all(isinstance(t, list) and len(t) == len(domains) for t in tables) and all(
+        isinstance(row, list) and len(row) == len(domains) and None not in map(finite, row)
+        for row in rows
+    )
+
+
+def _environment(folder: Path, findings: Findings) -> dict:
+    try:
+        environment = read_json(folder / "environment.json")
+    except Damaged as damaged:
+        findings.warnings.append(str(damaged))
+        return {}
+    if environment is None:
+        findings.warnings.append("There is no environment.json: what it was run on is not known.")
+        return {}
+    kinds = {"versions": dict, "hardware": dict, "masked_rows": dict, "parameters": int}
+    for key, kind in kinds.items():
+        value = environment.get(key)
+        whole = isinstance(value, kind)
+        if isinstance(value, dict) and key == "masked_rows":
+            whole = all(isinstance(value.get(k, 0), int) for k in ("total", "kept"))
+        if not whole:
+            environment.pop(key, None)
+        if not whole and value is not None:
+            findings.warnings.append(f"environment.json: {key} is damaged and left out.")
+    return environment
+
+
+def _heldout(folder: Path, points: list[Point], findings: Findings) -> str | None:
+    try:
+        manifest = read_json(folder / "heldout" / "manifest.json")
+    except Damaged as damaged:
+        findings.damaged(str(damaged))
+        return None
+    if manifest is None:
+        if any(point.sequences for point in points):
+            findings.damaged("heldout/manifest.json is missing: on which text is not known.")
+        return None
+    return json.dumps(manifest.get("files", manifest), sort_keys=True)

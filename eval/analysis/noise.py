@@ -7,7 +7,6 @@ the interpolation and the best-so-far of the definitions need no approximation.
 """
 
 import math
-import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ READABLE = 0.9  # of the resamples must give a number; fewer: it lies near the e
 def resample(run: Run, definition: Definition = LEARNING_CURVE) -> list[list[Place | None]] | None:
     """(learned, forgotten) at every point of a run, on each resample of its held-out text.
 
-    None where an evaluated point has no `sequences.npz`, or one that does not hold every domain.
+    None where an evaluated point has no `sequences.npz`.
     """
     matrix = run.matrix
     values = np.full((RESAMPLES, len(run.points), len(matrix.domains)), np.nan)
@@ -47,15 +46,13 @@ def resample(run: Run, definition: Definition = LEARNING_CURVE) -> list[list[Pla
         measured = [domain for domain, value in cells if value is not None]
         if not measured:
             continue
-        try:
-            with np.load(point.folder / "sequences.npz") as arrays:
-                for domain in measured:
-                    loss, tokens = arrays[f"loss/{domain}"], arrays[f"tokens/{domain}"]
-                    counts = _counts(domain, len(loss))
-                    column = matrix.domains.index(domain)
-                    values[:, place, column] = (counts @ loss) / (counts @ tokens)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        if point.sequences is None:
             return None
+        for domain in measured:
+            loss, tokens = point.sequences[f"loss/{domain}"], point.sequences[f"tokens/{domain}"]
+            counts = _counts(domain, len(loss))
+            column = matrix.domains.index(domain)
+            values[:, place, column] = (counts @ loss) / (counts @ tokens)
     drawn = values.astype(object)
     drawn[np.isnan(values)] = None
     ends = {point.stage: place for place, point in enumerate(run.points) if point.step is None}
@@ -103,7 +100,7 @@ class Noise:
 
     def __init__(self, runs: Sequence[Run], settings: Sequence[Setting], equal: Sequence[int]):
         known = [curve_of(run) for run in runs]
-        curves = [_curves(run) if run.heldout else None for run in runs]
+        curves = [_curves(run) if run.heldout and not run.damage else None for run in runs]
         self.paired = [run.heldout if c else None for run, c in zip(runs, curves, strict=True)]
         """What each run can be paired on: the digests of its held-out text."""
         self.beyond = False  # whether a reading left its range in too many resamples

@@ -4,20 +4,25 @@ A point within a stage (`stages/01_code/step-000120/`) holds the same files as t
 Any file may be missing: not asked for, not yet there, or failed.
 """
 
-import gzip
-import json
 import math
-import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from eval.analysis.files import (
+    Damaged,
+    Findings,
+    finite,
+    named,
+    read_arrays,
+    read_json,
+    read_rows,
+)
 from eval.analysis.matrix import Matrix, complete
 from eval.analysis.text import amount
 
-FILES = ("eval.json", "humaneval.json", "benchmarks.json")
 LOSS = ("loss", "stderr")
 UNITS = ("epochs", "steps", "tokens")  # of a stage's length; runs that mix them: "stages"
 Row = list[float | None]
@@ -44,8 +49,12 @@ class Point:
     label: str  # epoch 4
     loss: Row  # held-out, nats per predicted token
     stderr: Row
+    sequences: dict[str, np.ndarray] | None  # losses and tokens of each sequence, by domain
     humaneval: dict  # humaneval.json
     benchmarks: dict  # benchmarks.json
+    documents: dict[str, np.ndarray] = field(default_factory=dict)  # benchmarks.npz
+    completions: list[dict] = field(default_factory=list)  # of HumanEval, the greedy ones
+    damage: list[str] = field(default_factory=list)  # why no verdict rests on its tasks
 
     @property
     def greedy(self) -> Score | None:
@@ -85,27 +94,9 @@ class Point:
 
     def per_document(self) -> dict[str, np.ndarray]:
         """The result on each document of each benchmark, and of each problem of `humaneval`."""
-        found: dict[str, np.ndarray] = {}
-        try:
-            with np.load(self.folder / "benchmarks.npz") as arrays:
-                found |= {name: arrays[name].astype(float) for name in arrays.files}
-        except (OSError, ValueError, zipfile.BadZipFile):
-            pass  # differences are then not paired, which the page says
-        passed = {row["task_id"]: row["passed"] for row in self.completions()}
-        if passed:
-            found["humaneval"] = np.array([passed[key] for key in sorted(passed)], dtype=float)
-        return found
-
-    def completions(self) -> list[dict]:
-        """The greedy completions of HumanEval; none where the file is missing or damaged."""
-        try:
-            with gzip.open(self.folder / "humaneval_completions.jsonl.gz", "rt") as file:
-                rows = [json.loads(line) for line in file]
-        except (OSError, EOFError, ValueError):
-            return []
-        needed = {"task_id", "sample", "completion", "passed"}
-        known = [row for row in rows if isinstance(row, dict) and needed <= row.keys()]
-        return [row for row in known if row["sample"] is None]  # others are numbered from 0
+        passed = {row["task_id"]: row["passed"] for row in self.completions}
+        problems = np.array([passed[key] for key in sorted(passed)], dtype=float)
+        return self.documents | ({"humaneval": problems} if passed else {})
 
 
 def stage_lengths(stages: Sequence[dict]) -> tuple[str, list[float]]:
@@ -133,7 +124,7 @@ def position(point: Point, lengths: Sequence[float]) -> float | None:
 
 
 def load_points(
-    folder: Path, stages: Sequence[dict], matrix: Matrix, stderr: list[Row], warnings: list[str]
+    folder: Path, stages: Sequence[dict], matrix: Matrix, stderr: list[Row], findings: Findings
 ) -> list[Point]:
     """All points of a run at which anything was measured, in their order.
 
@@ -148,57 +139,159 @@ def load_points(
         home = next(iter(sorted(home.parent.glob(f"{stage:02d}_*"))), home)
         within = [path for path in home.glob("step-*") if path.name[5:].isdigit()]
         for here in sorted(within, key=lambda path: int(path.name[5:])):
-            step = int(here.name[5:])
-            losses, humaneval, benchmarks = (read_json(here / f, warnings) or {} for f in FILES)
-            known = [finite(file.get("progress")) for file in (losses, humaneval, benchmarks)]
-            progress = next((value for value in known if value is not None), None)
-            results = losses_of(losses, f"at step {step} of stage {stage} ({name})", warnings)
+            step, record, results = int(here.name[5:]), {}, {}
+            try:
+                record = read_json(here / "eval.json") or {}
+                where = f"at step {step} of stage {stage} ({name})"
+                results = losses_of(record, here / "eval.json", where, findings) if record else {}
+            except Damaged as damaged:
+                findings.damaged(str(damaged))
             row, errors = ([results.get(d, {}).get(k) for d in matrix.domains] for k in LOSS)
-            share = progress / length if progress is not None and length else None
-            label = _label(unit, progress, step)
-            points.append(
-                Point(stage, step, progress, share, here, label, row, errors, humaneval, benchmarks)
-            )
-        tasks = (read_json(home / file, warnings) or {} for file in FILES[1:])
+            if results and None in row:
+                findings.damaged(f"{named(here / 'eval.json')} lacks the loss of a domain.")
+            point = Point(stage, step, None, None, here, "", row, errors, None, {}, {})
+            _read_tasks(point, findings)
+            files = (record, point.humaneval, point.benchmarks)
+            known = [finite(file.get("progress")) for file in files]
+            progress = next((value for value in known if value is not None), None)
+            point.share = progress / length if progress is not None and length else None
+            point.progress, point.label = progress, _label(unit, progress, step)
+            points.append(point)
         label = f"end, {_label(unit, length, None)}" if stage else "before training"
         row, errors = matrix.values[stage], stderr[stage]
-        points.append(Point(stage, None, length, 1.0, home, label, row, errors, *tasks))
-    return [p for p in points if p.has_tasks or any(value is not None for value in p.loss)]
+        end = Point(stage, None, length, 1.0, home, label, row, errors, None, {}, {})
+        _read_tasks(end, findings)
+        points.append(end)
+    _read_sequences(points, matrix.domains, findings)
+    points = [p for p in points if p.has_tasks or any(value is not None for value in p.loss)]
+    _tell_missing_tasks(points, findings)
+    return points
 
 
-def losses_of(record: dict, where: str, warnings: list[str]) -> dict[str, dict[str, float | None]]:
-    """The "loss" and "stderr" of each domain of an eval.json; a loss that is no finite number is
-    left out with a warning."""
+def losses_of(
+    record: dict, path: Path, where: str, findings: Findings
+) -> dict[str, dict[str, float | None]]:
+    """The "loss", "stderr" and "unigram_loss" of each domain of an eval.json; a loss that is no
+    finite number is left out, and found. Raises Damaged where there are no domains."""
     domains = record.get("domains")
-    if not isinstance(domains, dict):
-        return {}
+    if not isinstance(domains, dict) or not domains:
+        raise Damaged(f"{named(path)} holds no domains and is left out.")
+    results = {}
     for domain, result in domains.items():
-        if "loss" in result and finite(result["loss"]) is None:
-            warnings.append(
-                f"The loss on {domain} {where} is {result['loss']}, not a finite number: the run "
-                "diverged. It is left out."
+        if not isinstance(result, dict):
+            raise Damaged(f"{named(path)} holds no loss of {domain} and is left out.")
+        loss, stderr = result.get("loss"), result.get("stderr")
+        if finite(loss) is None:
+            diverged = isinstance(loss, float)
+            why = (
+                "not a finite number: the run diverged" if diverged else "no number: it is damaged"
             )
-    return {d: {key: finite(r.get(key)) for key in LOSS} for d, r in domains.items()}
+            findings.damaged(f"The loss on {domain} {where} is {loss!r}, {why}. It is left out.")
+        if stderr is not None and finite(stderr) is None:
+            findings.damaged(f"The standard error of {domain} {where} is {stderr!r}, no number.")
+        results[domain] = {key: finite(result.get(key)) for key in (*LOSS, "unigram_loss")}
+    return results
 
 
-def read_json(path: Path, warnings: list[str]) -> dict | None:
-    """A JSON object, or None with a warning if the file is there and cannot be read."""
-    if not path.is_file():
-        return None
+def _read_sequences(points: list[Point], domains: Sequence[str], findings: Findings) -> None:
+    """The losses by sequence, where each point that has losses has them: else the noise of a
+    comparison would be another one without a word."""
+    measured = [point for point in points if any(value is not None for value in point.loss)]
+    for point in measured:
+        path = point.folder / "sequences.npz"
+        try:
+            arrays = read_arrays(path)
+            if arrays is not None:
+                losses = dict(zip(domains, point.loss, strict=True))
+                point.sequences = _sequences(arrays, {d: x for d, x in losses.items() if x}, path)
+        except Damaged as damaged:
+            findings.damaged(str(damaged))
+    lacking = [p for p in measured if not (p.folder / "sequences.npz").exists()]
+    for point in lacking if len(lacking) < len(measured) else ():
+        name = named(point.folder / "sequences.npz")
+        findings.damaged(f"{name} is missing, although other evaluations of the run have it.")
+
+
+def _sequences(
+    arrays: dict[str, np.ndarray], losses: dict[str, float], path: Path
+) -> dict[str, np.ndarray]:
+    for domain, loss in losses.items():
+        summed, tokens = arrays.get(f"loss/{domain}"), arrays.get(f"tokens/{domain}")
+        if summed is None or tokens is None or summed.shape != tokens.shape or summed.ndim != 1:
+            raise Damaged(f"{named(path)} does not hold the sequences of {domain}.")
+        total = tokens.sum()
+        if not total > 0 or not math.isclose(summed.sum() / total, loss, rel_tol=1e-3):
+            raise Damaged(f"{named(path)} is not of the evaluation in eval.json ({domain}).")
+    return arrays
+
+
+def _read_tasks(point: Point, findings: Findings) -> None:
+    """HumanEval and the benchmarks of a point; what is damaged is left out, and told."""
+
+    def damaged(error: Damaged) -> None:
+        findings.warnings.append(str(error))
+        point.damage.append(str(error))
+
+    folder = point.folder
     try:
-        content = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        where = f"{path.parent.name}/{path.name}"
-        warnings.append(f"{where} cannot be read and is left out: {error}")
-        return None
-    return content if isinstance(content, dict) else None
+        point.humaneval = read_json(folder / "humaneval.json") or {}
+        if problem := _humaneval_problem(point.humaneval):
+            point.humaneval = {}
+            raise Damaged(f"{named(folder / 'humaneval.json')} is left out: {problem}.")
+    except Damaged as error:
+        damaged(error)
+    try:
+        point.benchmarks = read_json(folder / "benchmarks.json") or {}
+        if problem := _benchmarks_problem(point.benchmarks):
+            point.benchmarks = {}
+            raise Damaged(f"{named(folder / 'benchmarks.json')} is left out: {problem}.")
+    except Damaged as error:
+        damaged(error)
+    try:
+        point.documents = read_arrays(folder / "benchmarks.npz") or {}
+    except Damaged as error:
+        damaged(error)
+    try:
+        path = folder / "humaneval_completions.jsonl.gz"
+        rows = read_rows(path) or []
+        needed = {"task_id", "sample", "completion", "passed"}
+        if not all(needed <= row.keys() and isinstance(row["passed"], bool) for row in rows):
+            raise Damaged(f"{named(path)} does not hold completions and is left out.")
+        # The others are samples, numbered from 0.
+        point.completions = [row for row in rows if row["sample"] is None]
+    except Damaged as error:
+        damaged(error)
 
 
-def finite(value: object) -> float | None:
-    """The value as a finite float, None for whatever else JSON may hold."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        return None
-    return float(value)
+def _humaneval_problem(record: dict) -> str:
+    for key in ("greedy", "sampled", "sandbox"):
+        if not isinstance(record.get(key) or {}, dict):
+            return f"{key} holds no keys"
+    greedy = record.get("greedy") or {}
+    if record and finite(greedy.get("pass@1")) is None:
+        return "its pass@1 is no number"
+    return ""
+
+
+def _benchmarks_problem(record: dict) -> str:
+    if not isinstance(record.get("skipped") or {}, dict):
+        return "skipped holds no keys"
+    entries = record.get("benchmarks")
+    if record and not isinstance(entries, dict):
+        return "it holds no benchmarks"
+    for name, entry in (entries or {}).items():
+        if not isinstance(entry, dict) or finite(entry.get("value")) is None:
+            return f"the value of {name} is no number"
+    return ""
+
+
+def _tell_missing_tasks(points: list[Point], findings: Findings) -> None:
+    """Results that other points of the run have."""
+    for file in ("humaneval.json", "benchmarks.json", "benchmarks.npz"):
+        paths = [point.folder / file for point in points]
+        if any(path.exists() for path in paths):
+            lacking = [named(path) for path in paths if not path.exists()]
+            findings.warnings += [f"{name} is missing, or not yet there." for name in lacking]
 
 
 def _score(value: object, stderr: object) -> Score | None:

@@ -79,6 +79,11 @@ class Comparison:
     task_differences: list[tuple[str, str, dict[str, TaskDifference]]]  # first, second, by task
     warnings: list[str]
 
+    @property
+    def damaged(self) -> list[str]:
+        """The runs that no verdict rests on."""
+        return [row.run.name for row in self.rows if row.run.damage]
+
 
 def compare(run_dirs: Sequence[Path | str]) -> Comparison:
     """Read two or more runs and compare them.
@@ -110,7 +115,8 @@ def compare(run_dirs: Sequence[Path | str]) -> Comparison:
     task_differences = [
         (a.name, b.name, found)
         for a, b in pairs(settings)
-        if (found := tasks.differences(ends[a.name], ends[b.name], names))
+        if not any(end.damage for end in (*ends[a.name], *ends[b.name]))
+        and (found := tasks.differences(ends[a.name], ends[b.name], names))
     ]
 
     noise = Noise(runs, settings, equal)
@@ -136,9 +142,16 @@ def compare(run_dirs: Sequence[Path | str]) -> Comparison:
         reach=read["range"],
         pairs=told,
         readings=readings,
-        headline=verdict.headline(settings, told, readings),
+        headline=verdict.headline(settings, told, readings, [r.name for r in runs if r.damage]),
         verdict=verdict.sentences(settings, told, readings, level, unfinished),
-        noise=verdict.about_noise(noise, [run.name for run in runs]),
+        noise=verdict.about_noise(
+            {
+                run.name: text
+                for run, text in zip(runs, noise.paired, strict=True)
+                if not run.damage
+            },
+            noise.beyond,
+        ),
         benchmarks=names,
         task_differences=task_differences,
         warnings=_warnings(runs),
@@ -220,6 +233,8 @@ def terminal_summary(comparison: Comparison) -> str:
     level = comparison.level
     if level is not None:
         lines.append(f"nats per token; equal learning is read at {level:.3f} nats learned")
+    for warning in comparison.warnings:
+        lines += textwrap.wrap(f"warning: {warning}", 100, subsequent_indent="  ")
     return "\n".join([*lines, *textwrap.wrap(comparison.headline, 100)])
 
 
@@ -240,6 +255,8 @@ def _rows(runs: list[Run]) -> list[Row]:
     first = _step_seconds(runs[0])
     for place, (run, setting) in enumerate(zip(runs, settings, strict=True)):
         curve, points, learning = curve_of(run), learning_points(run), tuning.learning_of(run)
+        if run.damage:  # what is left would be read as less learning
+            curve = []
         learned, forgotten = curve[-1] if len(curve) > 1 else (None, None)
         trained = [point for point in points or run.points if point.stage]
         end = trained[-1] if trained else None
@@ -320,12 +337,18 @@ def _warnings(runs: list[Run]) -> list[str]:
             "The runs differ in hardware, threads, engine, precision or ranks: speeds do not "
             "compare."
         )
-    for run in runs:
+    paired = [any(point.sequences for point in run.points) for run in runs]
+    for run, has_sequences in zip(runs, paired, strict=True):
+        if any(paired) and not has_sequences and not run.damage and run.points:
+            found.append(
+                f"{run.name}: losses by sequence (sequences.npz) are missing, so that its noise is "
+                "overstated: every evaluation is taken as independent."
+            )
         found += [f"{run.name}: {warning}" for warning in run.warnings]
         if not run.finished:
             done = max(run.evaluated, 0)
             found.append(f"{run.name}: {done} of {run.matrix.last} stages evaluated.")
-        for domain, record in run.bad_lines.items():
+        for domain, record in run.log.bad_lines.items():
             found.append(
                 f"{run.name}: {record.get('count')} unreadable line(s) of {domain} skipped."
             )
@@ -341,6 +364,8 @@ def _machine(run: Run) -> str:
 
 
 def _why_not(row: Row, level: float | None) -> str:
+    if row.run.damage:
+        return "damaged: no verdict"
     if row.learned is None:
         return "no stage evaluated yet"
     if row.learned <= 0:
@@ -349,13 +374,13 @@ def _why_not(row: Row, level: float | None) -> str:
 
 
 def _tokens_per_second(run: Run) -> float | None:
-    timed = [s for s in run.steps if s.get("seconds")]
+    timed = [s for s in run.log.steps if s.get("seconds")]
     seconds = sum(s["seconds"] for s in timed)
     return sum(s.get("tokens", 0) for s in timed) / seconds if seconds else None
 
 
 def _step_seconds(run: Run) -> float | None:
-    seconds = [s["seconds"] for s in run.steps if s.get("seconds")]
+    seconds = [s["seconds"] for s in run.log.steps if s.get("seconds")]
     return statistics.median(seconds) if seconds else None
 
 

@@ -45,7 +45,7 @@ def write_report(run_dir: Path | str) -> Path:
     figures = {}
     if run.evaluated >= 0:
         figures["domain_curves"] = plots.domain_curves(run.matrix)
-    if any(step.get("loss") is not None for step in run.steps):
+    if any(step.get("loss") is not None for step in run.log.steps):
         figures["training_loss"] = plots.training_loss(run)
 
     learning = tuning.learning_of(run)
@@ -122,11 +122,14 @@ def run_numbers(run: Run, learning: tuning.Learning) -> dict:
 def summary(run: Run) -> str:
     """What the run shows, in plain words and numbers."""
     matrix, stage = run.matrix, run.evaluated
+    if run.stopped and stage <= 0:
+        return f"{run.stopped} No stage was finished."
     if stage < 0:
         return "This run has started; nothing has been evaluated yet."
     if stage == 0 and not any(point.step for point in run.points):
         return "Only the model before training has been evaluated yet."
-    words = [f"After {stage} of {matrix.last} stage{'s' * (matrix.last > 1)}:"] if stage else []
+    words = [run.stopped] if run.stopped else []
+    words += [f"After {stage} of {matrix.last} stage{'s' * (matrix.last > 1)}:"] if stage else []
     gains = {
         domain: gain
         for domain, own in matrix.trained.items()
@@ -206,7 +209,7 @@ def _metric(key: str, value: float | None) -> str:
 
 def _missing(run: Run) -> list[str]:
     found = []
-    for domain, record in run.bad_lines.items():
+    for domain, record in run.log.bad_lines.items():
         example = next(iter(record.get("examples") or []), None)
         first = (
             ""

@@ -119,8 +119,8 @@ def training_loss(run: Run) -> str:
     start = 0
     bounds, names = [], []
     palette = _colours(len(run.matrix.domains))
-    for stage in sorted({step["stage"] for step in run.steps}):
-        steps = [s for s in run.steps if s["stage"] == stage and s.get("loss") is not None]
+    for stage in sorted({step["stage"] for step in run.log.steps}):
+        steps = [s for s in run.log.steps if s["stage"] == stage and s.get("loss") is not None]
         if not steps:
             continue
         x = np.array([start + s["step"] for s in steps], dtype=float)

@@ -25,6 +25,8 @@ def print_summary(page: Path) -> None:
     if len(curve) > 1:
         learned, forgotten = curve[-1]
         say(f"learned {learned:.3f}, forgotten {forgotten:.3f} nats per token (mean over domains)")
+    for warning in run.warnings:
+        say(f"warning: {warning}")
     for line in task_lines(run):
         say(line)
     say(f"report: {page}")

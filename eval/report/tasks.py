@@ -142,7 +142,7 @@ def completions(run: Run) -> tuple[str, list[Completion]]:
     """Some greedy completions of the last point that saved them, failed ones first; before them,
     in a sentence, which they are of."""
     for point in reversed(run.points):
-        if rows := point.completions():
+        if rows := point.completions:
             failed = [row for row in rows if not row["passed"]]
             passed = [row for row in rows if row["passed"]]
             told = f"{len(passed)} of {len(rows)} greedy completions passed at {title(run, point)}."

@@ -4,18 +4,25 @@ Computed, so that it claims no more than the numbers: a difference smaller than 
 "within the noise", and less learning is never told as a virtue.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from eval.analysis.noise import RESAMPLES, Noise
+from eval.analysis.noise import RESAMPLES
 from eval.analysis.settings import Difference, Pair, Reading, Setting
 from eval.analysis.text import short_float
 
 
 def headline(
-    settings: Sequence[Setting], pairs: Sequence[Pair], readings: Sequence[Reading]
+    settings: Sequence[Setting],
+    pairs: Sequence[Pair],
+    readings: Sequence[Reading],
+    damaged: Sequence[str] = (),
 ) -> str:
     """What is decided at equal learning, by the reading between learning rates where there is one
-    (it compares ends of whole sequences), else by the reading along the curves."""
+    (it compares ends of whole sequences), else by the reading along the curves. `damaged` are the
+    names of the runs that were left out of all of it."""
+    if damaged:
+        without = f"No verdict on {', '.join(damaged)}: damaged, see the warnings."
+        return f"{without} {headline(settings, pairs, readings)}"
     told = [(r.at, r.method, r.difference) for r in readings if r.difference]
     how = "read between learning rates" if told else "read along each run"
     told = told or [(p.second, p.first, p.forgotten_equal) for p in pairs if p.forgotten_equal]
@@ -73,9 +80,10 @@ def sentences(
     return said
 
 
-def about_noise(noise: Noise, names: Sequence[str]) -> str:
-    """What "noise" means on this page; `names` are those of the runs."""
-    alone = [name for name, text in zip(names, noise.paired, strict=True) if text is None]
+def about_noise(texts: Mapping[str, str | None], beyond: bool) -> str:
+    """What "noise" means on this page. `texts` are the digests that each run can be paired on, by
+    its name, and `beyond` is that of `Noise`."""
+    alone = [name for name, text in texts.items() if text is None]
     paired = (
         "the runs are paired on their common held-out text: its sequences are drawn again "
         f"{RESAMPLES} times, the same for all runs, and every number is computed anew"
@@ -84,15 +92,15 @@ def about_noise(noise: Noise, names: Sequence[str]) -> str:
         "every evaluation is taken as independent, which overstates the noise of runs that were "
         "measured on one text"
     )
-    if len(alone) == len(names):
+    if len(alone) == len(texts):
         how = f"{independent}: losses by sequence (sequences.npz) are missing."
     elif alone:
         how = f"{paired}. Against {', '.join(alone)}, without sequences.npz, {independent}."
-    elif len(set(noise.paired)) > 1:
+    elif len(set(texts.values())) > 1:
         how = f"{paired}. Between runs evaluated on different text, {independent}."
     else:
         how = f"{paired}."
-    if noise.beyond:
+    if beyond:
         how += f" Where a reading leaves its range in many resamples, {independent}."
     return (
         f"Noise is twice the standard error of the difference; {how} It is the noise of the "

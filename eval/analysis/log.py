@@ -1,0 +1,139 @@
+"""`log.jsonl`: the steps of a run, the ends of its stages, and why it stopped."""
+
+import json
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from eval.analysis.files import Findings, finite
+
+# What a record must hold, and what is a number if it is there (a loss may be NaN).
+NEEDED = {"step": ("stage", "step"), "stage": ("stage",), "stopped": ("stage",)}
+NUMBERS = (
+    "loss", "seconds", "tokens", "steps", "mask_seconds", "publish_seconds", "eval_seconds",
+)  # fmt: skip
+
+
+@dataclass
+class StageTime:
+    """Where the time of one stage went; None where the log does not say. Times in seconds."""
+
+    stage: int
+    name: str
+    steps: int
+    finished: bool
+    tokens: int
+    tokens_per_second: float | None
+    step_seconds: float | None  # median
+    mask_percent: float | None  # median mask time / median step time
+    seconds: float | None
+    publish_seconds: float | None
+    eval_seconds: float | None
+
+
+@dataclass
+class Log:
+    steps: list[dict] = field(default_factory=list)  # in order, the last of any repeated ones
+    ends: dict[int, dict] = field(default_factory=dict)  # stage -> the record of its end
+    stopped: dict | None = None  # why the run stopped, if that is the last it said
+    bad_lines: dict[str, dict] = field(default_factory=dict)  # domain -> {"count", "examples"}
+
+    @property
+    def begun(self) -> int:
+        """The last stage that has said anything, 0 for none."""
+        return max([*self.ends, *(step["stage"] for step in self.steps)], default=0)
+
+
+def read_log(path: Path, stages: int, findings: Findings) -> Log:
+    """The log of a run of that many stages."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        findings.warnings.append("There is no log.jsonl: training loss and times are missing.")
+        return Log()
+    except OSError as error:
+        findings.warnings.append(f"log.jsonl cannot be read: {error}")
+        return Log()
+    if not any(map(str.strip, lines)):
+        findings.warnings.append("log.jsonl is empty: training loss and times are missing.")
+    records, unreadable = [], 0
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict) and _fits(record, stages):
+            records.append(record)
+        else:
+            unreadable += bool(line.strip())
+    if unreadable:
+        findings.warnings.append(
+            f"{unreadable} line(s) of log.jsonl cannot be read and are left out (a run that was "
+            "killed can leave half a line)."
+        )
+    # A resumed stage repeats the steps after its last saved state: the later record counts.
+    by_place = {(r["stage"], r["step"]): r for r in records if r.get("event") == "step"}
+    said = [r for r in records if r.get("event") in ("step", "stage", "stopped")]
+    log = Log(
+        steps=[by_place[place] for place in sorted(by_place)],
+        ends={r["stage"]: r for r in records if r.get("event") == "stage"},
+        stopped=said[-1] if said and said[-1]["event"] == "stopped" else None,
+    )
+    for record in records:
+        if record.get("event") == "bad_lines":
+            known = log.bad_lines.get(record["domain"], {"count": 0})
+            if record["count"] > known["count"]:
+                log.bad_lines[record["domain"]] = record
+    return log
+
+
+def _fits(record: dict, stages: int) -> bool:
+    event = record.get("event")
+    if event == "bad_lines":
+        examples = record.get("examples") or []
+        return (
+            isinstance(record.get("domain"), str)
+            and isinstance(record.get("count"), int)
+            and isinstance(examples, list)
+            and all(isinstance(example, dict) for example in examples)
+        )
+    if not isinstance(event, str) or event not in NEEDED:
+        return isinstance(event, str)
+    if not all(type(record.get(key)) is int for key in NEEDED[event]):
+        return False
+    numbers = all(isinstance(record.get(k), int | float | None) for k in NUMBERS)
+    return numbers and 0 <= record["stage"] <= stages
+
+
+def stage_times(stages: list[str], log: Log, measured: int) -> list[StageTime]:
+    """Where the time of each stage went; the stages up to `measured` are finished, whatever became
+    of their lines in the log."""
+    times = []
+    for stage, name in enumerate(stages[1:], start=1):
+        mine = [step for step in log.steps if step["stage"] == stage]
+        end = log.ends.get(stage, {})
+        if not mine and not end:
+            continue
+        timed = [s for s in mine if finite(s.get("seconds")) and finite(s.get("tokens") or 0.0)]
+        spent = sum(s["seconds"] for s in timed)
+        tokens = sum(s.get("tokens") or 0 for s in timed)
+        step_seconds = statistics.median(s["seconds"] for s in timed) if timed else None
+        masking = [s["mask_seconds"] for s in timed if s.get("mask_seconds") is not None]
+        times.append(
+            StageTime(
+                stage=stage,
+                name=name,
+                steps=end.get("steps") or len(mine),
+                finished=bool(end) or stage <= measured,
+                tokens=end.get("tokens") or sum(s.get("tokens") or 0 for s in mine),
+                tokens_per_second=tokens / spent if spent else None,
+                step_seconds=step_seconds,
+                mask_percent=100 * statistics.median(masking) / step_seconds
+                if masking and step_seconds
+                else None,
+                seconds=end.get("seconds"),
+                publish_seconds=end.get("publish_seconds"),
+                eval_seconds=end.get("eval_seconds"),
+            )
+        )
+    return times
