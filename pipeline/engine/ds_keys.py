@@ -71,7 +71,6 @@ ZERO_STAGES = {
     "use_multi_rank_bucket_allreduce": (1, 2),
     "allgather_bucket_size": (1, 2),
     "ignore_unused_parameters": (1, 2),
-    "compute_grad_norm": (1, 2),
     "parameter_alignment": (1, 2),
     "contiguous_gradients": (1, 2, 3),
     "reduce_scatter": (1, 2, 3),
@@ -101,6 +100,7 @@ UNUSED_ZERO = {
     "load_from_fp32_weights": _PUBLISHED,
     "elastic_checkpoint": _PUBLISHED,
     "pipeline_loading_checkpoint": _PUBLISHED,
+    "compute_grad_norm": "the run logs the norm, and stops where it is not finite",
     "allgather_partitions": "DeepSpeed no longer reads it",
     "override_module_apply": "weights are sharded block by block here",
     "save_muon_momentum_buffer_in_memory": "the optimizer is AdamW",
@@ -163,12 +163,13 @@ def zero_problems(block: dict[str, Any]) -> list[str]:
             hint = f"; did you mean {close[0]!r}?" if close else ""
             found.append(f"zero_optimization.{key}: unknown key{hint}")
     found += engine_problems({"zero_optimization": block})
+    read = {k: v for k, v in block.items() if k in known and k not in UNUSED_ZERO and v != "auto"}
     try:
-        DeepSpeedZeroConfig(**{k: v for k, v in block.items() if k in known and v != "auto"})
+        DeepSpeedZeroConfig(**read)
     except ValidationError as error:
         for e in error.errors():
             key = ".".join(["zero_optimization", *map(str, e["loc"])])
-            found.append(f"{key}: {e['msg']}, got {e['input']!r}")
+            found.append(f"{key}: {e['msg']}" + (f", got {e['input']!r}" if e["loc"] else ""))
         return found
     stage = block.get("stage", 0)
     defaults = {f.alias or n: f.default for n, f in DeepSpeedZeroConfig.model_fields.items()}

@@ -66,7 +66,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if isinstance(data.get("stages"), list):
         data["stages"] = [{"domain": s} if isinstance(s, str) else s for s in data["stages"]]
     given = {o.partition("=")[0] for o in overrides}
-    _switch_off_mask(data, given)
+    _switch_off(data, given)
     try:
         recipe = _ADAPTER.validate_python(data)
     except ValidationError as error:
@@ -79,16 +79,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def _switch_off_mask(data: dict[Any, Any], given: set[str]) -> None:
-    """`mask.enabled=false` on the command line takes the file's other settings of the mask away,
-    but for the threshold: the overlap of the kept rows is measured of dense runs too."""
-    mask = data.get("mask")
+def _switch_off(data: dict[Any, Any], given: set[str]) -> None:
+    """What the command line switches off (`mask.enabled=false`, `evaluate.benchmarks={}`) takes the
+    file's settings of it away, which would have no effect. Not the threshold: the overlap of the
+    kept rows is measured of dense runs too."""
+    mask, evaluate = data.get("mask"), data.get("evaluate")
     if "mask.enabled" in given and isinstance(mask, dict) and mask.get("enabled") is False:
-        data["mask"] = {
-            key: value
-            for key, value in mask.items()
-            if key in ("enabled", "threshold") or f"mask.{key}" in given
-        }
+        for key in set(mask) - {"enabled", "threshold"}:
+            if f"mask.{key}" not in given:
+                del mask[key]
+    if "evaluate.benchmarks" in given and isinstance(evaluate, dict):
+        for key in ("benchmark_files", "unreachable"):
+            if not evaluate["benchmarks"] and f"evaluate.{key}" not in given:
+                evaluate.pop(key, None)
 
 
 def _find_recipe(path: str | Path) -> Path:

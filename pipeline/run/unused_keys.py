@@ -20,12 +20,6 @@ def unused_keys(r: Recipe) -> list[str]:
     if m.objective == "causal":
         for key in ("whole_word", "masking", "heldout_masking"):
             unused(_is_set(Data, d, key), f"data.{key}", "on a causal model, which masks nothing")
-    instructions = [bool(x.instruction) for x in d.domains.values()]
-    unused(
-        d.cross_document and instructions and all(instructions),
-        "data.cross_document",
-        "on examples of instructions, which never share a sequence",
-    )
     used = {name for stage in r.stages for name in stage.domains} | set(r.heldout_domains())
     for name, domain in d.domains.items():
         where = f"data.domains.{name}"

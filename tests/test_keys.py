@@ -1,0 +1,423 @@
+"""Every key of a recipe and of the DeepSpeed JSON changes something, or is refused where it
+cannot.
+
+KEYS has a line for every field of every class of `pipeline/recipe.py`: a new one fails here until
+it is said what it does, by a value that changes what one of the observers sees, or by the test that
+shows it.
+"""
+
+import ast
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pipeline.recipe
+from pipeline.data.reader import BadLines, read_documents
+from pipeline.engine.config import resolve_ds_config, resolve_fsdp_config
+from pipeline.engine.ds_keys import (
+    UNSUPPORTED_ZERO,
+    UNUSED,
+    UNUSED_ZERO,
+    USED,
+    ZERO_STAGES,
+    zero_problems,
+)
+from pipeline.engine.optimizer import weight_groups
+from pipeline.errors import UserError
+from pipeline.migu.gradient_mask import GradientMask
+from pipeline.model.load import build_model, empty_model, load_config
+from pipeline.recipe import Recipe
+from pipeline.run.recipe_file import load_recipe
+from pipeline.run.train import learning_rate
+from pipeline.shard import ParameterShards
+
+HERE = Path(__file__).parent
+NOT_SHOWN = "no test shows it yet"
+TINY = "{model_type: gpt2, n_embd: 12, n_layer: 2, n_head: 2, n_positions: 20, vocab_size: 300}"
+
+
+@dataclasses.dataclass
+class Change:
+    """An override that changes what `seen` sees of a recipe. beside: overrides before it."""
+
+    override: str
+    seen: Callable[[Recipe], Any]
+    beside: tuple[str, ...] = ()
+
+
+def documents(recipe):
+    return [
+        list(read_documents(domain, side, BadLines(recipe.data.bad_lines)))
+        for domain in recipe.data.domains.values()
+        for side in ("train", "heldout")
+    ]
+
+
+def model(recipe):
+    config = load_config(recipe.model, recipe.model.train_tokenizer)
+    net = build_model(recipe.model, config, None, recipe.seed)
+    weights = {n: (p.sum().item(), tuple(p.shape)) for n, p in net.named_parameters()}
+    trained = [n for n, p in net.named_parameters() if p.requires_grad]
+    attention = net.config._attn_implementation
+    return weights, trained, attention, net.is_gradient_checkpointing, type(net)
+
+
+def step(recipe):
+    """What a masked step of the optimizer does to a small model; one forward on fixed tokens."""
+    net = build_model(recipe.model, load_config(recipe.model, 300), None, 0)
+    mask = GradientMask(net, recipe.mask, recipe.stage_seed(1)) if recipe.mask.enabled else None
+    o = recipe.optimizer
+    adam = torch.optim.AdamW(
+        weight_groups(net, o.weight_decay), lr=o.lr, betas=tuple(o.betas), eps=o.eps
+    )
+    shards = ParameterShards(net)
+    tokens = torch.arange(40).reshape(2, 20) * 7 % 300
+    for number in (1, 2):
+        if mask and mask.recorder:
+            with mask.recording():
+                loss = net(input_ids=tokens, labels=tokens).loss
+        else:
+            loss = net(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        if mask:
+            mask.apply(shards, number)
+            with mask.hold(shards):
+                adam.step()
+        else:
+            adam.step()
+        adam.zero_grad()
+    return [p.detach().double().sum().item() for p in net.parameters()]
+
+
+def schedule(recipe):
+    return [
+        learning_rate(recipe.optimizer, s.lr or recipe.optimizer.lr, i, 10)
+        for s in recipe.stages
+        for i in range(1, 11)
+    ]
+
+
+def engine(recipe):
+    if recipe.engine.kind == "fsdp":
+        return resolve_fsdp_config(recipe, 2, "cuda")
+    return resolve_ds_config({"zero_optimization": {"stage": 2}}, recipe, 2, "cuda")
+
+
+def adapters(recipe):
+    net = empty_model(recipe.model, load_config(recipe.model, 300))
+    layers = [(n, m) for n, m in net.named_modules() if hasattr(m, "lora_A")]
+    return [(n, str(m), m.scaling) for n, m in layers]
+
+
+CAUSAL = ("model.objective=causal",)
+LORA = (*CAUSAL, "model.lora={}")
+FSDP = ("engine.kind=fsdp",)
+ROBERTA = (
+    "model.config={model_type: roberta, hidden_size: 12, num_hidden_layers: 1, "
+    "num_attention_heads: 2, intermediate_size: 8, max_position_embeddings: 24}",
+)
+OF_THE_VOCABULARY = ("model.config={model_type: gpt2, n_embd: 12, n_layer: 1, n_head: 2}",)
+FILE = "data.domains.a."
+# A name alone is that of the test that shows it, in any file.
+KEYS: dict[str, str | Change] = {
+    "Recipe.name": Change("name=other", lambda r: r.name),
+    "Recipe.model": "test_whole_weights_pass",
+    "Recipe.data": Change(FILE + "max_documents=20", documents),
+    "Recipe.stages": Change("stages=[{domain: a, steps: 3, lr: 0.5}]", schedule),
+    "Recipe.mask": Change("mask.threshold=0.2", step, CAUSAL),
+    "Recipe.optimizer": Change("optimizer.lr=0.1", step, CAUSAL),
+    "Recipe.train": Change("train.batch_size=8", engine),
+    "Recipe.engine": Change("engine.kind=fsdp", engine),
+    "Recipe.evaluate": "test_a_run_is_measured_within_and_what_failed_is_retried_alone",
+    "Recipe.seed": Change("seed=3", model, CAUSAL),
+    "Model.path": "test_whole_weights_pass",
+    "Model.config": Change("model.config.n_layer=1", model, CAUSAL),
+    "Model.overrides": Change("model.overrides={n_inner: 7}", model, CAUSAL),
+    "Model.revision": "test_configuration_and_revision_reach_the_hub",
+    "Model.initialize_missing": "test_missing_weights_are_initialised_on_demand_from_the_seed",
+    "Model.initial_positions": Change("model.initial_positions=sinusoidal", model, ROBERTA),
+    "Model.tokenizer": "test_bpe_files_alone_become_the_right_tokenizer",
+    "Model.train_tokenizer": Change(
+        "model.train_tokenizer=310", model, (*CAUSAL, *OF_THE_VOCABULARY)
+    ),
+    "Model.objective": Change("model.objective=causal", model, ROBERTA),
+    "Model.lora": Change("model.lora={}", adapters, CAUSAL),
+    "Model.gradient_checkpointing": Change("model.gradient_checkpointing=true", model, CAUSAL),
+    "Model.attention": Change("model.attention=eager", model, CAUSAL),
+    "Lora.r": Change("model.lora.r=2", adapters, LORA),
+    "Lora.alpha": Change("model.lora.alpha=8", adapters, LORA),
+    "Lora.dropout": Change("model.lora.dropout=0.5", adapters, LORA),
+    "Lora.targets": Change("model.lora.targets=[c_attn]", adapters, LORA),
+    "Lora.quantize": "test_an_adapter_equals_the_reference",
+    "Domain.embedded": "test_embedded_corpora_are_code_without_comments_and_come_from_the_cache",
+    "Domain.files": Change(FILE + "files=[other.jsonl]", documents),
+    "Domain.hub": "test_a_hub_folder_has_the_same_rules",
+    "Domain.split": "test_a_hub_folder_has_the_same_rules",
+    "Domain.heldout_split": "test_a_hub_folder_has_the_same_rules",
+    "Domain.hub_config": "test_configuration_and_revision_reach_the_hub",
+    "Domain.revision": "test_configuration_and_revision_reach_the_hub",
+    "Domain.text_field": Change(FILE + "text_field=other", documents),
+    "Domain.instruction": Change(
+        FILE + "instruction={prompt: text, response: other}", documents, CAUSAL
+    ),
+    "Domain.txt_documents": Change(
+        FILE + "txt_documents=line", documents, (FILE + "files=[lines.txt]",)
+    ),
+    "Domain.heldout_files": Change(FILE + "heldout_files=[other.jsonl]", documents),
+    "Domain.heldout_fraction": Change(FILE + "heldout_fraction=0.5", documents),
+    "Domain.max_documents": Change(FILE + "max_documents=20", documents),
+    "Domain.sample": Change(FILE + "sample=0.5", documents),
+    "Domain.sample_seed": Change(FILE + "sample_seed=3", documents, (FILE + "sample=0.5",)),
+    "Domain.deduplicate": "test_duplicates_are_left_out_over_all_files",
+    "Domain.decontaminate": "test_documents_with_text_of_an_evaluation_are_left_out",
+    "Instruction.prompt": "test_fields_are_configurable_and_bad_rows_counted",
+    "Instruction.input": "test_fields_are_configurable_and_bad_rows_counted",
+    "Instruction.response": "test_fields_are_configurable_and_bad_rows_counted",
+    "Data.domains": Change(FILE + "files=[other.jsonl]", documents),
+    "Data.prepare": "test_a_corpus_is_its_documents_tokenized",
+    "Data.prepared": "test_the_second_time_nothing_is_read",
+    "Data.sequence_length": "test_a_run_is_measured_within_and_what_failed_is_retried_alone",
+    "Data.masking": "test_the_exact_number_of_ordinary_tokens_is_chosen",
+    "Data.heldout_masking": "test_the_masks_do_not_depend_on_the_seed_of_the_run",
+    "Data.whole_word": "test_whole_words_are_chosen_until_the_budget_is_reached",
+    "Data.template": "test_only_the_response_is_learnt",
+    "Data.cross_document": "test_masks_of_a_batch",
+    "Data.shuffle_window": "test_epochs_are_shuffled_anew_by_the_seed",
+    "Data.bad_lines": "test_too_many_broken_rows_stop_with_their_places",
+    "Data.heldout_sequences": "test_the_losses_by_sequence_add_up_to_the_mean",
+    "Data.prefetch": NOT_SHOWN,
+    "Stage.domain": Change("stages=[{domain: [a, a], steps: 3}]", lambda r: r.stages[0].name),
+    "Stage.steps": "test_a_run_is_measured_within_and_what_failed_is_retried_alone",
+    "Stage.epochs": "test_epochs_of_examples_are_counted_not_estimated",
+    "Stage.tokens": NOT_SHOWN,
+    "Stage.lr": Change("stages=[{domain: a, steps: 3, lr: 0.5}]", schedule),
+    "Stage.evaluate_every": "test_a_run_is_measured_within_and_what_failed_is_retried_alone",
+    "Mask.enabled": Change("mask.enabled=false", step, CAUSAL),
+    "Mask.threshold": Change("mask.threshold=0.2", step, CAUSAL),
+    "Mask.components": Change("mask.components=[ffn]", step, CAUSAL),
+    "Mask.normalize": Change("mask.normalize=token", step, CAUSAL),
+    "Mask.rule": Change("mask.rule=quantile", step, (*CAUSAL, "mask.threshold=0.3")),
+    "Mask.split_fused": Change("mask.split_fused=true", step, CAUSAL),
+    "Mask.criterion": Change("mask.criterion=weight", step, CAUSAL),
+    "Mask.random_redraw": Change(
+        "mask.random_redraw=step", step, (*CAUSAL, "mask.criterion=random")
+    ),
+    "Mask.update": Change(
+        "mask.update=strict", step, (*CAUSAL, "optimizer.weight_decay=0.5", "optimizer.lr=0.1")
+    ),
+    "Mask.from_stage": NOT_SHOWN,
+    "Optimizer.name": Change("optimizer.name=adamw8bit", engine, ("mask.update=strict",)),
+    "Optimizer.lr": Change("optimizer.lr=0.1", step, CAUSAL),
+    "Optimizer.betas": Change("optimizer.betas=[0.1, 0.2]", step, CAUSAL),
+    "Optimizer.eps": Change("optimizer.eps=1.0", step, CAUSAL),
+    "Optimizer.weight_decay": Change(
+        "optimizer.weight_decay=0.5", step, (*CAUSAL, "optimizer.lr=0.1")
+    ),
+    "Optimizer.schedule": Change("optimizer.schedule=cosine", schedule),
+    "Optimizer.warmup": Change("optimizer.warmup=0.5", schedule),
+    "Train.batch_size": Change("train.batch_size=8", engine),
+    "Train.micro_batch_size": Change("train.micro_batch_size=1", engine),
+    "Train.gradient_clipping": Change("train.gradient_clipping=0.5", engine),
+    "Train.precision": Change("train.precision=fp16", engine),
+    "Train.publish_dtype": NOT_SHOWN,
+    "Engine.kind": Change("engine.kind=fsdp", engine),
+    "Engine.replicas": Change("engine.replicas=2", engine, FSDP),
+    "Engine.reshard_after_forward": Change("engine.reshard_after_forward=false", engine, FSDP),
+    "Evaluation.domains": Change(
+        "evaluate.domains=[a]",
+        lambda r: r.heldout_domains(),
+        ("data.domains.b={files: [other.jsonl]}", "stages=[{domain: [a, b], steps: 3}]"),
+    ),
+    "Evaluation.batch_size": "test_it_repeats_to_the_bit_and_does_not_depend_on_the_shares",
+    "Evaluation.overlap": "test_it_repeats_to_the_bit_and_does_not_depend_on_the_shares",
+    "Evaluation.benchmarks": "test_the_numbers_are_those_of_the_lm_eval_command",
+    "Evaluation.benchmark_files": "test_the_numbers_are_those_of_the_lm_eval_command",
+    "Evaluation.unreachable": "test_an_unreachable_hub",
+    "Evaluation.humaneval": "test_a_run_is_measured_within_and_what_failed_is_retried_alone",
+    "Evaluation.precision": NOT_SHOWN,
+    "Benchmark.task": NOT_SHOWN,
+    "Benchmark.shots": "test_the_numbers_are_those_of_the_lm_eval_command",
+    "Benchmark.limit": "test_the_numbers_are_those_of_the_lm_eval_command",
+    "Benchmark.files": "test_wrong_files",
+    "Benchmark.metric": "test_wrong_metric_and_too_many_shots",
+    "HumanEval.limit": "test_a_run_is_measured_within_and_what_failed_is_retried_alone",
+    "HumanEval.samples": "test_the_scores_are_those_of_the_verdicts",
+    "HumanEval.temperature": NOT_SHOWN,
+    "HumanEval.top_p": NOT_SHOWN,
+    "HumanEval.max_new_tokens": "test_prompts_that_do_not_fit_fail_and_the_others_do_not",
+    "HumanEval.batch_size": "test_the_result_does_not_depend_on_the_number_of_processes",
+    "HumanEval.template": "test_templates_frame_the_prompt",
+    "HumanEval.timeout": NOT_SHOWN,
+    "HumanEval.sandbox": "test_nothing_is_generated_without_a_sandbox",
+}
+
+
+def test_the_table_has_every_key():
+    classes = [c for c in vars(pipeline.recipe).values() if dataclasses.is_dataclass(c)]
+    fields = {f"{c.__name__}.{f.name}" for c in classes for f in dataclasses.fields(c)}
+    assert fields - set(KEYS) == set(), "say in KEYS what these change, or which test shows it"
+    assert set(KEYS) - fields == set(), "these are gone"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A base recipe and its corpora in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("rows", "other"):
+        rows = [{"text": f"{name} {i} of\n\nmany", "other": f"{i}"} for i in range(60)]
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    Path("lines.txt").write_text("".join(f"line {i}\nand more\n\n" for i in range(60)))
+    Path("base.yaml").write_text(BASE)
+    return Path("base.yaml")
+
+
+BASE = f"""
+name: base
+model: {{config: {TINY}, train_tokenizer: 300}}
+data: {{domains: {{a: {{files: [rows.jsonl]}}}}, sequence_length: 20}}
+stages: [{{domain: a, steps: 3}}]
+train: {{batch_size: 4}}
+"""
+
+
+@pytest.mark.parametrize("key", [k for k, v in KEYS.items() if isinstance(v, Change)])
+def test_a_key_changes_something(here, key):
+    change = KEYS[key]
+    without, with_ = (
+        change.seen(load_recipe(here, [*change.beside, *more])) for more in ([], [change.override])
+    )
+    assert without != with_
+
+
+def test_the_tests_of_the_other_keys_are_there():
+    names = {
+        node.name
+        for path in HERE.glob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    }
+    shown_by = {k: v for k, v in KEYS.items() if isinstance(v, str) and v != NOT_SHOWN}
+    assert {k: v for k, v in shown_by.items() if v not in names} == {}
+
+
+def test_configuration_and_revision_reach_the_hub(here, monkeypatch):
+    import datasets
+    from transformers import AutoConfig
+
+    def opened(name, config, revision=None, **_):
+        raise ValueError(f"{name} {config} {revision}")
+
+    monkeypatch.setattr(datasets, "load_dataset", opened)
+    recipe = load_recipe(
+        here, ["data.domains.a={hub: who/what, hub_config: which, revision: when}"]
+    )
+    with pytest.raises(UserError, match="who/what which when"):
+        documents(recipe)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", opened_model)
+    recipe = load_recipe(here, ["model={path: who/model, revision: when}"])
+    with pytest.raises(UserError, match="who/model when"):
+        load_config(recipe.model)
+
+
+def opened_model(name, revision=None, **_):
+    raise ValueError(f"{name} {revision}")
+
+
+INSTRUCTION = "data.domains.a.instruction={prompt: text, response: other}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["model.revision=main"], "model.revision"),
+        ([*CAUSAL, "data.whole_word=true"], "data.whole_word"),
+        ([*CAUSAL, "data.masking=0.3"], "data.masking"),
+        ([*CAUSAL, "data.heldout_masking=0.3"], "data.heldout_masking"),
+        (["data.domains.b={files: [other.jsonl]}", "evaluate.domains=[a]"], "data.domains.b"),
+        ([FILE + "heldout_files=[other.jsonl]", FILE + "heldout_fraction=0.1"], "heldout_fraction"),
+        ([FILE + "split=test"], FILE + "split"),
+        ([FILE + "txt_documents=line"], FILE + "txt_documents"),
+        (["data.domains.a={embedded: math, text_field: x}"], FILE + "text_field"),
+        (
+            [*CAUSAL, "data.domains.a={embedded: functions, instruction: {prompt: x}}"],
+            FILE + "instruction",
+        ),
+        (["optimizer.lr=1.0", "stages=[{domain: a, steps: 3, lr: 0.5}]"], "optimizer.lr"),
+        (["mask={enabled: false, update: strict}"], "mask.update"),
+        (["mask.enabled=false", "mask.components=[q]"], "mask.components"),
+        (["mask={enabled: false, threshold: 0.5}", "evaluate.overlap=false"], "mask.threshold"),
+        (["evaluate.benchmark_files=."], "evaluate.benchmark_files"),
+        (["evaluate.unreachable=skip"], "evaluate.unreachable"),
+    ],
+)
+def test_a_key_without_effect_is_refused(here, overrides, key):
+    with pytest.raises(UserError) as caught:
+        load_recipe(here, overrides)
+    [_, problem] = str(caught.value).splitlines()
+    assert key in problem
+    assert "no effect" in problem
+
+
+def test_what_the_command_line_switches_off_needs_no_other_override(here):
+    here.write_text(BASE + "mask: {update: strict, criterion: random, threshold: 0.5}\n")
+    mask = load_recipe(here, ["mask.enabled=false"]).mask
+    assert mask == pipeline.recipe.Mask(enabled=False, threshold=0.5)
+
+
+# A value that is not DeepSpeed's default.
+ZERO_VALUES = {
+    "stage": 1, "overlap_comm": False, "reduce_bucket_size": 7, "allgather_bucket_size": 7,
+    "sub_group_size": 7, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"},
+    "stage3_prefetch_bucket_size": 7, "stage3_param_persistence_threshold": 7,
+    "stage3_model_persistence_threshold": 7, "stage3_max_live_parameters": 7,
+    "stage3_max_reuse_distance": 7, "stage3_module_granularity_threshold": 7,
+    "leaf_module": {"names": ["x"]}, "contiguous_gradients": False, "reduce_scatter": False,
+    "use_multi_rank_bucket_allreduce": False, "ignore_unused_parameters": False,
+    "compute_grad_norm": False, "memory_efficient_linear": False, "override_module_apply": False,
+    "load_from_fp32_weights": False, "allgather_partitions": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_key_of_zero_is_read_at_its_stages_and_refused_at_others(stage):
+    for key, stages in ZERO_STAGES.items():
+        block = {"stage": stage, key: stage if key == "stage" else ZERO_VALUES.get(key, True)}
+        found = zero_problems(block)
+        assert (found == []) == (stage in stages), (key, found)
+        assert all(f"zero_optimization.{key}: needs stage" in f for f in found)
+    for key in UNUSED_ZERO:
+        [problem] = zero_problems({"stage": stage, key: ZERO_VALUES.get(key, True)})
+        assert f"zero_optimization.{key}: takes no effect here" in problem
+
+
+def test_every_key_of_deepspeed_is_in_the_tables():
+    """Of the installed version: a new one is refused as unknown until it is said what it does."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = {f.alias or n for n, f in DeepSpeedZeroConfig.model_fields.items()}
+    assert fields <= {*ZERO_STAGES, *UNUSED_ZERO, *UNSUPPORTED_ZERO}
+
+
+def test_a_key_of_the_json_reaches_the_engine_or_is_refused(here):
+    recipe = load_recipe(here, ["train.micro_batch_size=2"])
+    values = {
+        "optimizer": {"type": "AdamW"}, "gradient_clipping": 1.0, "train_batch_size": 4,
+        "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2,
+        "fp16": {"enabled": False}, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1},
+    }  # fmt: skip
+    for key in USED:
+        value = values.get(key, {"x": 1})
+        resolved = resolve_ds_config({key: value}, recipe, 1, "cuda")
+        if key == "optimizer":  # held against the recipe, from which it is built
+            with pytest.raises(UserError, match="only"):
+                resolve_ds_config({key: {"type": "SGD"}}, recipe, 1, "cuda")
+        else:
+            assert resolved[key] == value, key
+    for key in UNUSED:
+        with pytest.raises(UserError, match=f"{key}: takes no effect here"):
+            resolve_ds_config({key: True}, recipe, 1, "cuda")
