@@ -224,7 +224,7 @@ KEYS: dict[str, str | Change] = {
     "Train.micro_batch_size": Change("train.micro_batch_size=1", engine),
     "Train.gradient_clipping": Change("train.gradient_clipping=0.5", engine),
     "Train.precision": Change("train.precision=fp16", engine),
-    "Train.publish_dtype": NOT_SHOWN,
+    "Train.publish_dtype": "test_a_killed_run_continues_and_ends_like_an_unbroken_one",
     "Engine.kind": Change("engine.kind=fsdp", engine),
     "Engine.replicas": Change("engine.replicas=2", engine, FSDP),
     "Engine.reshard_after_forward": Change("engine.reshard_after_forward=false", engine, FSDP),
@@ -367,6 +367,12 @@ def test_what_the_command_line_switches_off_needs_no_other_override(here):
     here.write_text(BASE + "mask: {update: strict, criterion: random, threshold: 0.5}\n")
     mask = load_recipe(here, ["mask.enabled=false"]).mask
     assert mask == pipeline.recipe.Mask(enabled=False, threshold=0.5)
+    here.write_text(
+        BASE.replace("model: {", "model: {objective: causal, ")
+        + "evaluate: {benchmarks: {piqa: {}}, benchmark_files: ., unreachable: skip}\n"
+    )
+    evaluate = load_recipe(here, ["evaluate.benchmarks={}"]).evaluate
+    assert evaluate == pipeline.recipe.Evaluation()
 
 
 # A value that is not DeepSpeed's default.
