@@ -60,6 +60,7 @@ def main() -> None:
         args.precision or settings.precision,
         args.attention,
         args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        recipe.model.lora if recipe else None,
     )
     share = tuple(int(x) for x in args.share.split("/")) if args.share else None
     seed = recipe.seed if recipe else 0
@@ -98,7 +99,12 @@ def _parser() -> argparse.ArgumentParser:
         "benchmarks or of lm-eval's log-likelihood tasks (default: what the recipe measures; "
         "without a recipe, heldout)",
     )
-    add("--recipe", metavar="YAML", help="take `evaluate` from it, e.g. runs/NAME/recipe.yaml")
+    add(
+        "--recipe",
+        metavar="YAML",
+        help="take `evaluate` from it, and how an adapter's base is quantized, e.g. "
+        "runs/NAME/recipe.yaml",
+    )
     add("--heldout", type=Path, metavar="DIR", help="a run's heldout folder: text and masks")
     add("--limit", type=int, metavar="N", help="the first N documents and problems only")
     add("--shots", type=int, metavar="N", help="examples before each question (default: 0)")

@@ -21,7 +21,7 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.model.gguf import local_weights
 from pipeline.model.load import load_for_evaluation
-from pipeline.recipe import Evaluation
+from pipeline.recipe import Evaluation, Lora
 from pipeline.run.run import RESULTS
 
 SUFFIXES = {"heldout": "npz", "benchmarks": "json", "humaneval": "jsonl"}
@@ -38,12 +38,20 @@ class Checkpoint:
     precision: Literal["fp32", "bf16"]
     attention: str
     device: str
+    lora: Lora | None = None  # of the recipe: how the base was quantized in training
 
     @cached_property
     def model(self) -> Any:
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        net = load_for_evaluation(self.path, self.objective, self.attention, self.revision, dtype)
-        return net.to(self.device)
+        return load_for_evaluation(
+            self.path,
+            self.objective,
+            self.attention,
+            self.revision,
+            dtype,
+            self.device,
+            self.lora,
+        )
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:

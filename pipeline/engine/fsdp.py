@@ -176,7 +176,7 @@ class FsdpEngine:
         """Free the model and all that belongs to it; nothing of the engine works afterwards."""
         self._optimizer.zero_grad()
         self._optimizer.state.clear()
-        self._module = self._parameters = self._optimizer = self.shards = None  # type: ignore
+        del self._module, self._parameters, self._optimizer, self.shards
 
 
 def _in_fp32(module: nn.Module) -> nn.Module:

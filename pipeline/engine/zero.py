@@ -201,7 +201,7 @@ class ZeroEngine:
         if self.stage == 3:
             _release(module)
         self._adam.state.clear()
-        self._adam = self._engine = self._parameters = self.shards = None
+        del self._adam, self._engine, self._parameters, self.shards
 
 
 def _release(module: Any) -> None:

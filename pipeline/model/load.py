@@ -19,7 +19,7 @@ from pipeline.model.lora import (
     quantized_loading,
 )
 from pipeline.model.weights import check_weights, load_pretrained
-from pipeline.recipe import Model, Recipe
+from pipeline.recipe import Lora, Model, Recipe
 
 AUTO = {"masked": AutoModelForMaskedLM, "causal": AutoModelForCausalLM}
 
@@ -184,8 +184,13 @@ def load_for_evaluation(
     attention: str,
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    lora: Lora | None = None,
 ) -> nn.Module:
-    """A model or an adapter with its base, on the CPU, in eval mode.
+    """A model or an adapter with its base, on the device, in eval mode.
+
+    lora: of the recipe that trains the adapter: its base is quantized as there, before training
+        (without an adapter) as after.
 
     Raises:
         UserError: the adapter's base model is gone; weights are missing or damaged.
@@ -194,16 +199,19 @@ def load_for_evaluation(
     if adapter is not None:
         checkpoint, revision = base_of(adapter)
     checkpoint = local_weights(str(checkpoint))
+    quantized = quantized_loading(lora, device)
     net = load_pretrained(
         AUTO[objective],
         checkpoint,
         dtype=dtype,
         attn_implementation=attention,
         revision=revision,
+        **quantized,
     )
     if adapter is not None:
         load_adapter(net, adapter)
-    return net.eval()
+    compute_in_input_dtype(net)
+    return net.eval() if quantized else net.eval().to(device)
 
 
 def empty_model(model: Model, config: PretrainedConfig) -> nn.Module:

@@ -124,8 +124,9 @@ def load_adapter(net: Any, adapter: str | Path) -> None:
     settings.target_modules = sorted(settings.target_modules)
 
 
-def quantized_loading(lora: Lora | None) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that quantize the base weights; {} where none are.
+def quantized_loading(lora: Lora | None, device: str | None = None) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that quantize the base weights, on `device` (default: the
+    rank's); {} where none are.
 
     4bit: bitsandbytes' nf4 (Dettmers et al. 2023); 8bit: LLM.int8() (Dettmers et al. 2022).
     """
@@ -136,8 +137,9 @@ def quantized_loading(lora: Lora | None) -> dict[str, Any]:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     else:
         config = BitsAndBytesConfig(load_in_8bit=True)
-    cuda = torch.cuda.is_available()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
+    if device is None:
+        cuda = torch.cuda.is_available()
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
     return {"quantization_config": config, "device_map": {"": device}}
 
 

@@ -93,7 +93,9 @@ def train_stage(
         try:  # before the loss is looked at: this names the layer
             kept = mask.apply(engine.shards, step) if mask else 1.0
         except NonFiniteMagnitude as error:
-            raise TrainingStopped(f"{where}, {error}") from None
+            if not (engine.scales_loss and recipe.mask.criterion == "gradient"):
+                raise TrainingStopped(f"{where}, {error}") from None
+            kept = 0.0  # the gradient overflowed: the step will be skipped, with a smaller scale
         timer.stop("mask")
         if not math.isfinite(mean_loss):
             raise TrainingStopped(where)
