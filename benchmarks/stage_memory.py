@@ -81,7 +81,7 @@ def main() -> None:
         found.append(resident())
     if dist.get_rank() == 0:
         numbers = "  ".join(f"{x:,.0f}" for x in found)
-        print(f"MB after each stage: {numbers}; the last over the second {found[-1] / found[1]:.3f}")
+        print(f"MB after each stage: {numbers}; last over second {found[-1] / found[1]:.3f}")
 
 
 if __name__ == "__main__":
