@@ -88,6 +88,9 @@ class Data:
     whole_word: bool = False
     template: Literal["alpaca", "chat"] = "alpaca"  # of instructions; chat: the tokenizer's own
     cross_document: bool = False  # let documents that share a sequence see each other
+    # How a model is told where a document ends (docs/models.md). auto: the way that is shown to be
+    # right on the loaded model; the others are taken without proof.
+    keep_apart: Literal["auto", "positions", "masks", "rows"] = "auto"
     shuffle_window: int = 1024  # documents
     bad_lines: int = 100  # broken rows to skip in a corpus before giving up
     heldout_sequences: int = 128  # per domain

@@ -15,11 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipeline.data import embedded
 from pipeline.data.batches import example, plan_stage
 from pipeline.data.instruct import Example, example_statistics, prompt_text
-from pipeline.data.mlm import collate_causal
+from pipeline.data.mlm import collate
 from pipeline.data.reader import BadLines, document_of, read_documents
 from pipeline.data.stream import PackedStream, example_lengths, heldout_sequences
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
+from pipeline.model.attention import separate_documents
 from pipeline.recipe import Domain, Instruction
 from pipeline.run.recipe_file import load_recipe
 
@@ -110,9 +111,11 @@ def test_packed_examples_do_not_see_each_other(tokenizer):
             example(s, tokenizer, False, None, 0.15, False)
             for s in sequences_of(examples(9), tokenizer, 300, pack=pack)
         ]
-        batch = collate_causal(rows)
-        targets = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)
-        logits = model(**batch).logits.flatten(0, 1)
+        inputs, tokens = separate_documents(model, True, False, "auto", 300).arrange(
+            collate(rows), torch.float32
+        )
+        targets = F.pad(tokens["labels"][:, 1:], (0, 1), value=-100)
+        logits = model(**inputs).logits.flatten(0, 1)
         return F.cross_entropy(logits, targets.flatten(), reduction="sum").item()
 
     with torch.no_grad():

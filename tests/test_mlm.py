@@ -1,10 +1,10 @@
-"""Which tokens are masked, and that documents of one sequence do not see each other."""
+"""Which tokens are masked."""
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline.data.mlm import collate_causal, collate_mlm, mask_tokens
+from pipeline.data.mlm import collate, mask_tokens
 from pipeline.data.stream import Sequence
 
 VOCABULARY, MASK, SPECIAL = 60, 4, [0, 1, 2, 3, 4]
@@ -99,59 +99,10 @@ def row(sequence):
     return ids, np.where(sequence.segments >= 0, ids, -100), sequence.segments
 
 
-def test_masks_of_a_batch():
-    batch = collate_mlm([row(pack(4, 3, total=8))])
-    blocks = torch.block_diag(*(torch.ones(n, n) for n in (4, 3, 1))).bool()
-    assert batch["attention_mask"].dtype == torch.bool
-    assert torch.equal(batch["attention_mask"], blocks[None, None])
-    causal = collate_causal([row(pack(4, 3, total=8))])
-    assert torch.equal(causal["attention_mask"], blocks.tril()[None, None])
-    for collate in (collate_mlm, collate_causal):
-        plain = collate([row(pack(4, 3, total=8))], cross_document=True)
-        assert plain["attention_mask"].tolist() == [[1] * 7 + [0]]
-        assert plain["input_ids"].dtype == plain["labels"].dtype == torch.int64
-
-
-def models():
-    from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForMaskedLM
-
-    torch.manual_seed(0)
-    size = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "max_position_embeddings": 40,
-        "pad_token_id": 1,
-        "attn_implementation": "sdpa",
-    }
-    config = RobertaConfig(**size, initializer_range=0.5, type_vocab_size=1)
-    return [
-        (RobertaForMaskedLM(config).eval(), collate_mlm),
-        (LlamaForCausalLM(LlamaConfig(**size, initializer_range=0.5)).eval(), collate_causal),
-    ]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", [0, 1], ids=["roberta", "llama"])
-def test_a_document_in_a_pack_does_not_see_its_neighbours(kind):
-    model, collate = models()[kind]
-    assert model.config._attn_implementation == "sdpa"
-    one, two = pack(10, 12, 7), pack(10, 12, 7, seed=1)
-    two.ids[10:22] = one.ids[10:22]  # the same document between others
-
-    def logits(**options):
-        return model(**collate([row(one), row(two)], **options)).logits[:, 10:22]
-
-    apart = logits()
-    assert torch.isfinite(apart).all()
-    torch.testing.assert_close(apart[0], apart[1], rtol=0, atol=1e-5)
-    together = logits(cross_document=True)
-    assert (together[0] - together[1]).abs().max() > 1e-2
-    # the batch of one document alone, without a mask, at the same positions
-    first = row(pack(10, total=10))
-    alone = model(**collate([first], cross_document=True)).logits
-    torch.testing.assert_close(
-        model(**collate([row(one)])).logits[:, :10], alone, rtol=0, atol=1e-5
-    )
+def test_a_batch_says_what_is_padding():
+    batch = collate([row(pack(4, 3, total=8)), row(pack(8, total=8))])
+    assert batch["segments"].tolist() == [[0] * 4 + [1] * 3 + [-1], [0] * 8]
+    assert torch.equal(batch["real"], batch["segments"] >= 0)
+    assert torch.equal(batch["labels"] >= 0, batch["real"])
+    assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+    assert "real" not in collate([row(pack(8, total=8))])

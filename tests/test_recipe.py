@@ -86,11 +86,14 @@ CAUSAL = GOOD.replace("roberta}", "llama}").replace("300}", "300, objective: cau
         ("evaluate.humaneval={samples: 2, temperature: 0}", "temperature: must be positive"),
         ("evaluate.humaneval={sandbox: none}", "evaluate.humaneval.sandbox"),
         ("evaluate.benchmark_files=/nowhere", "no such folder"),
-        ("model.attention=flash_attention_2", "data.cross_document"),
+        ("data.keep_apart=masks model.attention=flash_attention_2", "takes no masks"),
+        ("data.keep_apart=rows data.cross_document=true", "data.keep_apart: has no effect"),
+        ("data.keep_apart=positions model.objective=masked", "makes no masks from positions"),
     ],
 )
 def test_mistakes_in_tuning_and_evaluation(write, override, problem):
-    assert problem in problems(write(CAUSAL), "stages=[{domain: math, steps: 5}]", override)
+    overrides = override.split(" ") if override.startswith("data.keep_apart") else [override]
+    assert problem in problems(write(CAUSAL), "stages=[{domain: math, steps: 5}]", *overrides)
 
 
 def test_overrides_lie_over_the_file(write):

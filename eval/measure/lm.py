@@ -19,11 +19,12 @@ from tqdm import tqdm
 
 from eval.measure.results import write_arrays, write_json
 from pipeline.data.heldout import load_heldout
-from pipeline.data.mlm import collate_causal, collate_mlm
+from pipeline.data.mlm import collate
 from pipeline.engine.config import precision_of
 from pipeline.migu.magnitude import MagnitudeRecorder
 from pipeline.migu.mask import select_rows
 from pipeline.migu.targets import find_targets
+from pipeline.model.attention import Separation, arrange, separate_documents, targets_of
 from pipeline.model.load import PredictedPositions
 from pipeline.ranks import on_rank0, rank, world_size
 from pipeline.recipe import Recipe
@@ -32,7 +33,9 @@ from pipeline.run.run import RESULTS, Evaluation
 Arrays = dict[str, Any]  # of numpy
 
 
-def measure_in_engine(engine: Any, task: Evaluation, recipe: Recipe) -> None:
+def measure_in_engine(
+    engine: Any, separation: Separation, task: Evaluation, recipe: Recipe
+) -> None:
     """Write `eval.json` and `sequences.npz` of the weights that the engine holds. All ranks call
     it; none needs to hold the whole model."""
     share = (rank(), world_size())
@@ -41,6 +44,7 @@ def measure_in_engine(engine: Any, task: Evaluation, recipe: Recipe) -> None:
         sums = _evaluate(
             engine.module,
             engine.forward,
+            separation,
             engine.device,
             heldout,
             share,
@@ -73,10 +77,16 @@ def evaluate_share(
 ) -> None:
     """Evaluate blocks i with i % share[1] == share[0]; write the sums to `output` (.npz).
 
-    For a process without a process group, whose model is whole; `merge_shares` follows.
+    For a process without a process group, whose model is whole; `merge_shares` follows. The model
+    is asked how documents are kept apart in it.
     """
     device = next(model.parameters()).device
-    sums = _evaluate(model, model, device, heldout, share, batch_size, overlap)
+    manifest, domains = load_heldout(heldout)
+    length = next(iter(domains.values()))["labels"].shape[1]
+    apart, together = manifest.get("keep_apart", "auto"), manifest["cross_document"]
+    causal = manifest["objective"] == "causal"
+    separation = separate_documents(model, causal, together, apart, length)
+    sums = _evaluate(model, model, separation, device, heldout, share, batch_size, overlap)
     with output.open("wb") as file:
         np.savez(file, **sums)
 
@@ -84,6 +94,7 @@ def evaluate_share(
 def _evaluate(
     model: nn.Module,
     forward: Callable[..., Any],
+    separation: Separation,
     device: torch.device,
     heldout: Path,
     share: tuple[int, int],
@@ -96,12 +107,11 @@ def _evaluate(
     Every share does the same number of forwards: where the model is sharded, each is a collective.
     """
     manifest, domains = load_heldout(heldout)
-    masked = manifest["objective"] == "masked"
     # A layer's rows are its outputs': of an adapter B alone, which is masked by them.
-    linears = [t for t in find_targets(model) if ".lora_A." not in t.name] if overlap else []
+    found = find_targets(model, experts=True) if overlap else []
+    linears = [t for t in found if ".lora_A." not in t.name]
     recorder = MagnitudeRecorder(linears) if overlap else None
     head = PredictedPositions(model)
-    collate = collate_mlm if masked else collate_causal
     arrays: Arrays = {}
     # Rounds of one block a share; in a domain's last round some shares repeat a block for nothing.
     rounds = {n: -(-len(d["labels"]) // (batch_size * share[1])) for n, d in domains.items()}
@@ -121,21 +131,23 @@ def _evaluate(
             start = start if mine else 0
             rows = slice(start, start + batch_size)
             columns = (data[k][rows].long().numpy() for k in ("input_ids", "labels", "segments"))
-            batch = collate(
-                list(zip(*columns, strict=True)), cross_document=manifest["cross_document"]
-            )
+            batch = collate(list(zip(*columns, strict=True)))
+            numbers = torch.arange(start, start + len(batch["labels"]))
+            batch["sequence"] = numbers[:, None].expand_as(batch["labels"])
             batch = {k: v.to(device) for k, v in batch.items()}
-            targets = batch.pop("labels")
-            if not masked:
-                targets = F.pad(targets[:, 1:], (0, 1), value=-100)
+            inputs, tokens = arrange(batch, separation, model)
+            targets = targets_of(tokens["labels"], manifest["objective"])
             head.select(targets >= 0)
-            with recorder.recording() if recorder and mine else nullcontext():
-                logits = forward(**batch).logits
+            recorded = (
+                recorder.recording(tokens.get("real")) if recorder and mine else nullcontext()
+            )
+            with recorded:
+                logits = forward(**inputs).logits
             if not mine:
                 continue
             loss = F.cross_entropy(logits.float(), targets[targets >= 0], reduction="none")
-            sequence = (targets >= 0).nonzero()[:, 0].cpu().numpy()
-            np.add.at(losses, start + sequence, loss.double().cpu().numpy())
+            sequence = tokens["sequence"][targets >= 0].cpu().numpy()
+            np.add.at(losses, sequence, loss.double().cpu().numpy())
         arrays[f"loss/{name}"] = losses
         if recorder:
             arrays[f"magnitude/{name}"] = recorder.reduce().double().cpu().numpy()

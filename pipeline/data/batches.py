@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.data.instruct import Document, Example, ExampleStatistics, example_statistics
-from pipeline.data.mlm import collate_causal, collate_mlm, mask_tokens
+from pipeline.data.mlm import IGNORED, collate, mask_tokens
 from pipeline.data.reader import BadLines, document_of, read_documents
 from pipeline.data.stream import PackedStream, Sequence, example_lengths
 from pipeline.data.tokenizer import never_drawn, vocabulary_size
@@ -100,11 +100,6 @@ def plan_stage(recipe: Recipe, stage: int, tokenizer: PreTrainedTokenizerFast) -
     return StagePlan(max(1, math.ceil((s.epochs or 0) * per_epoch)), per_epoch, statistics)
 
 
-def packs_examples(recipe: Recipe) -> bool:
-    """Whether examples share sequences: flash attention takes no mask that keeps them apart."""
-    return recipe.model.attention != "flash_attention_2"
-
-
 def _count_examples(
     recipe: Recipe, names: list[str], tokenizer: PreTrainedTokenizerFast
 ) -> ExampleStatistics:
@@ -112,7 +107,7 @@ def _count_examples(
     lengths = example_lengths(
         (e for e in examples if isinstance(e, Example)), tokenizer, recipe.data.template
     )
-    found = example_statistics(lengths, recipe.data.sequence_length, packs_examples(recipe))
+    found = example_statistics(lengths, recipe.data.sequence_length, packed=True)
     if not found.examples:
         raise UserError(
             f"data.sequence_length: none of the {found.too_long} examples of {'+'.join(names)} "
@@ -157,7 +152,6 @@ def training_batches(
         shuffle_window=recipe.data.shuffle_window,
         masked=masked,
         template=recipe.data.template,
-        pack_examples=packs_examples(recipe),
     )
     size = recipe.train.micro_batch_size or len(range(rank, recipe.train.batch_size, ranks))
     for step, (sequences, _state) in enumerate(stream):
@@ -172,16 +166,7 @@ def training_batches(
             )
             for i, sequence in enumerate(sequences)
         ]
-        collate = collate_mlm if masked else collate_causal
-        yield [
-            collate(rows[i : i + size], cross_document=shares_attention(recipe))
-            for i in range(0, len(rows), size)
-        ]
-
-
-def shares_attention(recipe: Recipe) -> bool:
-    """Whether the documents of a sequence see each other, so that the mask is for padding only."""
-    return recipe.data.cross_document or not packs_examples(recipe)
+        yield [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
 def example(
@@ -192,7 +177,10 @@ def example(
     probability: float,
     whole_word: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(input_ids, labels, segments) of a packed sequence, each [length]."""
+    """(input_ids, labels, segments) of a packed sequence, each [length].
+
+    A causal model does not predict a document's first token: nothing of the document is before it.
+    """
     if masked:
         ids, labels = mask_tokens(
             sequence,
@@ -204,8 +192,9 @@ def example(
             special_ids=never_drawn(tokenizer),
         )
         return ids, labels, sequence.segments
-    ids = sequence.ids.astype(np.int64)
-    return ids, np.where(sequence.predicted, ids, -100), sequence.segments
+    ids, segments = sequence.ids.astype(np.int64), sequence.segments
+    first = np.diff(segments, prepend=-1) != 0
+    return ids, np.where(sequence.predicted & ~first, ids, IGNORED), segments
 
 
 def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.checkpoint import publish
-from pipeline.data.batches import example, packs_examples, shares_attention, stage_documents
+from pipeline.data.batches import example, stage_documents
 from pipeline.data.reader import BadLines, document_of, read_documents
 from pipeline.data.stream import heldout_sequences
 from pipeline.data.tokenizer import vocabulary_size
@@ -43,7 +43,6 @@ def prepare_heldout(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: 
                 recipe.data.heldout_sequences,
                 masked,
                 recipe.data.template,
-                packs_examples(recipe),
             )
             rows = [
                 example(
@@ -71,7 +70,8 @@ def prepare_heldout(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: 
     info = {
         "domains": recipe.heldout_domains(),
         "objective": recipe.model.objective,
-        "cross_document": shares_attention(recipe),
+        "cross_document": recipe.data.cross_document,
+        "keep_apart": recipe.data.keep_apart,
         "sources": {n: asdict(recipe.data.domains[n]) for n in recipe.heldout_domains()},
     }
     publish(folder, write, info)

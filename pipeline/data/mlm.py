@@ -60,42 +60,13 @@ def mask_tokens(
     return ids, labels
 
 
-def collate_mlm(rows: Items[Row], cross_document: bool = False) -> dict[str, Tensor]:
-    """A batch for a masked language model.
+def collate(rows: Items[Row]) -> dict[str, Tensor]:
+    """A batch as the data gives it; `Separation.arrange` makes of it what a model takes.
 
-    Returns input_ids and labels, int64 [B, L], and attention_mask: bool [B, 1, L, L], True where
-    one token may look at another, which is within its document; a padding token looks at itself
-    only (a row without any True would give NaN). With `cross_document`, documents that share a
-    sequence see each other: attention_mask is then the usual int64 [B, L] with 0 on padding.
+    Returns input_ids, labels and segments, int64 [B, L], and, where there is padding, real: bool
+    [B, L], False on it. The labels are not shifted.
     """
-    batch, segments = _stack(rows)
-    batch["attention_mask"] = _padding_mask(segments) if cross_document else _same(segments)
-    return batch
-
-
-def collate_causal(rows: Items[Row], cross_document: bool = False) -> dict[str, Tensor]:
-    """A batch for a causal language model, as `collate_mlm`; a token looks at itself and back.
-
-    The labels are not shifted: the models of the transformers library do that.
-    """
-    batch, segments = _stack(rows)
-    length = segments.shape[1]
-    past = torch.ones(length, length, dtype=torch.bool).tril()
-    mask = _padding_mask(segments) if cross_document else _same(segments) & past
-    batch["attention_mask"] = mask
-    return batch
-
-
-def _stack(rows: Items[Row]) -> tuple[dict[str, Tensor], Tensor]:
-    ids, labels, segments = (torch.from_numpy(np.stack(c)) for c in zip(*rows, strict=True))
-    return {"input_ids": ids.long(), "labels": labels.long()}, segments
-
-
-def _padding_mask(segments: Tensor) -> Tensor:
-    return (segments >= 0).long()
-
-
-def _same(segments: Tensor) -> Tensor:
-    same = segments[:, :, None] == segments[:, None, :]
-    mask = same & (segments >= 0)[:, None, :]
-    return (mask | torch.eye(segments.shape[1], dtype=torch.bool))[:, None]
+    ids, labels, segments = (torch.from_numpy(np.stack(c)).long() for c in zip(*rows, strict=True))
+    batch = {"input_ids": ids, "labels": labels, "segments": segments}
+    real = segments >= 0
+    return batch if real.all() else {**batch, "real": real}

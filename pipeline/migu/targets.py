@@ -88,7 +88,10 @@ class Target:
 
 
 def find_targets(
-    model: nn.Module, components: list[str] | None = None, split_fused: bool = False
+    model: nn.Module,
+    components: list[str] | None = None,
+    split_fused: bool = False,
+    experts: bool = False,
 ) -> list[Target]:
     """The weights that MIGU masks in `model`, in the order of its modules.
 
@@ -98,6 +101,8 @@ def find_targets(
 
     components: a subset of COMPONENTS, GROUPS and "head" (an untied output head, which the
     authors' code masks too). Default: everything in the blocks.
+    experts: leave out the experts of a block that are one 3-D parameter, rather than refuse them:
+        to measure, not to mask.
     split_fused: give the linears that hold several in one weight (q, k, v; gate, up) their parts.
 
     Raises:
@@ -107,7 +112,7 @@ def find_targets(
     wanted = _wanted(components)
     _check_adapters(model)
     found: list[Target] = []
-    for name, module in block_linears(model):
+    for name, module in block_linears(model, experts):
         component = component_of(name)
         if wanted is None or component in wanted:
             found += _targets_of(name, module, component)

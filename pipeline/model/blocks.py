@@ -42,6 +42,8 @@ def block_linears(model: nn.Module, experts: bool = False) -> Iterator[tuple[str
             continue
         if is_adapted(module) or isinstance(module, (nn.Linear, Conv1D)):
             yield name, module
+        elif isinstance(module, nn.Conv1d):  # Mamba's, whose weight is 3-D too
+            continue
         elif not experts and any(_dimensions(p) == 3 for p in module.parameters(False)):
             raise UserError(
                 f"{name}: the experts of this model are one 3-D parameter, whose outputs MIGU "

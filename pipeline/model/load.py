@@ -18,9 +18,11 @@ from pipeline.model.lora import (
     load_adapter,
     quantized_loading,
 )
+from pipeline.model.positions import longest_input
 from pipeline.model.weights import check_weights, load_pretrained
 from pipeline.recipe import Lora, Model, Recipe
 
+FLASH = "flash_attention_2"  # needs a GPU to be built with
 AUTO = {"masked": AutoModelForMaskedLM, "causal": AutoModelForCausalLM}
 
 
@@ -33,10 +35,10 @@ def load_config(model: Model, vocab_size: int | None = None) -> PretrainedConfig
     if model.config is not None:
         values = dict(model.config)
         model_type = values.pop("model_type", None)
-        if vocab_size is not None:
-            values.setdefault("vocab_size", vocab_size)
         try:
             known = AutoConfig.for_model(model_type)
+            if vocab_size is not None:
+                _set_vocabulary(known, values, vocab_size)
             config = AutoConfig.for_model(model_type, **values)
         except (ValueError, TypeError) as error:
             raise UserError(f"model.config: {error}") from None
@@ -61,26 +63,31 @@ def load_config(model: Model, vocab_size: int | None = None) -> PretrainedConfig
     return config
 
 
+def _set_vocabulary(known: PretrainedConfig, values: dict[str, Any], vocab_size: int) -> None:
+    """Size the embeddings where the values do not; a nested configuration has them in a part."""
+    text = known.get_text_config()
+    for name in known.sub_configs:
+        if getattr(known, name, None) is text:
+            values[name] = {"vocab_size": vocab_size, **(values.get(name) or {})}
+            return
+    values.setdefault("vocab_size", vocab_size)
+
+
 def check_model(config: PretrainedConfig, recipe: Recipe, vocabulary: int) -> None:
     """Raises UserError where the sequences or the tokenizer do not fit the model."""
     length = recipe.data.sequence_length
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None:
-        # RoBERTa's positions start behind the padding index.
-        offset = config.pad_token_id + 1 if config.model_type in OFFSET_POSITIONS else 0
-        if length > limit - offset:
-            raise UserError(
-                f"data.sequence_length: {length} is over the {limit - offset} tokens that "
-                f"{config.model_type} can take; lower it"
-            )
-    if vocabulary > config.vocab_size:
+    limit = longest_input(_without_weights(recipe.model, config))
+    if limit is not None and length > limit:
         raise UserError(
-            f"model: the tokenizer has {vocabulary} tokens, the model only {config.vocab_size} "
-            "embeddings; use the model's own tokenizer"
+            f"data.sequence_length: {length} is over the {limit} tokens that {config.model_type} "
+            "can take; lower it"
         )
-
-
-OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "data2vec-text", "longformer")
+    known = config.get_text_config().vocab_size
+    if vocabulary > known:
+        raise UserError(
+            f"model: the tokenizer has {vocabulary} tokens, the model only {known} embeddings; use "
+            "the model's own tokenizer"
+        )
 
 
 def check_pretrained(model: Model, config: PretrainedConfig) -> None:
@@ -216,11 +223,24 @@ def load_for_evaluation(
 
 def empty_model(model: Model, config: PretrainedConfig) -> nn.Module:
     """The model, with its adapter, without memory for its weights: for a dry run."""
-    with torch.device("meta"):
-        net = AUTO[model.objective].from_config(config)
-        if model.lora is not None:
+    net = _without_weights(model, config)
+    if model.lora is not None:
+        with torch.device("meta"):
             add_adapter(net, model.lora, model.path, None, model.objective == "causal", 0)
     return net
+
+
+def _without_weights(model: Model, config: PretrainedConfig) -> nn.Module:
+    """
+    Raises:
+        UserError: there is no such model of this configuration.
+    """
+    kwargs = {"attn_implementation": model.attention} if model.attention != FLASH else {}
+    try:
+        with torch.device("meta"):
+            return AUTO[model.objective].from_config(deepcopy(config), **kwargs)
+    except (ValueError, ImportError, TypeError, KeyError) as error:
+        raise UserError(f"model: cannot build {config.model_type}: {error}") from None
 
 
 class PredictedPositions:

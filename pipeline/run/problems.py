@@ -78,12 +78,19 @@ def recipe_problems(r: Recipe) -> list[str]:
         need(getattr(d, key) >= 1, f"data.{key}: must be at least 1")
     need(d.bad_lines >= 0, "data.bad_lines: must be at least 0")
     need(d.prefetch >= 0, "data.prefetch: must be at least 0")
-    if m.attention == "flash_attention_2":
-        need(
-            d.cross_document or all(x.instruction for x in d.domains.values()),
-            "data.cross_document: flash_attention_2 cannot keep documents that share a sequence "
-            "apart; set it to true, or model.attention=sdpa",
-        )
+    need(
+        not d.cross_document or d.keep_apart == "auto",
+        "data.keep_apart: has no effect with data.cross_document, which lets documents see each "
+        "other; remove one",
+    )
+    need(
+        d.keep_apart != "masks" or m.attention != "flash_attention_2",
+        "data.keep_apart: flash_attention_2 takes no masks; choose positions or rows",
+    )
+    need(
+        d.keep_apart != "positions" or m.objective == "causal",
+        "data.keep_apart: a masked model makes no masks from positions; choose masks or rows",
+    )
     instructions = [n for n, domain in d.domains.items() if domain.instruction]
     need(
         not instructions or m.objective == "causal",

@@ -33,6 +33,7 @@ from pipeline.engine.fsdp import FsdpEngine
 from pipeline.engine.zero import ZeroEngine
 from pipeline.errors import UserError
 from pipeline.migu.gradient_mask import GradientMask
+from pipeline.model.attention import Separation, separation_of
 from pipeline.model.gguf import local_weights
 from pipeline.model.load import build_model, check_model, check_pretrained, load_config
 from pipeline.nodes import send_folder
@@ -99,6 +100,7 @@ class Run:
     tokenizer: PreTrainedTokenizerFast
     log: EventLog | None  # on rank 0
     engine: Engine | None = None  # made when it is first needed: `_engine_with`
+    separation: Separation | None = None  # found before the engine shards the model
     holds: str | None = None  # the checkpoint whose weights it has; None: of no checkpoint
 
     def checkpoint(self, stage: int) -> Path:
@@ -118,14 +120,14 @@ def run_recipe(
     recipe: Recipe,
     engine_config: dict[str, Any],
     runs: Path,
-    measure_heldout: Callable[[Any, Evaluation, Recipe], None],
+    measure_heldout: Callable[[Any, Separation, Evaluation, Recipe], None],
     evaluate: Callable[[Evaluation, Recipe, list[str]], None],
     report: Callable[[Path], Path],
 ) -> Path:
     """Do what is not done yet of a recipe; returns the report's page. All ranks call it.
 
-    measure_heldout: called by all ranks, with the engine that holds the weights of the checkpoint:
-        its held-out loss.
+    measure_heldout: called by all ranks, with the engine that holds the weights of the checkpoint
+        and how documents are kept apart in it: its held-out loss.
     evaluate: called by all ranks, for the other RESULTS; raises RuntimeError on all of them where
         an evaluation failed. Training goes on then, and the next run tries it again.
     report: called by rank 0 with the run folder.
@@ -146,7 +148,9 @@ def run_recipe(
             if pending:
                 _tell(f"{_place(task)}: measuring {', '.join(pending)}")
                 if "heldout" in pending:
-                    measure_heldout(_engine_with(run, task.checkpoint), task, recipe)
+                    engine = _engine_with(run, task.checkpoint)
+                    assert run.separation is not None  # known with the engine
+                    measure_heldout(engine, run.separation, task, recipe)
                     pending.remove("heldout")
                 try:
                     if pending:
@@ -225,7 +229,10 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
     )
     pause = partial(_evaluate_within, run, stage, engine, measure)
     pauses = plan.pauses(s.evaluate_every)
-    result = train_stage(engine, mask, batches, recipe, stage, plan.steps, run.log, pauses, pause)
+    result = train_stage(
+        engine, mask, batches, recipe, stage, plan.steps, run.log, pauses, pause,
+        separation=run.separation,
+    )  # fmt: skip
     batches.close()
     _report_bad_lines(bad, run.log)
     start = time.perf_counter()
@@ -278,6 +285,7 @@ def _engine_with(run: Run, checkpoint: str) -> Engine:
     # In half precision the engine converts weights itself, as it shards them.
     half = precision_of(run.engine_config) != "fp32"
     net = build_model(model, run.config, source, run.recipe.seed, keep_dtype=half)
+    run.separation = on_rank0(partial(separation_of, net, run.recipe))
     masters = Path(checkpoint).with_name(MASTERS)
     exact: Iterable[tuple[str, torch.Tensor]] = ()
     if on_rank0(partial(is_published, masters)):

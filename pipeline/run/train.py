@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from pipeline.errors import TrainingStopped
 from pipeline.migu.gradient_mask import GradientMask, NonFiniteMagnitude
+from pipeline.model.attention import Separation, arrange, targets_of
 from pipeline.model.load import PredictedPositions
 from pipeline.progress import EventLog, StageProgress
 from pipeline.ranks import rank, total, world_size
@@ -21,7 +22,6 @@ from pipeline.recipe import Optimizer, Recipe
 from pipeline.run.domain_losses import DomainLosses
 
 Batch = dict[str, Tensor]
-NOT_INPUTS = ("labels", "domains", "real")  # what the loop reads of a batch, not the model
 
 
 @dataclass
@@ -42,6 +42,7 @@ def train_stage(
     pauses: Mapping[int, float] | None = None,
     pause: Callable[[int, float], None] | None = None,
     domains: list[str] | None = None,
+    separation: Separation | None = None,
 ) -> StageResult:
     """Train `steps` steps; the model, the optimizer and the schedule start fresh with the stage.
 
@@ -53,6 +54,8 @@ def train_stage(
         pauses: steps after which `pause(step, pauses[step])` is called, to evaluate within the
             stage. Its time does not count as training.
         domains: names of those that `domains` of a micro-batch counts; their losses are logged.
+        separation: how the packed batches of `collate` are given to the model; None: the batches
+            are what its forward takes, with labels.
 
     Raises:
         TrainingStopped: before the optimizer step, so the weights are those of the last good step.
@@ -71,19 +74,19 @@ def train_stage(
         timer.start("step")
         micro_batches = next(batches)
         # Every predicted token of the step weighs the same, however the batch is split.
-        counts = [int((_targets(b["labels"], objective) >= 0).sum()) for b in micro_batches]
+        counts = [int((targets_of(b["labels"], objective) >= 0).sum()) for b in micro_batches]
         predicted = total(sum(counts), engine.device)
         scale = len(micro_batches) * world_size() / max(predicted, 1)
         loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
         for i, waiting in enumerate(micro_batches, start=1):
-            batch = _to(waiting, engine.device)
-            targets = _targets(batch["labels"], objective)
-            with mask.recording(batch.get("real")) if mask else nullcontext():
-                losses = _losses(engine, head, batch, targets)
+            inputs, tokens = arrange(_to(waiting, engine.device), separation, engine.module)
+            targets = targets_of(tokens["labels"], objective)
+            with mask.recording(tokens.get("real")) if mask else nullcontext():
+                losses = _losses(engine, head, inputs, targets)
             loss = losses.sum()
             if by_domain is not None:
-                by_domain.count(batch["domains"])
-                by_domain.add(losses, targets, _targets(batch["domains"], objective))
+                by_domain.count(tokens["domains"])
+                by_domain.add(losses, targets, targets_of(tokens["domains"], objective))
             engine.backward(loss * scale, last=i == len(micro_batches))
             loss_sum += loss.detach()
         mean_loss = total(loss_sum.item(), engine.device) / max(predicted, 1)
@@ -146,11 +149,12 @@ def learning_rate(optimizer: Optimizer, peak: float, step: int, steps: int) -> f
     return peak
 
 
-def _losses(engine: Any, head: PredictedPositions | None, batch: Batch, targets: Tensor) -> Tensor:
+def _losses(
+    engine: Any, head: PredictedPositions | None, inputs: dict[str, Any], targets: Tensor
+) -> Tensor:
     """Cross-entropies (nats) of the positions with a target, fp32 [predicted], in their order."""
     if head is not None:
         head.select(targets >= 0)
-    inputs = {k: v for k, v in batch.items() if k not in NOT_INPUTS}
     logits = engine.forward(**inputs).logits
     wanted = targets >= 0
     if head is not None:
@@ -159,12 +163,6 @@ def _losses(engine: Any, head: PredictedPositions | None, batch: Batch, targets:
     else:
         logits = logits[wanted]
     return F.cross_entropy(logits.float(), targets[wanted], reduction="none")
-
-
-def _targets(values: Tensor, objective: str) -> Tensor:
-    """[batch, length], of what each position predicts, -100 where that is nothing; a causal LM
-    predicts the next token."""
-    return values if objective == "masked" else F.pad(values[:, 1:], (0, 1), value=-100)
 
 
 def _trims_head(recipe: Recipe, mask: GradientMask | None) -> bool:
