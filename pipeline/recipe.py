@@ -64,6 +64,7 @@ class Domain:
     revision: str | None = None
     text_field: str = "text"
     instruction: Instruction | None = None  # rows are prompts and responses; {}: default fields
+    chat_field: str | None = None  # rows are conversations: the field of their messages
     txt_documents: Literal["paragraph", "line"] = "paragraph"  # what a document is in a .txt file
     heldout_files: list[str] = field(default_factory=list)
     heldout_split: str | None = None

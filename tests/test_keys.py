@@ -165,6 +165,7 @@ KEYS: dict[str, str | Change] = {
     "Domain.instruction": Change(
         FILE + "instruction={prompt: text, response: other}", documents, CAUSAL
     ),
+    "Domain.chat_field": "test_chats_are_read_from_jsonl_and_parquet_and_bad_rows_located",
     "Domain.txt_documents": Change(
         FILE + "txt_documents=line", documents, (FILE + "files=[lines.txt]",)
     ),

@@ -19,7 +19,7 @@ from pipeline.data.work import Job
 from pipeline.errors import UserError
 from pipeline.progress import now, say
 
-COUNTS = ("contaminated", "sampled_out", "without_tokens", "text_bytes")
+COUNTS = ("contaminated", "sampled_out", "without_tokens", "refused", "text_bytes")
 
 
 def publish_units(job: Job, folder: Path, manifest: dict[str, Any]) -> None:
@@ -54,6 +54,7 @@ def publish_units(job: Job, folder: Path, manifest: dict[str, Any]) -> None:
             "duplicates": sum(side["duplicates"] for side in sides.values()),
             **{key: sum(unit[key] for unit in units) for key in COUNTS},
             "bad": bad,
+            "refusal": next((u["refusal"] for u in units if u["refusal"]), ""),
             "units": units,
             "files": {**files, **{path.name: describe_file(path) for path in merged}},
             "published": now(),

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.data.instruct import Document, Example, example_texts
+from pipeline.data.conversations import TemplateRefused, conversation_pieces
+from pipeline.data.instruct import Conversation, Document, Example, example_texts
 from pipeline.data.tokenizer import text_frame
 from pipeline.errors import UserError
 
@@ -30,6 +31,7 @@ class Tokens:
     word_starts: np.ndarray | None = None
     predicted: np.ndarray | None = None
     whole: bool = False
+    refused: str = ""  # why the chat template refuses it; it has no tokens then
 
 
 @dataclass
@@ -74,26 +76,32 @@ class Encoder:
     def largest_id(self) -> int:
         return max([*self.backend.get_vocab().values(), *self.before, *self.after])
 
-    def identity(self, instructions: bool) -> dict[str, Any]:
-        """What changes the tokens of a document; instructions: whether a template does."""
+    def identity(self, whole: bool, chat: bool) -> dict[str, Any]:
+        """What changes the tokens of texts, of whole examples, or of chats."""
         known = {
             "backend": hashlib.sha256(self.backend.to_str().encode()).hexdigest()[:16],
             "before": self.before,
             "after": self.after,
         }
-        if instructions:
-            chat = str(self.tokenizer.chat_template) if self.template == "chat" else ""
-            known["template"] = self.template
-            known["chat_template"] = hashlib.sha256(chat.encode()).hexdigest()[:16]
+        if whole:
+            known["template"] = "chat" if chat else self.template
+        if chat or (whole and self.template == "chat"):
+            text = str(self.tokenizer.chat_template)
+            known["chat_template"] = hashlib.sha256(text.encode()).hexdigest()[:16]
         return known
 
     def encode(self, documents: Items[Document]) -> list[Tokens]:
         """In the order of the documents."""
         texts = [d for d in documents if isinstance(d, str)]
-        examples = [d for d in documents if not isinstance(d, str)]
-        encoded = iter(self._encode_texts(texts) if texts else [])
-        answered = iter(self._encode_examples(examples) if examples else [])
-        return [next(encoded if isinstance(d, str) else answered) for d in documents]
+        examples = [d for d in documents if isinstance(d, Example)]
+        encoded = {
+            str: iter(self._encode_texts(texts) if texts else []),
+            Example: iter(self._encode_examples(examples) if examples else []),
+            Conversation: (
+                self._encode_conversation(d) for d in documents if isinstance(d, Conversation)
+            ),
+        }
+        return [next(encoded[type(d)]) for d in documents]
 
     def _encode_texts(self, texts: list[str]) -> list[Tokens]:
         if self.masked:
@@ -118,6 +126,22 @@ class Encoder:
             ids = np.array(prompt + tail.ids + ([] if chat else self.after), np.int32)
             found.append(Tokens(ids, None, np.arange(len(ids)) >= len(prompt), whole=True))
         return found
+
+    def _encode_conversation(self, conversation: Conversation) -> Tokens:
+        try:
+            pieces = conversation_pieces(self.tokenizer, conversation)
+        except TemplateRefused as refusal:
+            return Tokens(np.zeros(0, np.int32), whole=True, refused=str(refusal))
+        self.backend.encode_special_tokens = False  # they stand in the template's text
+        try:
+            encoded = self.backend.encode_batch_fast(
+                [text for text, _ in pieces], add_special_tokens=False
+            )
+        finally:
+            self.backend.encode_special_tokens = True
+        ids = [np.array(e.ids, np.int32) for e in encoded]
+        learnt = [np.full(len(i), flag) for i, (_, flag) in zip(ids, pieces, strict=True)]
+        return Tokens(np.concatenate(ids), None, np.concatenate(learnt), whole=True)
 
 
 def _word_starts(word_ids: list[int | None]) -> np.ndarray:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.checkpoint import publish
 from pipeline.data.batches import example, stage_documents
+from pipeline.data.instruct import learnt_text
 from pipeline.data.reader import BadLines, document_of, read_documents
 from pipeline.data.stream import heldout_sequences
 from pipeline.data.tokenizer import vocabulary_size
@@ -90,7 +91,7 @@ def _unigram_loss(
     what a model reaches that knows the domain's words but ignores the context."""
     counts = np.ones(vocabulary_size(tokenizer))
     documents = islice(stage_documents(recipe, [name])(0), UNIGRAM_DOCUMENTS)
-    texts = [d if isinstance(d, str) else d.response for d in documents]
+    texts = [learnt_text(d) for d in documents]
     for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []:
         np.add.at(counts, ids, 1)
     targets = labels[labels >= 0]

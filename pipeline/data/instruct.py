@@ -1,7 +1,7 @@
 """Instruction examples: their text in a prompt template, and their tokens.
 
-A document of a corpus is a text, or an `Example`: a prompt and the response to learn. Only the
-response's tokens are predicted.
+A document of a corpus is a text, an `Example` (a prompt and the response to learn), or a
+`Conversation` (`conversations.py`). Only the responses' tokens are predicted.
 """
 
 from collections.abc import Iterable
@@ -33,7 +33,27 @@ class Example(NamedTuple):
     response: str
 
 
-Document = str | Example
+class Conversation(NamedTuple):
+    """Turns of a chat as (role, content); role: "system", "user" or "assistant", the last one."""
+
+    messages: tuple[tuple[str, str], ...]
+
+
+Document = str | Example | Conversation
+
+
+def document_text(document: Document) -> str:
+    """All text of a document; its parts are separated by NUL."""
+    if isinstance(document, Conversation):
+        return "\0".join(part for message in document.messages for part in message)
+    return document if isinstance(document, str) else "\0".join(document)
+
+
+def learnt_text(document: Document) -> str:
+    """The text, or the part of it that is a response."""
+    if isinstance(document, Conversation):
+        return "\n".join(text for role, text in document.messages if role == "assistant")
+    return document if isinstance(document, str) else document.response
 
 
 def prompt_text(

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 FORMAT = 1  # raise it when prepared corpora of before can no longer be used
 SMALL = 8 << 20  # bytes of text that are not worth starting processes for
 SETTINGS = (
-    "text_field", "instruction", "txt_documents", "heldout_fraction", "max_documents", "sample",
-    "sample_seed", "deduplicate",
+    "text_field", "instruction", "chat_field", "txt_documents", "heldout_fraction",
+    "max_documents", "sample", "sample_seed", "deduplicate",
 )  # fmt: skip
 
 
@@ -89,6 +89,7 @@ def summary(prepared: Prepared) -> str:
         "broken rows": manifest["bad"]["count"],
         "duplicates": manifest["duplicates"],
         "with text of an evaluation": manifest["contaminated"],
+        f"that the chat template refuses ({manifest['refusal']})": manifest["refused"],
     }
     said = "".join(f", {count:,} {what} left out" for what, count in left_out.items() if count)
     return (
@@ -110,7 +111,7 @@ def _job(
     domain = recipe.data.domains[name]
     masked = recipe.model.objective == "masked"
     encoder = Encoder.of(tokenizer, masked, recipe.data.template)
-    whole = domain.instruction is not None
+    whole = domain.instruction is not None or domain.chat_field is not None
     units = units_of(domain)
     sources = identity(domain, units)
     overlap, tasks = _overlap(recipe, domain)
@@ -119,7 +120,7 @@ def _job(
         "domain": name,
         "objective": recipe.model.objective,
         "whole": whole,
-        "tokenizer": encoder.identity(whole),
+        "tokenizer": encoder.identity(whole, domain.chat_field is not None),
         "settings": {key: asdict(domain)[key] for key in SETTINGS},
         "sources": sources,
         "decontaminate": tasks,

@@ -17,8 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipeline.data.conversations import conversation_of
 from pipeline.data.embedded import EMBEDDED, INSTRUCTIONS, choices, embedded_documents
-from pipeline.data.instruct import Document, Example
+from pipeline.data.instruct import Conversation, Document, Example, document_text
 from pipeline.errors import UserError
 from pipeline.recipe import Domain
 
@@ -124,6 +125,24 @@ def check_domain(name: str, domain: Domain) -> list[str]:
             if pairs
             else f"the embedded corpus {domain.embedded!r} is text without prompts; remove it",
         )
+    if domain.chat_field is not None:
+        need(domain.chat_field, ".chat_field", "is empty; name the field that holds the messages")
+        need(
+            not domain.instruction,
+            ".chat_field",
+            "give at most one of `chat_field` and `instruction`",
+        )
+        need(not domain.embedded, ".chat_field", "an embedded corpus has no conversations")
+        need(
+            domain.text_field == "text",
+            ".text_field",
+            "has no effect with `chat_field`; remove it",
+        )
+        need(
+            not any(".txt" in Path(f).suffixes for f in [*domain.files, *domain.heldout_files]),
+            ".files",
+            "a .txt file has no field for messages; use .jsonl or .parquet",
+        )
     if domain.instruction:
         fields = domain.instruction
         need(
@@ -195,8 +214,10 @@ def read_documents(
     return datasets.IterableDataset.from_generator(rows)
 
 
-def document_of(row: dict[str, str]) -> Document:
+def document_of(row: dict[str, Any]) -> Document:
     """The document of a row that `read_documents` gives."""
+    if "messages" in row:
+        return Conversation(tuple((role, content) for role, content in row["messages"]))
     return row["text"] if "text" in row else Example(**row)
 
 
@@ -218,9 +239,12 @@ class _Fields:
     needed: list[str]
     optional: list[str]
     instruction: bool
+    chat: bool = False
 
     @classmethod
     def of(cls, domain: Domain) -> "_Fields":
+        if domain.chat_field is not None:
+            return cls([domain.chat_field], [], False, chat=True)
         if domain.instruction is None:
             return cls([domain.text_field], [], False)
         names = domain.instruction
@@ -228,6 +252,9 @@ class _Fields:
 
     def document(self, row: dict[str, Any]) -> tuple[Document, str | None]:
         """The document, and why it cannot be used (or None)."""
+        if self.chat:
+            conversation, problem = conversation_of(row[self.needed[0]])
+            return conversation or "", problem
         values = [row[name] for name in self.needed]
         more = ["" if row.get(name) is None else row[name] for name in self.optional]
         for name, value in zip(self.needed, values, strict=True):
@@ -243,13 +270,14 @@ class _Fields:
         return Example(values[0], context, values[1]), None
 
 
-def _row(document: Document) -> dict[str, str]:
+def _row(document: Document) -> dict[str, Any]:
     return {"text": document} if isinstance(document, str) else document._asdict()
 
 
-def _digest(row: dict[str, str], salt: str = "") -> int:
+def _digest(row: dict[str, Any], salt: str = "") -> int:
     """64 bits of a hash of a document."""
-    content = "\0".join([salt, *row.values()]) if salt or len(row) > 1 else row["text"]
+    text = document_text(document_of(row))
+    content = f"{salt}\0{text}" if salt else text
     return int.from_bytes(hashlib.sha1(content.encode()).digest()[:8], "big")
 
 
@@ -323,6 +351,8 @@ def _no_field(where: str, wanted: _Fields, seen: Iterable[str]) -> UserError:
     fix = (
         "Set `prompt`, `input` and `response` of the domain's `instruction`."
         if wanted.instruction
+        else "Set `chat_field` of the domain to the one that holds the messages."
+        if wanted.chat
         else "Set `text_field` of the domain to the one that holds the text."
     )
     return UserError(

@@ -9,14 +9,13 @@ from typing import Any
 
 from pipeline.data.embedded import embedded_documents, embedded_version
 from pipeline.data.encode import Encoder
-from pipeline.data.instruct import Document
+from pipeline.data.instruct import Document, document_text
 from pipeline.data.prepared import Side, fingerprint
 from pipeline.data.reader import (
     BadLines,
     _everything,
     _from_hub,
     _resolve,
-    _row,
     document_of,
     read_file,
 )
@@ -195,7 +194,3 @@ def _head(path: str, domain: Domain) -> tuple[list[str], float]:
         ):  # the head of an archive is a damaged archive; the rest will be read later
             pass
     return texts, min(size, HEAD)
-
-
-def document_text(document: Document) -> str:
-    return "\0".join(_row(document).values())

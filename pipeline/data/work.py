@@ -23,11 +23,11 @@ from filelock import FileLock, Timeout
 
 from pipeline.data.cleaning import Overlap
 from pipeline.data.encode import Encoder
-from pipeline.data.instruct import Document
+from pipeline.data.instruct import Document, document_text
 from pipeline.data.prepared import SIDES, Side, describe_file
 from pipeline.data.reader import BadLines, _digest, _row
 from pipeline.data.shards import ShardWriter
-from pipeline.data.sources import Unit, document_text, file_identity, read_unit
+from pipeline.data.sources import Unit, file_identity, read_unit
 from pipeline.errors import UserError
 from pipeline.recipe import Domain
 
@@ -219,6 +219,8 @@ class _Counts:
     contaminated: int = 0
     sampled_out: int = 0
     without_tokens: int = 0
+    refused: int = 0  # by the chat template
+    refusal: str = ""  # the first reason
     text_bytes: int = 0
     sides: dict[str, dict[str, int]] = field(
         default_factory=lambda: {
@@ -265,6 +267,8 @@ def _make(job: Job, unit: Unit, report: Report) -> None:
         "contaminated": counts.contaminated,
         "sampled_out": counts.sampled_out,
         "without_tokens": counts.without_tokens,
+        "refused": counts.refused,
+        "refusal": counts.refusal,
         "text_bytes": counts.text_bytes,
         "bad": {"count": bad.count, "examples": bad.examples},
         "seconds": time.perf_counter() - start,
@@ -307,8 +311,12 @@ def _encode_batch(
     encoded = job.encoder.encode([d for d, _, _ in kept]) if kept else []
     for tokens, (_, side, digest) in zip(encoded, kept, strict=True):
         length = len(tokens.ids)
-        if not length:
+        if tokens.refused:
+            counts.refused += 1
+            counts.refusal = counts.refusal or tokens.refused
+        elif not length:
             counts.without_tokens += 1
+        if not length:
             continue
         writers[side].add(tokens, digest)
         mine = counts.sides[side]

@@ -26,6 +26,7 @@ from pipeline.data.batches import (
     training_batches,
 )  # fmt: skip
 from pipeline.data.heldout import prepare_heldout
+from pipeline.data.instruct import document_text
 from pipeline.data.reader import BadLines
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer, vocabulary_size
 from pipeline.engine.config import check_quantized, precision_of
@@ -362,7 +363,7 @@ def _tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerFast:
 
     def train() -> None:
         documents = stage_documents(recipe, recipe.stages[0].domains)(0)
-        every = (d if isinstance(d, str) else f"{d.prompt}\n{d.response}" for d in documents)
+        every = (document_text(d).replace("\0", "\n") for d in documents)
         texts = islice(every, TOKENIZER_DOCUMENTS)
         first = next(texts, None)
         if first is None:
