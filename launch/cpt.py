@@ -23,7 +23,7 @@ EXAMPLES = """\
 def main() -> None:
     args = training_parser(__doc__, "demo", EXAMPLES).parse_intermixed_args()
 
-    from eval.measure.measured_run import measured_run
+    from eval.measured_run import measured_run
 
     measured_run(args)
 

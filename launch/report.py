@@ -11,7 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, uninstalled
 
 from eval.analysis.load import load_run
-from eval.report import compare, terminal_summary, write_comparison, write_report
+from eval.report.compare import compare, terminal_summary, write_comparison
+from eval.report.page import write_report
 from pipeline.errors import UserError
 
 

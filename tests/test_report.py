@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from eval.analysis.load import load_run
-from eval.report import compare, terminal_summary, write_comparison, write_report
+from eval.report.compare import compare, terminal_summary, write_comparison
+from eval.report.page import write_report
 from launch.report import main
 from pipeline.errors import UserError
 from tests.fake_runs import fake_run

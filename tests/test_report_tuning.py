@@ -14,7 +14,8 @@ from eval.analysis.labels import methods_of
 from eval.analysis.load import load_run
 from eval.analysis.matrix import forgotten_at
 from eval.analysis.settings import Setting, measure
-from eval.report import compare, terminal_summary, write_comparison, write_report
+from eval.report.compare import compare, terminal_summary, write_comparison
+from eval.report.page import write_report
 from eval.report.summary import task_lines
 from tests.fake_runs import HOSTILE, UNREACHABLE, fake_run, fake_tuning
 from tests.test_report import assert_self_contained, text_of

@@ -4,62 +4,35 @@ A run is compared at the same amount of learning or not at all: whatever slows l
 mask as much as a smaller learning rate, also forgets less.
 """
 
-import statistics
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from eval.analysis import labels
-from eval.analysis.curves import POINT_DEFINITIONS, Place, curve_of, learning_points
+from eval.analysis.curves import POINT_DEFINITIONS
 from eval.analysis.load import Run, load_run
-from eval.analysis.matrix import DEFINITIONS, Curve, complete, equal_learning
+from eval.analysis.matrix import DEFINITIONS, equal_learning
 from eval.analysis.noise import Noise
-from eval.analysis.points import Point, Score
+from eval.analysis.points import Score
 from eval.analysis.settings import Pair, Reading, Setting, measure, pairs, readable
 from eval.analysis.text import number, percent, short_float
-from eval.report import plots, tasks, tuning, verdict
+from eval.report import tasks, trade_off_plots, tuning, verdict
+from eval.report.compared_runs import (
+    COMPARED,
+    TASKS,
+    Row,
+    machine_of,
+    rows_of_runs,
+    settings_of,
+    why_not_equal,
+)
+from eval.report.drawing import COLOURS, colours_of
 from eval.report.page import marked, render, write_folder
 from eval.report.tasks import TaskDifference
 from pipeline.errors import UserError
 
 CROWDED = 8  # runs; beyond it the figure labels methods instead of runs
-COMPARED = ("learned", "forgotten", "forgotten_equal")
-TASKS = {"humaneval": "HumanEval", "benchmarks": "Benchmarks"}
-
-
-@dataclass
-class Row:
-    """One run of the comparison. Learned and forgotten in nats per token; None: not measured."""
-
-    number: int  # counted from 1, as in the figures
-    run: Run
-    method: str  # without learning rate and seed
-    setting: str  # with everything but the seed: runs that share it are repetitions
-    label: str
-    curve: Curve  # through all evaluated points, also those within stages
-    learned: float | None
-    forgotten: float | None
-    learning: tuning.Learning  # the same with standard errors, aligned with run.points
-    end: Point | None  # the last evaluated point of training
-    humaneval: Score | None  # there
-    benchmarks: Score | None  # there, the mean over all benchmarks of the compared runs
-    forgotten_equal: float | None = None
-    reason: str = ""  # why forgotten_equal is None
-    final_loss: float | None = None  # mean over all evaluated domains
-    tokens_per_second: float | None = None
-    step_ratio: float | None = None  # median step time, relative to the first run's
-
-    @property
-    def curve_errors(self) -> list[Place | None]:
-        """The standard errors of the points of `curve`."""
-        known = zip(self.learning.curve.places, self.learning.curve.errors, strict=True)
-        return [errors for place, errors in known if place]
-
-    @property
-    def errors(self) -> Place | None:
-        """The standard errors of learned and forgotten."""
-        return self.curve_errors[-1] if len(self.curve) > 1 else None
 
 
 @dataclass
@@ -96,7 +69,7 @@ def compare(run_dirs: Sequence[Path | str]) -> Comparison:
     if len(folders) < 2:
         raise UserError("A comparison needs at least two run folders.")
     runs = [load_run(folder) for folder in folders]
-    rows = _rows(runs)
+    rows = rows_of_runs(runs)
 
     equal = [place for place, row in enumerate(rows) if row.learned is not None and row.learned > 0]
     read = equal_learning({str(place): rows[place].curve for place in equal})
@@ -104,8 +77,8 @@ def compare(run_dirs: Sequence[Path | str]) -> Comparison:
     for place, row in enumerate(rows):
         row.forgotten_equal = read["forgotten"].get(str(place))
         if row.forgotten_equal is None:
-            row.reason = _why_not(row, level)
-    settings = _settings(rows)
+            row.reason = why_not_equal(row, level)
+    settings = settings_of(rows)
     numbers = measure([row.curve for row in rows], settings, equal)
     for setting in settings:
         for key in COMPARED:
@@ -170,7 +143,7 @@ def write_comparison(run_dirs: Sequence[Path | str], out_dir: Path | str) -> Pat
     figures = {}
     detailed = any(tuning.has_points(row.run) for row in rows)
     if any(row.curve for row in rows):
-        figures["trade_off"] = plots.trade_off(
+        figures["trade_off"] = trade_off_plots.trade_off(
             {str(row.number): row.curve for row in rows},
             colours,
             labels,
@@ -185,7 +158,7 @@ def write_comparison(run_dirs: Sequence[Path | str], out_dir: Path | str) -> Pat
             point = (setting.learned, setting.forgotten, short_float(setting.lr))
             points.setdefault(setting.method, []).append(point)
         by_method = {row.method: colours[str(row.number)] for row in rows}
-        figures["methods"] = plots.methods(points, by_method)
+        figures["methods"] = trade_off_plots.methods(points, by_method)
     if detailed:
         named = {str(row.number): row.run for row in rows}
         learning = {str(row.number): row.learning for row in rows}
@@ -243,82 +216,6 @@ def _percent(score: Score) -> str:
     return f"{percent(score.value)}{error} %"
 
 
-def _rows(runs: list[Run]) -> list[Row]:
-    rows = []
-    names = tasks.benchmark_names(runs)
-    methods = labels.methods_of(runs)
-    settings = [
-        f"{method}, lr {short_float(labels.learning_rate(run))}"
-        for method, run in zip(methods, runs, strict=True)
-    ]
-    settings = _told_apart(runs, settings)
-    first = _step_seconds(runs[0])
-    for place, (run, setting) in enumerate(zip(runs, settings, strict=True)):
-        curve, points, learning = curve_of(run), learning_points(run), tuning.learning_of(run)
-        if run.damage:  # what is left would be read as less learning
-            curve = []
-        learned, forgotten = curve[-1] if len(curve) > 1 else (None, None)
-        trained = [point for point in points or run.points if point.stage]
-        end = trained[-1] if trained else None
-        final = [v for v in run.matrix.values[run.evaluated] if v is not None]
-        mine = _step_seconds(run)
-        comparable = _machine(run) == _machine(runs[0])
-        repeated = settings.count(setting) > 1
-        rows.append(
-            Row(
-                number=place + 1,
-                run=run,
-                method=methods[place],
-                setting=setting,
-                label=setting + (f", seed {run.recipe.get('seed', '?')}" if repeated else ""),
-                curve=curve,
-                learned=learned,
-                forgotten=forgotten,
-                learning=learning,
-                end=end,
-                humaneval=end.greedy if end else None,
-                benchmarks=tasks.average(end, names) if end else None,
-                final_loss=statistics.mean(final) if run.evaluated > 0 and final else None,
-                tokens_per_second=_tokens_per_second(run),
-                step_ratio=mine / first if mine and first and comparable else None,
-            )
-        )
-    return rows
-
-
-def _told_apart(runs: list[Run], settings: list[str]) -> list[str]:
-    """The settings with, where runs of one differ in more than their seed, the name of the first
-    run like it."""
-    shared = [labels.without_seed(run) for run in runs]
-    kinds = list(zip(settings, shared, strict=True))
-    return [
-        f"{setting} (as {runs[kinds.index(kind)].name})"
-        if len({other for name, other in kinds if name == setting}) > 1
-        else setting
-        for setting, kind in zip(settings, kinds, strict=True)
-    ]
-
-
-def _settings(rows: list[Row]) -> list[Setting]:
-    """The settings of which a run has been evaluated after training, in the order given."""
-    settings = []
-    for name in dict.fromkeys(row.setting for row in rows if row.learned is not None):
-        members = [row for row in rows if row.setting == name and row.learned is not None]
-        series = {key: complete([getattr(row, key) for row in members]) for key in COMPARED}
-        spread = {k: statistics.stdev(v) for k, v in series.items() if v and len(members) > 1}
-        rate = labels.learning_rate(members[0].run)
-        places = [row.number - 1 for row in members]
-        setting = Setting(name, members[0].method, rate, places, spread=spread)
-        for key in TASKS:
-            scores = [getattr(row, key) for row in members]
-            if values := complete([score and score.value for score in scores]):
-                setattr(setting, key, statistics.mean(values))
-                if len(values) > 1:
-                    setting.spread[key] = statistics.stdev(values)
-        settings.append(setting)
-    return settings
-
-
 def _warnings(runs: list[Run]) -> list[str]:
     found = labels.differences(runs)
     if len({run.heldout for run in runs} - {None}) > 1:
@@ -332,7 +229,7 @@ def _warnings(runs: list[Run]) -> list[str]:
                     f"{run.name} and {runs[0].name} do not start from the same loss on {domain} "
                     f"({mine:.3f} and {theirs:.3f}): not the same model or held-out text."
                 )
-    if len({_machine(run) for run in runs}) > 1:
+    if len({machine_of(run) for run in runs}) > 1:
         found.append(
             "The runs differ in hardware, threads, engine, precision or ranks: speeds do not "
             "compare."
@@ -359,38 +256,13 @@ def _warnings(runs: list[Run]) -> list[str]:
     return found
 
 
-def _machine(run: Run) -> str:
-    return repr([run.environment.get(k) for k in ("hardware", "engine", "precision", "ranks")])
-
-
-def _why_not(row: Row, level: float | None) -> str:
-    if row.run.damage:
-        return "damaged: no verdict"
-    if row.learned is None:
-        return "no stage evaluated yet"
-    if row.learned <= 0:
-        return "learned nothing"
-    return f"its curve does not pass {number(level)}"
-
-
-def _tokens_per_second(run: Run) -> float | None:
-    timed = [s for s in run.log.steps if s.get("seconds")]
-    seconds = sum(s["seconds"] for s in timed)
-    return sum(s.get("tokens", 0) for s in timed) / seconds if seconds else None
-
-
-def _step_seconds(run: Run) -> float | None:
-    seconds = [s["seconds"] for s in run.log.steps if s.get("seconds")]
-    return statistics.median(seconds) if seconds else None
-
-
 def _colours(rows: list[Row]) -> dict[str, str]:
     """A colour per run, or per method where methods have several runs each."""
     methods = list(dict.fromkeys(row.method for row in rows))
-    if 1 < len(methods) < len(rows) or len(rows) > len(plots.COLOURS):
-        by_method = plots.colours_of(methods)
+    if 1 < len(methods) < len(rows) or len(rows) > len(COLOURS):
+        by_method = colours_of(methods)
         return {str(row.number): by_method[row.method] for row in rows}
-    return plots.colours_of(str(row.number) for row in rows)
+    return colours_of(str(row.number) for row in rows)
 
 
 def _plot_labels(rows: list[Row]) -> dict[str, str]:

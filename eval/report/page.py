@@ -14,7 +14,8 @@ from eval.analysis.load import Run, StageTime, load_run
 from eval.analysis.matrix import DEFINITIONS, METRICS, learning_curve
 from eval.analysis.points import stage_lengths
 from eval.analysis.text import number, percent, short_float, signed, signed_percent
-from eval.report import cells, plots, tasks, tuning
+from eval.report import cells, run_plots, tasks, tuning
+from eval.report.drawing import colours_of
 
 NAMES = {
     "acc": "ACC (mean final loss)",
@@ -44,14 +45,14 @@ def write_report(run_dir: Path | str) -> Path:
     run = load_run(Path(run_dir))
     figures = {}
     if run.evaluated >= 0:
-        figures["domain_curves"] = plots.domain_curves(run.matrix)
+        figures["domain_curves"] = run_plots.domain_curves(run.matrix)
     if any(step.get("loss") is not None for step in run.log.steps):
-        figures["training_loss"] = plots.training_loss(run)
+        figures["training_loss"] = run_plots.training_loss(run)
 
     learning = tuning.learning_of(run)
     detailed = tuning.has_points(run)
     if detailed:
-        colours = plots.colours_of(["run"])
+        colours = colours_of(["run"])
         figures |= tuning.figures({"run": run}, {"run": learning}, colours, {})
 
     numbers = run_numbers(run, learning)

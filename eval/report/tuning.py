@@ -11,8 +11,8 @@ from eval.analysis.load import Run
 from eval.analysis.noise import Measured, measured
 from eval.analysis.points import Point, Score, position, stage_lengths
 from eval.analysis.text import amount, percent, signed
-from eval.report import plots, tasks
-from eval.report.plots import Mark
+from eval.report import point_plots, tasks
+from eval.report.drawing import Mark
 
 Read = Callable[[Point], Score | None]
 MARKS = 12  # points of a run that are labelled one by one
@@ -128,16 +128,16 @@ def figures(
         if drawn:
             stages = max(runs, key=lambda k: sum(lengths[k]))
             named = list(zip(lengths[stages], runs[stages].matrix.stages[1:], strict=True))
-            found[key] = plots.over_training(key, drawn, colours, labels, unit, named)
+            found[key] = point_plots.over_training(key, drawn, colours, labels, unit, named)
     by_tasks = {k: _task_marks(run, names, alone) for k, run in runs.items()}
     if any(len(marks) > 1 for marks in by_tasks.values()):
         axes = ("HumanEval pass@1, %  (more →)", "average of the benchmarks, %  (↑ more)")
-        found["pareto_tasks"] = plots.pareto("pareto_tasks", by_tasks, colours, labels, axes)
+        found["pareto_tasks"] = point_plots.pareto("pareto_tasks", by_tasks, colours, labels, axes)
     by_loss = {k: _loss_marks(run, learning[k].since, alone) for k, run in runs.items()}
     same = not alone and all(run.matrix.last == 1 for run in runs.values())
     if any(len(marks) > 1 for marks in by_loss.values()) and not same:
         axes = ("learned, nats  (more →)", "forgotten, nats  (↓ less)")
-        found["pareto_loss"] = plots.pareto("pareto_loss", by_loss, colours, labels, axes)
+        found["pareto_loss"] = point_plots.pareto("pareto_loss", by_loss, colours, labels, axes)
     return found
 
 

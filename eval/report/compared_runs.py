@@ -1,0 +1,151 @@
+"""Compared runs, one row each, and the settings that they are repetitions of."""
+
+import statistics
+from dataclasses import dataclass
+
+from eval.analysis import labels
+from eval.analysis.curves import Place, curve_of, learning_points
+from eval.analysis.load import Run
+from eval.analysis.matrix import Curve, complete
+from eval.analysis.points import Point, Score
+from eval.analysis.settings import Setting
+from eval.analysis.text import number, short_float
+from eval.report import tasks, tuning
+
+COMPARED = ("learned", "forgotten", "forgotten_equal")
+TASKS = {"humaneval": "HumanEval", "benchmarks": "Benchmarks"}
+
+
+@dataclass
+class Row:
+    """One run of the comparison. Learned and forgotten in nats per token; None: not measured."""
+
+    number: int  # counted from 1, as in the figures
+    run: Run
+    method: str  # without learning rate and seed
+    setting: str  # with everything but the seed: runs that share it are repetitions
+    label: str
+    curve: Curve  # through all evaluated points, also those within stages
+    learned: float | None
+    forgotten: float | None
+    learning: tuning.Learning  # the same with standard errors, aligned with run.points
+    end: Point | None  # the last evaluated point of training
+    humaneval: Score | None  # there
+    benchmarks: Score | None  # there, the mean over all benchmarks of the compared runs
+    forgotten_equal: float | None = None
+    reason: str = ""  # why forgotten_equal is None
+    final_loss: float | None = None  # mean over all evaluated domains
+    tokens_per_second: float | None = None
+    step_ratio: float | None = None  # median step time, relative to the first run's
+
+    @property
+    def curve_errors(self) -> list[Place | None]:
+        """The standard errors of the points of `curve`."""
+        known = zip(self.learning.curve.places, self.learning.curve.errors, strict=True)
+        return [errors for place, errors in known if place]
+
+    @property
+    def errors(self) -> Place | None:
+        """The standard errors of learned and forgotten."""
+        return self.curve_errors[-1] if len(self.curve) > 1 else None
+
+
+def rows_of_runs(runs: list[Run]) -> list[Row]:
+    rows = []
+    names = tasks.benchmark_names(runs)
+    methods = labels.methods_of(runs)
+    settings = [
+        f"{method}, lr {short_float(labels.learning_rate(run))}"
+        for method, run in zip(methods, runs, strict=True)
+    ]
+    settings = _told_apart(runs, settings)
+    first = _step_seconds(runs[0])
+    for place, (run, setting) in enumerate(zip(runs, settings, strict=True)):
+        curve, points, learning = curve_of(run), learning_points(run), tuning.learning_of(run)
+        if run.damage:  # what is left would be read as less learning
+            curve = []
+        learned, forgotten = curve[-1] if len(curve) > 1 else (None, None)
+        trained = [point for point in points or run.points if point.stage]
+        end = trained[-1] if trained else None
+        final = [v for v in run.matrix.values[run.evaluated] if v is not None]
+        mine = _step_seconds(run)
+        comparable = machine_of(run) == machine_of(runs[0])
+        repeated = settings.count(setting) > 1
+        rows.append(
+            Row(
+                number=place + 1,
+                run=run,
+                method=methods[place],
+                setting=setting,
+                label=setting + (f", seed {run.recipe.get('seed', '?')}" if repeated else ""),
+                curve=curve,
+                learned=learned,
+                forgotten=forgotten,
+                learning=learning,
+                end=end,
+                humaneval=end.greedy if end else None,
+                benchmarks=tasks.average(end, names) if end else None,
+                final_loss=statistics.mean(final) if run.evaluated > 0 and final else None,
+                tokens_per_second=_tokens_per_second(run),
+                step_ratio=mine / first if mine and first and comparable else None,
+            )
+        )
+    return rows
+
+
+def _told_apart(runs: list[Run], settings: list[str]) -> list[str]:
+    """The settings with, where runs of one differ in more than their seed, the name of the first
+    run like it."""
+    shared = [labels.without_seed(run) for run in runs]
+    kinds = list(zip(settings, shared, strict=True))
+    return [
+        f"{setting} (as {runs[kinds.index(kind)].name})"
+        if len({other for name, other in kinds if name == setting}) > 1
+        else setting
+        for setting, kind in zip(settings, kinds, strict=True)
+    ]
+
+
+def settings_of(rows: list[Row]) -> list[Setting]:
+    """The settings of which a run has been evaluated after training, in the order given."""
+    settings = []
+    for name in dict.fromkeys(row.setting for row in rows if row.learned is not None):
+        members = [row for row in rows if row.setting == name and row.learned is not None]
+        series = {key: complete([getattr(row, key) for row in members]) for key in COMPARED}
+        spread = {k: statistics.stdev(v) for k, v in series.items() if v and len(members) > 1}
+        rate = labels.learning_rate(members[0].run)
+        places = [row.number - 1 for row in members]
+        setting = Setting(name, members[0].method, rate, places, spread=spread)
+        for key in TASKS:
+            scores = [getattr(row, key) for row in members]
+            if values := complete([score and score.value for score in scores]):
+                setattr(setting, key, statistics.mean(values))
+                if len(values) > 1:
+                    setting.spread[key] = statistics.stdev(values)
+        settings.append(setting)
+    return settings
+
+
+def why_not_equal(row: Row, level: float | None) -> str:
+    if row.run.damage:
+        return "damaged: no verdict"
+    if row.learned is None:
+        return "no stage evaluated yet"
+    if row.learned <= 0:
+        return "learned nothing"
+    return f"its curve does not pass {number(level)}"
+
+
+def machine_of(run: Run) -> str:
+    return repr([run.environment.get(k) for k in ("hardware", "engine", "precision", "ranks")])
+
+
+def _tokens_per_second(run: Run) -> float | None:
+    timed = [s for s in run.log.steps if s.get("seconds")]
+    seconds = sum(s["seconds"] for s in timed)
+    return sum(s.get("tokens", 0) for s in timed) / seconds if seconds else None
+
+
+def _step_seconds(run: Run) -> float | None:
+    seconds = [s["seconds"] for s in run.log.steps if s.get("seconds")]
+    return statistics.median(seconds) if seconds else None
