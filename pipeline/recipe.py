@@ -204,7 +204,8 @@ class Evaluation:
     # skip: where the hub cannot be reached, say so on the page and go on
     unreachable: Literal["fail", "skip"] = "fail"
     humaneval: HumanEval | None = None  # {}: with the defaults
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the evaluated weights
+    # of the weights that benchmarks and HumanEval run on; the held-out loss has the engine's
+    precision: Literal["fp32", "bf16"] = "fp32"
 
 
 @dataclass

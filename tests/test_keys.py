@@ -355,6 +355,7 @@ INSTRUCTION = "data.domains.a.instruction={prompt: text, response: other}"
         (["mask={enabled: false, threshold: 0.5}", "evaluate.overlap=false"], "mask.threshold"),
         (["evaluate.benchmark_files=."], "evaluate.benchmark_files"),
         (["evaluate.unreachable=skip"], "evaluate.unreachable"),
+        (["evaluate.precision=bf16"], "evaluate.precision"),
     ],
 )
 def test_a_key_without_effect_is_refused(here, overrides, key):

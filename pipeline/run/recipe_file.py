@@ -88,6 +88,10 @@ def _switch_off(data: dict[Any, Any], given: set[str]) -> None:
         for key in set(mask) - {"enabled", "threshold"}:
             if f"mask.{key}" not in given:
                 del mask[key]
+    if {"evaluate.benchmarks", "evaluate.humaneval"} & given and isinstance(evaluate, dict):
+        tasks = evaluate.get("benchmarks") or evaluate.get("humaneval") is not None
+        if not tasks and "evaluate.precision" not in given:
+            evaluate.pop("precision", None)
     if "evaluate.benchmarks" in given and isinstance(evaluate, dict):
         for key in ("benchmark_files", "unreachable"):
             if not evaluate["benchmarks"] and f"evaluate.{key}" not in given:

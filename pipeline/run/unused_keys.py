@@ -66,6 +66,11 @@ def _unused_in_evaluation(e: Evaluation) -> list[str]:
     for key in ("benchmark_files", "unreachable"):
         if _is_set(Evaluation, e, key) and not e.benchmarks:
             found.append(f"evaluate.{key}: has no effect without `benchmarks`; remove it")
+    if _is_set(Evaluation, e, "precision") and not (e.benchmarks or e.humaneval):
+        found.append(
+            "evaluate.precision: has no effect without `benchmarks` or `humaneval`: the held-out "
+            "loss is computed in the precision of training; remove it"
+        )
     own = [bool(b.files) for b in e.benchmarks.values()]
     if e.benchmark_files and own and all(own):
         found.append(
