@@ -6,6 +6,9 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +18,7 @@ import pytest
 from pipeline.data import prepare as prepare_module
 from pipeline.data import sources, work
 from pipeline.data.encode import Encoder
+from pipeline.data.fast_bpe import FastBpe
 from pipeline.data.instruct import Example
 from pipeline.data.prepare import describe, prepare
 from pipeline.data.prepared import SIDES
@@ -22,6 +26,8 @@ from pipeline.data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
 from pipeline.recipe import Benchmark, Data, Domain, Evaluation, Instruction, Model, Recipe, Stage
 from pipeline.run.corpora import open_corpora
+from pipeline.run.prepare_recipe import prepare_recipe
+from pipeline.run.recipe_file import load_recipe
 
 TEXTS = [f"Document {i} says " + " ".join(f"word{i * j % 97}" for j in range(i % 40 + 1))
          for i in range(240)]  # fmt: skip
@@ -361,3 +367,78 @@ def test_a_side_without_documents_is_refused(corpus, tokenizer):
     (corpus.parent / "empty.jsonl").write_text("")
     with pytest.raises(UserError, match=r"empty\.jsonl: no documents"):
         prepare(recipe_of(corpus, files=[f"{corpus.parent}/empty.jsonl"]), "a", tokenizer)
+
+
+def test_the_command_prepares_checks_and_says_what_it_would_take(
+    corpus, tokenizer, tmp_path, capsys
+):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "r.yaml").write_text(f"""
+model: {{config: {{model_type: gpt2}}, tokenizer: {tmp_path}/tokenizer, objective: causal}}
+data: {{domains: {{a: {{files: ['{corpus}/*']}}}}, prepared: '{tmp_path}/here'}}
+stages: [{{domain: a, tokens: 1000}}]
+""")
+    script = Path(__file__).parents[1] / "launch" / "prepare.py"
+
+    command = [sys.executable, str(script), "--recipe", str(tmp_path / "r.yaml"), "--dry-run"]
+    before = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert "MB of text, to be prepared; takes about" in before.stdout, before.stderr
+    assert not (tmp_path / "here").exists()
+    recipe = load_recipe(tmp_path / "r.yaml")
+    prepare_recipe(recipe, dry_run=False)
+    assert f"in {tmp_path}/here/a-" in capsys.readouterr().out
+    (shard,) = tmp_path.glob("here/a-*/train-00000.arrow")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    prepare_recipe(recipe, dry_run=False)
+    assert "train-00000.arrow" in (said := capsys.readouterr().out)
+    assert "made again" in said
+    recipe.data.prepare = False
+    with pytest.raises(UserError, match="nothing to prepare"):
+        prepare_recipe(recipe, dry_run=False)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "split", "added token", "normalized", "unigram"])
+def test_a_faster_core_is_used_only_where_it_is_exact(kind):
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.Unigram() if kind == "unigram" else models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if kind == "split":
+        digits = pre_tokenizers.Split(Regex(r"\p{N}{1,3}|\s?\p{L}+|[^\p{L}\p{N}]+"), "isolated")
+        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
+    if kind == "normalized":
+        backend.normalizer = normalizers.NFC()
+    make = trainers.UnigramTrainer if kind == "unigram" else trainers.BpeTrainer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        TEXTS, make(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    )
+    if kind == "added token":
+        backend.add_tokens(["says word"])
+    fast = FastBpe.of(backend)
+    assert (fast is not None) == (kind in ("byte-level", "split"))
+    if fast:
+        texts = [*TEXTS, "naïve\n\n  123456 x 漢字 \x00 'Tis we'll"]
+        for threads in (1, 2):
+            found = fast.encode(texts, threads)
+            assert [i.tolist() for i in found] == [backend.encode(t).ids for t in texts]
+
+
+def test_a_core_that_differs_on_a_document_is_dropped(tokenizer, monkeypatch):
+    encoder = Encoder.of(tokenizer, False, "alpaca")
+    expected = [t.ids.tolist() for t in encoder.encode(TEXTS)]
+    encoder.speed_up()
+    assert encoder.core == "tiktoken"
+    monkeypatch.setattr("pipeline.data.encode.COMPARED", 100)
+    for part in (TEXTS[:100], TEXTS[100:]):
+        assert [t.ids.tolist() for t in encoder.encode(part)] == expected[: len(part)]
+        del expected[: len(part)]
+    assert encoder.core == "tiktoken"
+    encoder.compared = 0
+    encoder.fast.ids[:] += 1
+    wrong = [t.ids.tolist() for t in encoder.encode(TEXTS[:5])]
+    assert encoder.core == "tokenizers"
+    assert wrong == [t.ids.tolist() for t in Encoder.of(tokenizer, False, "").encode(TEXTS[:5])]

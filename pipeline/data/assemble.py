@@ -54,6 +54,7 @@ def publish_units(job: Job, folder: Path, manifest: dict[str, Any]) -> None:
             "duplicates": sum(side["duplicates"] for side in sides.values()),
             **{key: sum(unit[key] for unit in units) for key in COUNTS},
             "bad": bad,
+            "cores": sorted({unit["core"] for unit in units}),
             "refusal": next((u["refusal"] for u in units if u["refusal"]), ""),
             "units": units,
             "files": {**files, **{path.name: describe_file(path) for path in merged}},

@@ -206,7 +206,7 @@ def _make(job: Job, folder: Path, manifest: dict[str, Any]) -> None:
     guess = estimate(job.domain, job.units, job.encoder)
     if guess is not None:
         _require_space(job, _disk(job, guess))
-    small = guess is not None and guess.text_bytes < SMALL
+    job.large = guess is None or guess.text_bytes >= SMALL
     first = len(job.units) * _environment("RANK", 0) // _environment("WORLD_SIZE", 1)
     speaks = _environment("RANK", 0) == 0
     progress = PrepareProgress(job.name, guess.text_bytes if guess else None, speaks)
@@ -217,7 +217,7 @@ def _make(job: Job, folder: Path, manifest: dict[str, Any]) -> None:
                 publish_units(job, folder, {**manifest, "seconds": progress.seconds()})
             elif any(is_free(job, unit) for unit in pending):
                 cores = _cores()
-                processes = 0 if small or cores == 1 else min(cores, len(pending))
+                processes = 0 if not job.large or cores == 1 else min(cores, len(pending))
                 work(job, processes, max(1, cores // max(1, processes)), first, progress.add)
             else:
                 progress.wait(owner(job, pending[0]))
@@ -225,7 +225,10 @@ def _make(job: Job, folder: Path, manifest: dict[str, Any]) -> None:
         progress.close()
     prepared = open_prepared(folder)
     if speaks and prepared is not None:
-        say(f"{job.name}: {summary(prepared)}{progress.speed()}, in {folder}")
+        say(
+            f"{job.name}: {summary(prepared)}{progress.speed()} by "
+            f"{' and '.join(prepared.manifest['cores'])}, in {folder}"
+        )
 
 
 def _cores() -> int:

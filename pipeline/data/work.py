@@ -50,6 +50,7 @@ class Job:
     dtype: str  # of the ids
     flags: tuple[str, ...]  # columns beside the ids
     overlap: Overlap | None
+    large: bool = True  # worth the start of helpers
 
     def lock(self, name: str) -> Path:
         return self.locks.with_name(f"{self.locks.name}.{name}.lock")
@@ -170,6 +171,8 @@ def _worker(job: Job, first: int, reports: Any) -> None:
 
 
 def _work(job: Job, first: int, report: Report) -> None:
+    if job.large:
+        job.encoder.speed_up()
     start = first % len(job.units)
     for unit in [*job.units[start:], *job.units[:start]]:
         with _claimed(job, unit) as mine:
@@ -270,6 +273,7 @@ def _make(job: Job, unit: Unit, report: Report) -> None:
         "refused": counts.refused,
         "refusal": counts.refusal,
         "text_bytes": counts.text_bytes,
+        "core": job.encoder.core,
         "bad": {"count": bad.count, "examples": bad.examples},
         "seconds": time.perf_counter() - start,
     }

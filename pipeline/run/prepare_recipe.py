@@ -1,0 +1,33 @@
+"""The corpora of a recipe prepared without a run."""
+
+from pipeline.data.prepare import describe, prepare, summary
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.errors import UserError
+from pipeline.model.gguf import local_weights
+from pipeline.progress import say
+from pipeline.recipe import Recipe
+
+
+def prepare_recipe(recipe: Recipe, dry_run: bool) -> None:
+    """Prepare every domain, or with `dry_run` say what that would take.
+
+    Raises:
+        UserError: the tokenizer is one that the run trains; a recipe that streams; what `prepare`
+            refuses.
+    """
+    if not recipe.data.prepare:
+        raise UserError("data.prepare: is false, so that there is nothing to prepare; remove it")
+    if recipe.model.train_tokenizer is not None:
+        raise UserError(
+            "model.train_tokenizer: the run trains the tokenizer first, and prepares the corpora "
+            "then; train with this recipe, or give `model.tokenizer`"
+        )
+    path = recipe.model.tokenizer or recipe.model.path
+    assert path is not None  # a recipe without both is refused
+    tokenizer = load_tokenizer(local_weights(path), recipe.model.revision)
+    for name in recipe.data.domains:
+        if dry_run:
+            say(describe(recipe, name, tokenizer))
+        else:
+            prepared = prepare(recipe, name, tokenizer, thorough=True)
+            say(f"{name}: ready, {summary(prepared)}, in {prepared.folder}")
