@@ -8,7 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, uninstalled
+# The project's folder instead of this one, whose files would hide libraries of the same names.
+HERE = str(Path(__file__).resolve().parent)
+sys.path[:] = [str(Path(HERE).parent), *(p for p in sys.path if str(Path(p).resolve()) != HERE)]
 
 from eval.analysis.load import load_run
 from eval.report.compare import compare, terminal_summary, write_comparison

@@ -24,14 +24,40 @@ class EventLog:
     """`log.jsonl`: one JSON object a line, flushed line by line."""
 
     def __init__(self, path: Path):
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
+        if half_line(path):  # of a process that was killed
+            self._file.write("\n")
+        self.step = 0  # the last one written here, of its stage
+
+    def has_stage(self, stage: int) -> bool:
+        """Whether a stage's own line is there, from whatever process."""
+        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+                if record["event"] == "stage" and record["stage"] == stage:
+                    return True
+            except (ValueError, KeyError, TypeError):  # half a line
+                continue
+        return False
 
     def write(self, event: str, **values: Any) -> None:
+        self.step = values["step"] if event == "step" else 0
         self._file.write(json.dumps({"event": event, **values, "time": now()}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def half_line(path: Path) -> bool:
+    """Whether the file's last line has no end."""
+    with path.open("rb") as file:
+        file.seek(0, 2)
+        if file.tell() == 0:
+            return False
+        file.seek(-1, 2)
+        return file.read(1) != b"\n"
 
 
 class StageProgress:

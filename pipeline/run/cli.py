@@ -1,8 +1,6 @@
 """What every command does alike: arguments, and a message instead of a traceback."""
 
 import argparse
-import io
-import locale
 import os
 import sys
 import time
@@ -10,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from pipeline.errors import TrainingStopped, UserError, advice
+from pipeline.run.surroundings import read_and_write_utf8, use_caches_that_exist
 
 
 def training_parser(description: str, recipe: str, examples: str) -> argparse.ArgumentParser:
@@ -65,6 +64,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     Exit codes: 2 for a UserError, 1 for TrainingStopped, 130 for Ctrl-C.
     """
     read_and_write_utf8()
+    use_caches_that_exist()
     try:
         main()
     except UserError as error:
@@ -87,20 +87,6 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 
 # How gloo and NCCL say, in a collective, that another rank is not there any more.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process")
-
-
-def read_and_write_utf8() -> None:
-    """Start this command again in Python's UTF-8 mode where the locale has another encoding.
-
-    Names of files and fields, configurations and templates are UTF-8 whatever the locale, also for
-    the libraries that open them without saying so. Processes that this one starts inherit it.
-    """
-    if not sys.flags.utf8_mode and locale.getpreferredencoding(False).lower() != "utf-8":
-        os.environ["PYTHONUTF8"] = "1"
-        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal may have its own encoding
 
 
 def _leave(error: Exception | None, message: str, code: int) -> NoReturn:

@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
+from yaml import YAMLError
 
 from pipeline.errors import UserError
 from pipeline.recipe import (
@@ -43,6 +44,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         config = OmegaConf.load(path)
     except Exception as error:  # every YAML error is the user's
+        if "key type" in str(error):
+            raise UserError(f"{path}: {one_line(error)}. {NOT_TEXT}") from None
         raise UserError(f"{path}: not a YAML file: {error}") from None
     _check_keys(path, OmegaConf.to_container(config))
     problems: list[str] = []
@@ -54,7 +57,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         try:
             parsed = OmegaConf.from_dotlist([f"value={value}"])["value"]
             OmegaConf.update(config, key, parsed, merge=False, force_add=True)
-        except (OmegaConfBaseException, ValueError, TypeError) as error:
+        except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
             problems.append(f"{override!r}, on the command line: {one_line(error)}")
     try:
         data = OmegaConf.to_container(config, resolve=True)
@@ -115,6 +118,12 @@ def _beside(model: Model, folder: Path) -> None:
             setattr(model, key, str(folder / value))
 
 
+NOT_TEXT = (
+    "YAML reads a key that is no, yes, on, off, null or a number as something else than text; "
+    'write it in quotes, e.g. "no"'
+)
+
+
 def _check_keys(path: Path, data: Any, where: str = "") -> None:
     """YAML reads some words as other things than text; as the name of a domain they lose it."""
     if isinstance(data, list):
@@ -124,11 +133,7 @@ def _check_keys(path: Path, data: Any, where: str = "") -> None:
         return
     for key, value in data.items():
         if not isinstance(key, str):
-            raise UserError(
-                f"{path}: {where or 'the recipe'}: YAML reads a key there as {key!r} instead of as "
-                "text (so it does with no, yes, on, off, null and numbers); write it in quotes, "
-                'e.g. "no"'
-            )
+            raise UserError(f"{path}: {where or 'the recipe'}: a key there is {key!r}. {NOT_TEXT}")
         _check_keys(path, value, f"{where}.{key}".lstrip("."))
 
 

@@ -32,7 +32,7 @@ from pipeline.data.tokenizer import load_tokenizer, train_tokenizer, vocabulary_
 from pipeline.engine.config import check_quantized, precision_of
 from pipeline.engine.fsdp import FsdpEngine
 from pipeline.engine.zero import ZeroEngine
-from pipeline.errors import UserError
+from pipeline.errors import TrainingStopped, UserError
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.model.attention import Separation, separation_of
 from pipeline.model.gguf import local_weights
@@ -173,8 +173,14 @@ def run_recipe(
                 on_rank0(partial(verify, published))
                 for task in on_rank0(partial(_within, run, stage)):  # what failed there before
                     measure(task)
+                result = _unlogged(run, stage)
             else:
-                result = _train(run, stage, measure)
+                try:
+                    result = _train(run, stage, measure)
+                except TrainingStopped:
+                    if rank() == 0:  # the others may be gone
+                        report(folder)  # says so
+                    raise
             eval_seconds = measure(Evaluation(folder, stage, s.name, str(published)))
             if result is not None and run.log is not None:
                 run.log.write(
@@ -230,27 +236,41 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
     )
     pause = partial(_evaluate_within, run, stage, engine, measure)
     pauses = plan.pauses(s.evaluate_every)
-    result = train_stage(
-        engine, mask, batches, recipe, stage, plan.steps, run.log, pauses, pause,
-        separation=run.separation,
-    )  # fmt: skip
+    try:
+        result = train_stage(
+            engine, mask, batches, recipe, stage, plan.steps, run.log, pauses, pause,
+            separation=run.separation,
+        )  # fmt: skip
+    except TrainingStopped as error:
+        if run.log is not None:
+            run.log.write("stopped", reason=str(error), stage=stage, step=run.log.step + 1)
+        raise
     batches.close()
     _report_bad_lines(bad, run.log)
     start = time.perf_counter()
     if mask:
         mask.close()
-    info = {"stage": stage, "name": s.name, "steps": result.steps, "tokens": result.tokens}
+    numbers = {
+        "steps": result.steps, "tokens": result.tokens, "seconds": result.seconds,
+        "data": asdict(plan.examples) if plan.examples else None,
+    }  # fmt: skip
+    info = {"stage": stage, "name": s.name, **numbers}  # the log may lose them: `_unlogged`
     if run.keeps_masters:  # before what it belongs to: a published stage has its masters
         publish_masters(run.masters(stage), engine, info)
     _publish(run, run.checkpoint(stage), engine, info)
     if stage > 1:
         remove(run.masters(stage - 1))
     publish_seconds = time.perf_counter() - start
-    return {
-        "steps": result.steps, "tokens": result.tokens, "seconds": result.seconds,
-        "publish_seconds": publish_seconds,
-        "data": asdict(plan.examples) if plan.examples else None,
-    }  # fmt: skip
+    return {**numbers, "publish_seconds": publish_seconds}
+
+
+def _unlogged(run: Run, stage: int) -> dict[str, Any] | None:
+    """The numbers of a published stage whose line in the log got lost: its process was killed
+    between the two."""
+    if run.log is None or run.log.has_stage(stage):
+        return None
+    known = read_manifest(run.checkpoint(stage))
+    return {key: known[key] for key in ("steps", "tokens", "seconds", "data") if key in known}
 
 
 def _evaluate_within(
