@@ -135,8 +135,9 @@ def load_points(
         given = stages[stage - 1] if stage else {}
         unit = stage_unit(given)
         length = finite(given.get(unit))
-        home = folder / "stages" / f"{stage:02d}_{name}"
-        home = next(iter(sorted(home.parent.glob(f"{stage:02d}_*"))), home)
+        # Not by the name: a long one is shortened in its folder's.
+        found = sorted((folder / "stages").glob(f"{stage:02d}_*"))
+        home = found[0] if found else folder / "stages" / f"{stage:02d}_"
         within = [path for path in home.glob("step-*") if path.name[5:].isdigit()]
         for here in sorted(within, key=lambda path: int(path.name[5:])):
             step, record, results = int(here.name[5:]), {}, {}
