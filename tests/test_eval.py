@@ -144,3 +144,28 @@ def test_options_of_the_command_without_effect(monkeypatch, options, complaint):
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--checkpoint", "none", *options.split()])
     with pytest.raises(UserError, match=re.escape(complaint)):
         main()
+
+
+def test_a_checkpoint_is_measured_in_the_recipes_precision(tmp_path, monkeypatch):
+    """The recipe's, unless the command line names another."""
+    import eval.measure.checkpoint
+
+    measured = []
+
+    def measure(checkpoint, kinds, *_):
+        measured.append(checkpoint.precision)
+        return ["benchmarks: not here"]
+
+    monkeypatch.setattr(eval.measure.checkpoint, "measure_share", measure)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: {path: gpt2, objective: causal}\ndata: {domains: {a: {embedded: prose}}}\n"
+        "stages: [{domain: a, steps: 1}]\n"
+        "evaluate: {precision: bf16, benchmarks: {hellaswag: {}}}\n"
+    )
+    for more in ("", " --precision fp32"):
+        options = f"--checkpoint none --recipe {recipe} --tasks hellaswag{more}"
+        monkeypatch.setattr("sys.argv", ["evaluate.py", *options.split()])
+        with pytest.raises(UserError, match="could not be measured"):
+            main()
+    assert measured == ["bf16", "fp32"]

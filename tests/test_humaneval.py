@@ -267,6 +267,25 @@ def test_templates_frame_the_prompt(problems, model, tokenizer, template, monkey
     ]
 
 
+@pytest.mark.parametrize("likeliest", [{"temperature": 1e-4}, {"top_p": 1e-4}])
+def test_a_low_temperature_and_a_small_nucleus_draw_what_is_likeliest(
+    problems, model, tokenizer, likeliest
+):
+    def texts(**options):
+        settings = HumanEval(samples=3, max_new_tokens=12, **options)
+        blocks = plan(problems[:1], tokenizer, settings)
+        return [text for block in blocks for text, _ in generate(model, tokenizer, block, settings)]
+
+    assert len(set(texts(**likeliest))) == 1  # the samples are the greedy completion
+    assert len(set(texts(temperature=1.0, top_p=1.0))) > 1
+
+
+def test_a_program_has_its_time_and_no_more(problems, box):
+    slow = "    import time\n    time.sleep(1.5)\n" + problems[0]["canonical_solution"]
+    assert humaneval.judge(problems[0], slow, box, timeout=30).passed
+    assert not humaneval.judge(problems[0], slow, box, timeout=0.5).passed
+
+
 def test_nothing_is_generated_without_a_sandbox(tmp_path, model, tokenizer, monkeypatch):
     def refuse(wanted):
         raise UserError(f"no {wanted} here")

@@ -9,6 +9,7 @@ shows it.
 import ast
 import dataclasses
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 import pipeline.recipe
+from pipeline.data.batches import prefetch
 from pipeline.data.reader import BadLines, read_documents
 from pipeline.engine.config import resolve_ds_config, resolve_fsdp_config
 from pipeline.engine.ds_keys import (
@@ -192,7 +194,7 @@ KEYS: dict[str, str | Change] = {
     "Data.shuffle_window": "test_epochs_are_shuffled_anew_by_the_seed",
     "Data.bad_lines": "test_too_many_broken_rows_stop_with_their_places",
     "Data.heldout_sequences": "test_the_losses_by_sequence_add_up_to_the_mean",
-    "Data.prefetch": NOT_SHOWN,
+    "Data.prefetch": "test_prefetching_goes_so_many_steps_ahead",
     "Stage.domain": Change("stages=[{domain: [a, a], steps: 3}]", lambda r: r.stages[0].name),
     "Stage.steps": "test_a_run_is_measured_within_and_what_failed_is_retried_alone",
     "Stage.epochs": "test_epochs_of_examples_are_counted_not_estimated",
@@ -241,20 +243,20 @@ KEYS: dict[str, str | Change] = {
     "Evaluation.benchmark_files": "test_the_numbers_are_those_of_the_lm_eval_command",
     "Evaluation.unreachable": "test_an_unreachable_hub",
     "Evaluation.humaneval": "test_a_run_is_measured_within_and_what_failed_is_retried_alone",
-    "Evaluation.precision": NOT_SHOWN,
-    "Benchmark.task": NOT_SHOWN,
+    "Evaluation.precision": "test_a_checkpoint_is_measured_in_the_recipes_precision",
+    "Benchmark.task": "test_the_numbers_are_those_of_the_lm_eval_command",
     "Benchmark.shots": "test_the_numbers_are_those_of_the_lm_eval_command",
     "Benchmark.limit": "test_the_numbers_are_those_of_the_lm_eval_command",
     "Benchmark.files": "test_wrong_files",
     "Benchmark.metric": "test_wrong_metric_and_too_many_shots",
     "HumanEval.limit": "test_a_run_is_measured_within_and_what_failed_is_retried_alone",
     "HumanEval.samples": "test_the_scores_are_those_of_the_verdicts",
-    "HumanEval.temperature": NOT_SHOWN,
-    "HumanEval.top_p": NOT_SHOWN,
+    "HumanEval.temperature": "test_a_low_temperature_and_a_small_nucleus_draw_what_is_likeliest",
+    "HumanEval.top_p": "test_a_low_temperature_and_a_small_nucleus_draw_what_is_likeliest",
     "HumanEval.max_new_tokens": "test_prompts_that_do_not_fit_fail_and_the_others_do_not",
     "HumanEval.batch_size": "test_the_result_does_not_depend_on_the_number_of_processes",
     "HumanEval.template": "test_templates_frame_the_prompt",
-    "HumanEval.timeout": NOT_SHOWN,
+    "HumanEval.timeout": "test_a_program_has_its_time_and_no_more",
     "HumanEval.sandbox": "test_nothing_is_generated_without_a_sandbox",
 }
 
@@ -305,6 +307,20 @@ def test_the_tests_of_the_other_keys_are_there():
     }
     shown_by = {k: v for k, v in KEYS.items() if isinstance(v, str) and v != NOT_SHOWN}
     assert {k: v for k, v in shown_by.items() if v not in names} == {}
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+def test_prefetching_goes_so_many_steps_ahead(depth):
+    made = []
+    steps = prefetch((made.append(i) or i for i in range(100)), depth)
+    assert next(steps) == 0
+    deadline = time.monotonic() + 10
+    ahead = depth + 1 if depth else 0  # the thread holds one that does not fit any more
+    while len(made) < 1 + ahead and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert len(made) == 1 + ahead
+    steps.close()
 
 
 def test_configuration_and_revision_reach_the_hub(here, monkeypatch):
