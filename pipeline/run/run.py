@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,17 @@ from pipeline.data.batches import (
     StagePlan,
     plan_stage,
     prefetch,
-    stage_documents,
     training_batches,
 )  # fmt: skip
 from pipeline.data.heldout import prepare_heldout
-from pipeline.data.instruct import document_text
 from pipeline.data.reader import BadLines
-from pipeline.data.tokenizer import load_tokenizer, train_tokenizer, vocabulary_size
+from pipeline.data.tokenizer import vocabulary_size
 from pipeline.engine.config import check_quantized, precision_of
 from pipeline.engine.fsdp import FsdpEngine
 from pipeline.engine.zero import ZeroEngine
 from pipeline.errors import TrainingStopped, UserError
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.model.attention import Separation, separation_of
-from pipeline.model.gguf import local_weights
 from pipeline.model.load import build_model, check_model, check_pretrained, load_config
 from pipeline.nodes import send_folder
 from pipeline.progress import EventLog, say
@@ -49,9 +45,9 @@ from pipeline.run.published import (
     read_masters,
     remove,
 )  # fmt: skip
+from pipeline.run.tokenizer import run_tokenizer
 from pipeline.run.train import train_stage
 
-TOKENIZER_DOCUMENTS = 100_000
 Engine = ZeroEngine | FsdpEngine
 
 
@@ -198,7 +194,7 @@ def run_recipe(
 
 
 def _prepare(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Run:
-    tokenizer = _tokenizer(folder, recipe)
+    tokenizer = run_tokenizer(folder, recipe)
     config = load_config(recipe.model, vocabulary_size(tokenizer))
     check_model(config, recipe, vocabulary_size(tokenizer))
     check_quantized(recipe.model.lora, engine_config)
@@ -370,35 +366,6 @@ def _base_checkpoint(run: Run) -> str:
 def _starts_elsewhere(model: Model) -> bool:
     """Whether all weights before stage 1 are those of `model.path`."""
     return model.path is not None and not model.initialize_missing
-
-
-def _tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerFast:
-    """The recipe's tokenizer; trained on the first stage's text where it says so."""
-    vocabulary = recipe.model.train_tokenizer
-    if vocabulary is None:
-        name = recipe.model.tokenizer or recipe.model.path
-        assert name is not None  # a recipe without both is refused
-        return load_tokenizer(local_weights(name), recipe.model.revision)
-    target = folder / "tokenizer"
-
-    def train() -> None:
-        documents = stage_documents(recipe, recipe.stages[0].domains)(0)
-        every = (document_text(d).replace("\0", "\n") for d in documents)
-        texts = islice(every, TOKENIZER_DOCUMENTS)
-        first = next(texts, None)
-        if first is None:
-            raise UserError(f"data.domains.{recipe.stages[0].name}: no document to train on")
-        trained = train_tokenizer(chain([first], texts), vocabulary)
-
-        def write(folder: Path) -> None:
-            trained.save_pretrained(folder)
-
-        publish(target, write, {"vocabulary": len(trained)})
-
-    if not on_rank0(partial(is_published, target)):
-        on_rank0(train)
-    send_folder(target)
-    return load_tokenizer(str(target))
 
 
 def _report_bad_lines(bad: dict[str, BadLines], log: EventLog | None) -> None:

@@ -1,0 +1,48 @@
+"""The tokenizer of a run: the model's, another one, or one trained on the first stage's text."""
+
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.checkpoint import is_published, publish
+from pipeline.data.batches import stage_documents
+from pipeline.data.instruct import document_text
+from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
+from pipeline.errors import UserError
+from pipeline.model.gguf import local_weights
+from pipeline.nodes import send_folder
+from pipeline.ranks import on_rank0
+from pipeline.recipe import Recipe
+
+TOKENIZER_DOCUMENTS = 100_000
+
+
+def run_tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerFast:
+    """The recipe's tokenizer; trained on the first stage's text where it says so."""
+    vocabulary = recipe.model.train_tokenizer
+    if vocabulary is None:
+        name = recipe.model.tokenizer or recipe.model.path
+        assert name is not None  # a recipe without both is refused
+        return load_tokenizer(local_weights(name), recipe.model.revision)
+    target = folder / "tokenizer"
+
+    def train() -> None:
+        documents = stage_documents(recipe, recipe.stages[0].domains)(0)
+        every = (document_text(d).replace("\0", "\n") for d in documents)
+        texts = islice(every, TOKENIZER_DOCUMENTS)
+        first = next(texts, None)
+        if first is None:
+            raise UserError(f"data.domains.{recipe.stages[0].name}: no document to train on")
+        trained = train_tokenizer(chain([first], texts), vocabulary)
+
+        def write(folder: Path) -> None:
+            trained.save_pretrained(folder)
+
+        publish(target, write, {"vocabulary": len(trained)})
+
+    if not on_rank0(partial(is_published, target)):
+        on_rank0(train)
+    send_folder(target)
+    return load_tokenizer(str(target))
