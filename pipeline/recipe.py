@@ -5,11 +5,12 @@ settings (ZeRO stage, offload, precision) live in a JSON file of their own: see 
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
-from pydantic import ConfigDict
+from pydantic import BeforeValidator, ConfigDict
 
 
 @dataclass
@@ -92,22 +93,63 @@ class Data:
     # How a model is told where a document ends (docs/models.md). auto: the way that is shown to be
     # right on the loaded model; the others are taken without proof.
     keep_apart: Literal["auto", "positions", "masks", "rows"] = "auto"
-    shuffle_window: int = 1024  # documents
+    shuffle_window: int = 1024  # documents (of a stream)
     bad_lines: int = 100  # broken rows to skip in a corpus before giving up
     heldout_sequences: int = 128  # per domain
+    open_shards: int = 8  # files that a stream reads in turns
     prefetch: int = 2  # steps that a thread prepares ahead; 0: none
+
+
+def _number(value: Any) -> Any:
+    """2G, 1.5M or 300k as a number; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([kKMGBT])\s*", value)
+    if not found:
+        raise ValueError("write a number, or one with k, M, G (or B) or T, as in 2G")
+    return float(found[1]) * POWERS[found[2].upper()]
+
+
+def _mix(value: Any) -> Any:
+    """Refuses what is no mixture, and weights that are no share of anything."""
+    if not isinstance(value, str | list | dict):
+        raise ValueError("name a domain, a list of domains, or a mapping of domains to weights")
+    if isinstance(value, dict):
+        for name, weight in value.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
+                raise ValueError(
+                    f"the weight of {name!r} is {'empty' if weight is None else weight}; give a "
+                    "number above 0, or leave the domain out"
+                )
+    return value
+
+
+def _replay(value: Any) -> Any:
+    return _mix(value) if isinstance(value, dict) else value
+
+
+POWERS = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
+Mix = Annotated[str | list[str] | dict[str, float], BeforeValidator(_mix)]
 
 
 @dataclass
 class Stage:
-    """Train on one domain (or a mixture), for exactly one of `steps`, `epochs`, `tokens`."""
+    """Train on one domain or several, for exactly one of `steps`, `epochs`, `tokens`.
 
-    domain: str | list[str]
+    A list of domains is read as one corpus. A mapping gives each its share of the tokens:
+    {legal: 0.7, general: 0.3}. Numbers of tokens may be written 300k, 50M or 2G.
+    """
+
+    domain: Mix
     steps: int | None = None
     epochs: float | None = None
-    tokens: int | None = None
+    tokens: Annotated[int | None, BeforeValidator(_number)] = None
     lr: float | None = None  # default: the optimizer's
-    evaluate_every: float | None = None  # in the stage's own unit: epochs, steps or tokens
+    # in the stage's own unit: epochs, steps or tokens
+    evaluate_every: Annotated[float | None, BeforeValidator(_number)] = None
+    max_repetitions: float | None = None  # how often a document may be read, on average
+    # share of the tokens that repeats the domains of earlier stages, or shares of named domains
+    replay: Annotated[float | dict[str, float] | None, BeforeValidator(_replay)] = None
 
     @property
     def domains(self) -> list[str]:

@@ -1,10 +1,17 @@
-"""A corpus in memory, whose tokens say where they come from."""
+"""Corpora in memory, and documents packed without any file."""
 
 from collections.abc import Sequence
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
-from pipeline.data.encode import Tokens
+from pipeline.data.encode import Encoder, Tokens
+from pipeline.data.instruct import Document
+from pipeline.data.mixture import Mixture, Part, Source
+from pipeline.data.packing import POOL, Packer, Shape
+from pipeline.data.sequences import Frame, read_rows
+from pipeline.data.sequences import Sequence as Packed
+from pipeline.data.stream import HeldDocuments
 
 
 class MemoryCorpus:
@@ -14,6 +21,7 @@ class MemoryCorpus:
         self.all_lengths = np.asarray(lengths, np.int64)
         self.documents, self.tokens = len(lengths), int(self.all_lengths.sum())
         self.first, self.whole = first, whole
+        self.predicted = self.tokens - int((self.all_lengths // 2).sum()) if whole else self.tokens
 
     def lengths(self, places: np.ndarray) -> np.ndarray:
         return self.all_lengths[places]
@@ -23,3 +31,25 @@ class MemoryCorpus:
         ids = (numbers + self.first + self.all_lengths[:place].sum()).astype(np.int32)
         predicted = numbers >= self.all_lengths[place] // 2 if self.whole else None
         return Tokens(ids, numbers % 3 == 0, predicted)
+
+
+def packed(
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerFast,
+    length: int,
+    masked: bool,
+    template: str = "alpaca",
+    pack_examples: bool = True,
+) -> list[Packed]:
+    """The sequences of some documents, tokenized and packed in their order, one row a step."""
+    if not pack_examples:
+        return [s for d in documents for s in packed([d], tokenizer, length, masked, template)]
+    encoder = Encoder.of(tokenizer, masked, template)
+    frame = Frame(*((encoder.before, encoder.after) if masked else ([], [])), encoder.pad)
+    tokens = encoder.encode(documents)
+    whole = any(t.whole for t in tokens)
+    parts = [Part("documents", HeldDocuments(dict(enumerate(tokens)), whole))]
+    source = Source(parts, [0], None, limit=len(documents))
+    shape = Shape(length, frame.ends)
+    packer = Packer(Mixture([source], length), 1, shape, POOL if whole else 0)
+    return read_rows([row for (row,) in packer], parts, length, frame, masked)

@@ -13,10 +13,10 @@ import zstandard
 
 from pipeline.data import embedded
 from pipeline.data.reader import BadLines, check_domain, read_documents
-from pipeline.data.stream import PackedStream, heldout_sequences, merge_states
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 from pipeline.errors import UserError
 from pipeline.recipe import Domain
+from tests.corpora import packed
 
 TEXTS = [f"Document {i} says " + " ".join(f"word{i * j % 97}" for j in range(i % 40 + 1))
          for i in range(200)]  # fmt: skip
@@ -292,69 +292,9 @@ def test_a_tokenizer_that_cannot_be_used_is_explained(tmp_path):
 # packing
 
 
-def shuffled_epochs(epoch):
-    return TEXTS if epoch % 2 == 0 else TEXTS[:61]
-
-
-def stream(tokenizer, rank=0, ranks=1, masked=True, **settings):
-    settings = {"streams": 4, "shuffle_window": 32, "seed": 3, **settings}
-    return PackedStream(
-        shuffled_epochs, tokenizer, 32, rank=rank, world_size=ranks, masked=masked, **settings
-    )
-
-
-def flat(sequence):
-    return np.stack([sequence.ids, sequence.words, sequence.segments]).tolist()
-
-
-def global_steps(streams, count):
-    """The steps of all ranks, each as its sequences in the order of the streams, and the states."""
-    steps, states = [], []
-    for parts in itertools.islice(zip(*streams, strict=True), count):
-        sequences = [None] * sum(len(part) for part, _ in parts)
-        for rank, (part, _) in enumerate(parts):
-            sequences[rank :: len(parts)] = map(flat, part)
-        steps.append(sequences)
-        states = [json.loads(json.dumps(state)) for _, state in parts]
-    return steps, states
-
-
-@pytest.mark.parametrize("masked", [True, False])
-def test_steps_do_not_depend_on_the_number_of_ranks_and_resume_exactly(tokenizer, masked):
-    count = 300  # more than two epochs
-    make = lambda ranks: [stream(tokenizer, r, ranks, masked) for r in range(ranks)]  # noqa: E731
-    whole, _ = global_steps(make(1), count)
-    assert global_steps(make(4), count)[0] == whole
-    for cut in (1, 50, 163):
-        head, states = global_steps(make(2), cut)
-        resumed = make(1)
-        resumed[0].load_state_dict(merge_states(states))
-        middle, [state] = global_steps(resumed, 40)
-        last = make(4)
-        for part in last:
-            part.load_state_dict(state)
-        tail, _ = global_steps(last, count - cut - 40)
-        assert head + middle + tail == whole
-        assert len(json.dumps(state)) < 1000
-
-
-def test_resuming_where_one_rank_is_in_the_next_epoch_already(tokenizer):
-    whole, _ = global_steps([stream(tokenizer)], 160)
-    ranks = zip(*(stream(tokenizer, r, 2) for r in range(2)), strict=True)
-    cut, states = next(
-        (cut, [state for _, state in parts])
-        for cut, parts in enumerate(ranks, 1)
-        if len({state["epoch"] for _, state in parts}) == 2
-    )
-    assert cut < 150
-    resumed = stream(tokenizer)
-    resumed.load_state_dict(merge_states(states))
-    assert global_steps([resumed], 160 - cut)[0] == whole[cut:]
-
-
 def test_every_token_of_an_epoch_is_packed_once(tokenizer):
     """The pieces of a document, put together again, are the document; padding is rare."""
-    sequences = heldout_sequences(TEXTS, tokenizer, 32, 10**6, True)
+    sequences = packed(TEXTS, tokenizer, 32, True)
     content, padding = [], 0
     for s in sequences:
         assert s.ids.dtype == s.words.dtype == np.int32
@@ -370,14 +310,14 @@ def test_every_token_of_an_epoch_is_packed_once(tokenizer):
     assert content == list(itertools.chain.from_iterable(ids))
     assert padding < 0.1 * 32 * len(sequences)
 
-    causal = heldout_sequences(TEXTS, tokenizer, 32, 10**6, False)
+    causal = packed(TEXTS, tokenizer, 32, False)
     joined = np.concatenate([s.ids[s.segments >= 0] for s in causal])
     assert joined.tolist() == list(itertools.chain.from_iterable([0, *i, 2] for i in ids))
     assert all((s.segments >= 0).all() for s in causal[:-1])
 
 
 def test_words_are_whole_words(tokenizer):
-    (sequence,) = heldout_sequences(["zebra quagga okapi", "and more"], tokenizer, 64, 9, True)
+    (sequence,) = packed(["zebra quagga okapi", "and more"], tokenizer, 64, True)
     words = [
         tokenizer.decode(sequence.ids[sequence.words == w]).strip()
         for w in range(sequence.words.max() + 1)
@@ -385,54 +325,13 @@ def test_words_are_whole_words(tokenizer):
     assert words == ["zebra", "quagga", "okapi", "and", "more"]
 
 
-def test_cut_documents_leave_no_tiny_pieces(tokenizer):
-    texts = [" ".join(["word1"] * n) for n in range(20, 90)]
-    whole = [len(i) for i in tokenizer(texts, add_special_tokens=False).input_ids]
-    assert min(whole) >= 16
-    for s in heldout_sequences(texts, tokenizer, 32, 10**6, True):
-        for segment in range(s.segments.max() + 1):
-            assert (s.segments == segment).sum() - 2 >= 8
-
-
 def test_special_tokens_in_a_document_are_text(tokenizer):
-    (sequence,) = heldout_sequences(["a <mask> b </s> c"], tokenizer, 64, 1, True)
+    (sequence,) = packed(["a <mask> b </s> c"], tokenizer, 64, True)
     assert 4 not in sequence.ids
     assert (sequence.ids == 2).sum() == 1
     assert tokenizer("<mask>", add_special_tokens=False).input_ids == [
         4
     ]  # the caller's is as it was
-
-
-def test_epochs_are_shuffled_anew_by_the_seed(tokenizer):
-    def first(**settings):
-        return [flat(s) for s in next(iter(stream(tokenizer, **settings)))[0]]
-
-    assert first() == first()
-    assert first(seed=4) != first()
-
-    windows = stream(tokenizer, shuffle_window=200)._windows(0, 0)
-    (_, _, one), _, (_, start, three) = itertools.islice(windows, 3)
-    assert one != three
-    assert sorted(one) == sorted(three) == sorted(TEXTS)
-    assert start == 261
-
-
-def test_an_epoch_without_documents_and_short_corpora(tokenizer):
-    with pytest.raises(UserError, match="no document to train on"):
-        next(iter(PackedStream(lambda e: [" "], tokenizer, 32, 2)))
-    one = PackedStream(lambda e: ["word1 word2"], tokenizer, 32, 4, rank=1, world_size=2)
-    sequences, _ = next(iter(one))
-    assert len(sequences) == 2
-    with pytest.raises(UserError, match="no held-out document"):
-        heldout_sequences([], tokenizer, 32, 5, True)
-
-
-def test_a_state_of_other_settings_or_ranks_is_refused(tokenizer):
-    _, state = next(iter(stream(tokenizer, 0, 2)))
-    with pytest.raises(UserError, match="seed was 3 and is now 5"):
-        stream(tokenizer, 0, 2, seed=5).load_state_dict(state)
-    with pytest.raises(ValueError, match="lacks the streams"):
-        stream(tokenizer, 0, 1).load_state_dict(state)
 
 
 def test_a_tokenizer_without_mask_cannot_feed_a_masked_model(tokenizer):
@@ -442,4 +341,4 @@ def test_a_tokenizer_without_mask_cannot_feed_a_masked_model(tokenizer):
         tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>", bos_token="<s>"
     )
     with pytest.raises(UserError, match="no mask_token and no pad_token"):
-        stream(causal)
+        packed(TEXTS, causal, 32, True)

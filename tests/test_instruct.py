@@ -13,16 +13,16 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.data import embedded
-from pipeline.data.batches import example, plan_stage
-from pipeline.data.instruct import Example, example_statistics, prompt_text
+from pipeline.data.batches import example
+from pipeline.data.encode import Encoder
+from pipeline.data.instruct import Example, prompt_text
 from pipeline.data.mlm import collate
 from pipeline.data.reader import BadLines, document_of, read_documents
-from pipeline.data.stream import PackedStream, example_lengths, heldout_sequences
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
 from pipeline.model.attention import separate_documents
 from pipeline.recipe import Domain, Instruction
-from pipeline.run.recipe_file import load_recipe
+from tests.corpora import packed
 
 TEXT = "write a function that adds two numbers and returns the sum of all of them"
 WORDS = TEXT.split()
@@ -51,7 +51,7 @@ def examples(count: int, seed: int = 0) -> list[Example]:
 
 
 def sequences_of(items, tokenizer, length=96, template="alpaca", pack=True):
-    return heldout_sequences(items, tokenizer, length, 10_000, False, template, pack)
+    return packed(items, tokenizer, length, False, template, pack)
 
 
 @pytest.mark.parametrize("template", ["alpaca", "chat"])
@@ -81,19 +81,13 @@ def test_chat_needs_a_template(tokenizer):
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10_000), st.integers(80, 200), st.booleans())
-def test_examples_are_whole_and_counted(tokenizer, seed, length, pack):
+def test_examples_are_packed_whole(tokenizer, seed, length, pack):
     items = examples(40, seed)
-    lengths = list(example_lengths(items, tokenizer, "alpaca"))
-    expected = example_statistics(lengths, length, pack)
-    fitting = [n for _, n in lengths if n <= length]
-    assert expected.too_long == len(items) - len(fitting)
-    if not fitting:
-        return
+    lengths = [len(t.ids) for t in Encoder.of(tokenizer, False, "alpaca").encode(items)]
+    fitting = [n for n in lengths if n <= length]
     sequences = sequences_of(items, tokenizer, length, pack=pack)
     sizes = [int((s.segments == i).sum()) for s in sequences for i in range(s.segments.max() + 1)]
-    assert sizes == fitting  # none cut, none lost, in their order
-    assert len(sequences) == expected.sequences
-    assert sum(int(s.predicted.sum()) for s in sequences) == expected.response_tokens
+    assert sorted(sizes) == sorted(fitting)  # none cut, none lost
     assert pack or all(s.segments.max() == 0 for s in sequences)
 
 
@@ -120,26 +114,6 @@ def test_packed_examples_do_not_see_each_other(tokenizer):
 
     with torch.no_grad():
         assert loss(True) == pytest.approx(loss(False), rel=1e-5)
-
-
-def test_a_step_does_not_depend_on_the_ranks(tokenizer):
-    texts = [" ".join(WORDS * 3)] * 5
-    items = [*examples(60), *texts]  # a mixture of instructions and text
-
-    def steps(ranks: int) -> list[list[int]]:
-        streams = [
-            iter(PackedStream(lambda e: items, tokenizer, 96, 4, rank=r, world_size=ranks,
-                              masked=False, shuffle_window=16))
-            for r in range(ranks)
-        ]  # fmt: skip
-        found = []
-        for _ in range(8):
-            parts = [next(s)[0] for s in streams]
-            rows = [parts[v % ranks][v // ranks] for v in range(4)]
-            found.append([[*r.ids, *r.segments, *r.predicted] for r in rows])
-        return found
-
-    assert steps(1) == steps(2) == steps(4)
 
 
 def rows_file(folder: Path, rows: list[dict]) -> str:
@@ -192,30 +166,6 @@ def test_embedded_functions_are_programs_with_a_description(tmp_path, monkeypatc
         (function,) = ast.parse(one.response).body
         assert function.name in one.prompt
         assert ast.get_docstring(function) is None
-
-
-def test_epochs_of_examples_are_counted_not_estimated(tmp_path, tokenizer):
-    rows = [{"instruction": e.prompt, "response": e.response} for e in examples(120)]
-    rows[0]["response"] = "sum " * 500
-    file = rows_file(tmp_path, rows)
-    (tmp_path / "recipe.yaml").write_text(f"""
-        model: {{config: {{model_type: llama}}, train_tokenizer: 400, objective: causal}}
-        data:
-          domains:
-            code: {{files: [{file}], instruction: {{}}, heldout_fraction: 0.01}}
-          sequence_length: 100
-        stages: [{{domain: code, epochs: 2.5, evaluate_every: 1}}]
-        train: {{batch_size: 4}}
-    """)
-    recipe = load_recipe(tmp_path / "recipe.yaml")
-    plan = plan_stage(recipe, 1, tokenizer)
-    assert plan.examples.too_long == 1
-    assert plan.steps == int(np.ceil(2.5 * plan.examples.sequences / 4))
-    per_epoch = plan.examples.sequences / 4
-    assert plan.pauses(1) == {round(per_epoch): 1, round(2 * per_epoch): 2}
-    recipe.data.sequence_length = 16
-    with pytest.raises(UserError, match="none of the"):
-        plan_stage(recipe, 1, tokenizer)
 
 
 def test_a_hub_dataset_of_instructions(tmp_path):

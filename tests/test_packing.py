@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.mixture import Mixture, Part, Source
-from pipeline.data.packing import SMALLEST_PIECE, Packer, Shape
+from pipeline.data.packing import POOL, SMALLEST_PIECE, Packer, Shape
 from pipeline.data.sequences import Frame, read_rows
 from tests.corpora import MemoryCorpus
 
@@ -37,7 +37,8 @@ def packer(stage):
     documents = sum(p.corpus.documents for p in parts)
     limit = max(1, round(epochs * documents))
     source = Source(parts, range(len(parts)), (seed,), limit=limit)
-    return Packer(Mixture([source], LENGTH), rows, Shape(LENGTH, ends))
+    pool = POOL if any(p.corpus.whole for p in parts) else 0
+    return Packer(Mixture([source], LENGTH), rows, Shape(LENGTH, ends), pool)
 
 
 def expected(stage):
@@ -110,20 +111,13 @@ def test_examples_waste_little_and_none_waits_for_ever():
     lengths = rng.integers(3, 300, 3000)
     parts = [Part("examples", MemoryCorpus(lengths, whole=True))]
     source = Source(parts, [0], (1,), limit=3000)
-    steps = list(Packer(Mixture([source], 512), 8, Shape(512)))
+    steps = list(Packer(Mixture([source], 512), 8, Shape(512), POOL))
     rows = [row for step in steps for row in step]
     assert 1 - lengths.sum() / (len(rows) * 512) < 0.02
     order = {source.get(i)[1]: i for i in range(3000)}
     taken = [order[p.place] for row in rows for p in row]
     late = max(i - draw for i, draw in enumerate(taken))
     assert late < 128 * 10  # at most as many rows as wait
-
-
-def test_an_example_alone_has_a_row_of_its_own():
-    parts = [Part("examples", MemoryCorpus([4] * 10, whole=True))]
-    source = Source(parts, [0], (1,), limit=10)
-    steps = list(Packer(Mixture([source], LENGTH), 4, Shape(LENGTH, alone=True)))
-    assert [[len(row) for row in step] for step in steps] == [[1] * 4, [1] * 4, [1, 1, 0, 0]]
 
 
 def test_cut_documents_of_masked_models_leave_no_tiny_pieces():

@@ -64,7 +64,7 @@ def recipe_of(folder, objective="causal", evaluation=None, **settings):
 
 
 def documents(corpus):
-    return [corpus.document(i) for i in range(corpus.documents)]
+    return [corpus.piece(i, 0, None) for i in range(corpus.documents)]
 
 
 def decoded(corpus, tokenizer):
@@ -120,7 +120,7 @@ def test_a_corpus_is_its_documents_tokenized(corpus, tokenizer, small_units, kin
         assert side.predicted == sum(learnt)
         assert len(set(side.digests().tolist())) == side.documents
     with pytest.raises(IndexError):
-        prepared.train.document(prepared.train.documents)
+        prepared.train.piece(prepared.train.documents, 0, None)
 
 
 def test_the_second_time_nothing_is_read(corpus, tokenizer, monkeypatch):

@@ -1,172 +1,207 @@
-"""From a recipe's stage to micro-batches, the same for every number of ranks."""
+"""A stage's micro-batches, step after step: the same for every number of ranks, and resumable."""
 
-import math
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
-from itertools import chain, count, islice, takewhile
+from collections.abc import Generator, Iterator, Mapping
 from queue import Full, Queue
 from threading import Event, Thread
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.data.instruct import Document, Example, ExampleStatistics, example_statistics
+from pipeline.data.encode import Encoder
+from pipeline.data.mixture import Corpus
 from pipeline.data.mlm import IGNORED, collate, mask_tokens
-from pipeline.data.reader import BadLines, document_of, read_documents
-from pipeline.data.stream import PackedStream, Sequence, example_lengths
+from pipeline.data.sequences import Frame, Sequence, read_rows
+from pipeline.data.stage import domains_of, shares_of, stage_packer
 from pipeline.data.tokenizer import never_drawn, vocabulary_size
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 
 Batch = dict[str, Tensor]
 T = TypeVar("T")
-SAMPLE = 2000  # documents
 
 
-def stage_documents(
-    recipe: Recipe, names: list[str], bad: dict[str, BadLines] | None = None
-) -> Callable[[int], Iterator[Document]]:
-    """Gives the training documents of an epoch; several domains take turns until all are used up.
+class Rows(Protocol):
+    """Per step, this rank's sequences, in the order of their rows; and where that stands."""
 
-    bad: filled, per domain, while the first epoch is read.
+    def __iter__(self) -> Iterator[list[Sequence]]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def gathered(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A rank's state as one that any number of ranks can load; all ranks call it."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class StageBatches:
+    """Per step of a stage, this rank's micro-batches; ends with a stage of epochs.
+
+    Which sequences a step has, and which of their tokens are masked, depends only on the recipe:
+    not on the number of ranks, nor on how the batch is split. A micro-batch of a stage with several
+    domains has `domains`, int16 [B, L]: the domain of each token, as an index into `self.domains`;
+    -1 on padding.
+
+    `state_dict` is a small JSON-able position behind the last step that was taken, whatever a
+    thread has prepared beyond; it may be loaded by any number of ranks.
     """
 
-    def documents(epoch: int) -> Iterator[Document]:
-        streams: list[Iterator[Document]] = []
-        for name in names:
-            found = BadLines(budget=recipe.data.bad_lines)
-            if bad is not None and epoch == 0:
-                bad[name] = found
-            domain = recipe.data.domains[name]
-            streams.append(map(document_of, read_documents(domain, "train", found)))
-        return _take_turns(streams)
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: int,
+        tokenizer: PreTrainedTokenizerFast,
+        rows: Rows,
+        settings: dict[str, Any],
+        rank: int,
+        ranks: int,
+    ):
+        """settings: what a position depends on beside the recipe's sequences and seed."""
+        self.recipe, self.stage, self.tokenizer = recipe, stage, tokenizer
+        self.domains = domains_of(recipe, stage)
+        self.rank, self.ranks = rank, ranks
+        self.rows = rows
+        self._state: dict[str, Any] = {"step": 0, "rows": rows.state_dict()}
+        self._settings = {
+            "data.sequence_length": recipe.data.sequence_length,
+            "train.batch_size": recipe.train.batch_size,
+            "seed": recipe.seed,
+            "model.objective": recipe.model.objective,
+            "domains": [[list(s.domains), s.share] for s in shares_of(recipe, stage)],
+            **settings,
+        }
+        self._ahead: Generator[tuple[list[Batch], dict[str, Any]], None, None] | None = None
 
-    return documents
+    def __iter__(self) -> "StageBatches":
+        return self
+
+    def __next__(self) -> list[Batch]:
+        if self._ahead is None:
+            self._ahead = prefetch(self._steps(self._state["step"]), self.recipe.data.prefetch)
+        batches, self._state = next(self._ahead)
+        return batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """All ranks call it."""
+        rows = self.rows.gathered(self._state["rows"])
+        return {"settings": self._settings, **self._state, "rows": rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on behind the step that `state` is of. Only before the first step is taken.
+
+        Raises:
+            UserError: the position is of other settings or other documents.
+        """
+        if self._ahead is not None:
+            raise ValueError("a position is loaded before the first step")
+        for key, value in self._settings.items():
+            if state["settings"].get(key) != value:
+                raise UserError(
+                    f"cannot continue in the middle of the data: {key} was "
+                    f"{state['settings'].get(key)} and is now {value}; set it back, or start anew "
+                    "with --restart"
+                )
+        self._state = {"step": state["step"], "rows": state["rows"]}
+        self.rows.load_state_dict(state["rows"])
+
+    def close(self) -> None:
+        """Stop preparing steps."""
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def _steps(self, done: int) -> Iterator[tuple[list[Batch], dict[str, Any]]]:
+        recipe, masked = self.recipe, self.recipe.model.objective == "masked"
+        owned = range(self.rank, recipe.train.batch_size, self.ranks)
+        size = recipe.train.micro_batch_size or len(owned)
+        for step, sequences in enumerate(self.rows, start=done):
+            rows = [
+                example(
+                    sequence,
+                    self.tokenizer,
+                    masked,
+                    np.random.default_rng((recipe.seed, self.stage, row, step)),
+                    recipe.data.masking,
+                    recipe.data.whole_word,
+                )
+                for row, sequence in zip(owned, sequences, strict=True)
+            ]
+            batches = []
+            for first in range(0, len(rows), size):
+                here = slice(first, first + size)
+                batch = collate(rows[here])
+                if len(self.domains) > 1:
+                    domains = np.stack([s.domains for s in sequences[here]])
+                    batch["domains"] = torch.from_numpy(domains)
+                batches.append(_pinned(batch))
+            yield batches, {"step": step + 1, "rows": self.rows.state_dict()}
 
 
-def _take_turns(streams: list[Iterator[T]]) -> Iterator[T]:
-    while streams:
-        alive = []
-        for stream in streams:
-            for document in islice(stream, 1):
-                alive.append(stream)
-                yield document
-        streams = alive
+class PreparedRows:
+    """This rank's rows of a stage whose corpora are prepared: only its own documents are read."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: int,
+        corpora: Mapping[str, Corpus],
+        frame: Frame,
+        rank: int,
+        ranks: int,
+    ):
+        self.packer, self.parts, _ = stage_packer(recipe, stage, corpora, frame)
+        self.frame, self.masked = frame, recipe.model.objective == "masked"
+        self.rank, self.ranks = rank, ranks
+
+    def __iter__(self) -> Iterator[list[Sequence]]:
+        for rows in self.packer:
+            own, length = rows[self.rank :: self.ranks], self.packer.shape.length
+            yield read_rows(own, self.parts, length, self.frame, self.masked)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.packer.state_dict()
+
+    def gathered(self, state: dict[str, Any]) -> dict[str, Any]:
+        return state  # of all rows already
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.packer.load_state_dict(state)
 
 
-@dataclass
-class StagePlan:
-    """How long a stage is."""
-
-    steps: int
-    steps_per_unit: float  # of the unit in which the recipe gives the length
-    examples: ExampleStatistics | None  # of its instruction domains
-
-    def pauses(self, every: float | None) -> dict[int, float]:
-        """Steps before the last at which to evaluate, and how many units are done by then."""
-        if every is None:
-            return {}
-        places = takewhile(
-            lambda place: place[0] < self.steps,
-            ((round(i * every * self.steps_per_unit), i * every) for i in count(1)),
-        )
-        return {max(1, step): progress for step, progress in places}
-
-
-def plan_stage(recipe: Recipe, stage: int, tokenizer: PreTrainedTokenizerFast) -> StagePlan:
-    """Optimizer steps of stage 1..., read from the corpus where the recipe does not say them.
-
-    An epoch of text is estimated as its characters times the tokens per character of its first
-    documents; instruction examples are tokenized and counted as they fill sequences.
+def frame_of(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Frame:
+    """The special tokens that packing adds; a causal model's documents bring their own.
 
     Raises:
-        UserError: no document, or no example that is short enough.
+        UserError: the tokenizer lacks one.
     """
-    s = recipe.stages[stage - 1]
-    per_step = recipe.train.batch_size * recipe.data.sequence_length
-    instructions = [n for n in s.domains if recipe.data.domains[n].instruction]
-    statistics = _count_examples(recipe, instructions, tokenizer) if instructions else None
-    if s.steps is not None:
-        return StagePlan(s.steps, 1, statistics)
-    if s.tokens is not None:
-        return StagePlan(max(1, math.ceil(s.tokens / per_step)), 1 / per_step, statistics)
-    tokens = float(statistics.sequences * recipe.data.sequence_length if statistics else 0)
-    for name in s.domains:
-        if name not in instructions:
-            tokens += _estimate_tokens(recipe, name, tokenizer)
-    per_epoch = tokens / per_step
-    return StagePlan(max(1, math.ceil((s.epochs or 0) * per_epoch)), per_epoch, statistics)
-
-
-def _count_examples(
-    recipe: Recipe, names: list[str], tokenizer: PreTrainedTokenizerFast
-) -> ExampleStatistics:
-    examples = stage_documents(recipe, names)(0)
-    lengths = example_lengths(
-        (e for e in examples if isinstance(e, Example)), tokenizer, recipe.data.template
-    )
-    found = example_statistics(lengths, recipe.data.sequence_length, packed=True)
-    if not found.examples:
-        raise UserError(
-            f"data.sequence_length: none of the {found.too_long} examples of {'+'.join(names)} "
-            f"fits into {recipe.data.sequence_length} tokens; raise it (the longest has "
-            f"{found.longest})"
-        )
-    return found
-
-
-def _estimate_tokens(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerFast) -> float:
-    documents = (d for d in stage_documents(recipe, [name])(0) if isinstance(d, str))
-    sample = list(islice(documents, SAMPLE))
-    if not sample:
-        raise UserError(f"data.domains.{name}: no document to train on")
-    encoded = sum(len(e) for e in tokenizer(sample, add_special_tokens=True)["input_ids"])
-    per_character = encoded / sum(map(len, sample))
-    return per_character * sum(len(d) for d in chain(sample, documents))
+    masked = recipe.model.objective == "masked"
+    encoder = Encoder.of(tokenizer, masked, recipe.data.template)
+    ends = (encoder.before, encoder.after) if masked else ([], [])
+    return Frame(*ends, encoder.pad)
 
 
 def training_batches(
     recipe: Recipe,
     stage: int,
     tokenizer: PreTrainedTokenizerFast,
+    corpora: Mapping[str, Corpus],
     rank: int,
     ranks: int,
-    bad: dict[str, BadLines] | None = None,
-) -> Iterator[list[Batch]]:
-    """Without end: per step, this rank's micro-batches.
+) -> StageBatches:
+    """corpora: the documents to train on, of every domain that the stage reads."""
+    if recipe.train.batch_size % ranks:
+        raise ValueError(f"{recipe.train.batch_size} rows cannot be shared evenly by {ranks} ranks")
+    frame = frame_of(recipe, tokenizer)
+    rows = PreparedRows(recipe, stage, corpora, frame, rank, ranks)
+    read = {n: [corpora[n].documents, corpora[n].tokens] for n in domains_of(recipe, stage)}
+    settings = {"[documents, tokens]": read}
+    return StageBatches(recipe, stage, tokenizer, rows, settings, rank, ranks)
 
-    Which sequences a step has, and which of their tokens are masked, depends only on the recipe:
-    not on the number of ranks, nor on how the batch is split.
-    """
-    masked = recipe.model.objective == "masked"
-    stream = PackedStream(
-        stage_documents(recipe, recipe.stages[stage - 1].domains, bad),
-        tokenizer,
-        recipe.data.sequence_length,
-        streams=recipe.train.batch_size,
-        rank=rank,
-        world_size=ranks,
-        seed=recipe.stage_seed(stage),
-        shuffle_window=recipe.data.shuffle_window,
-        masked=masked,
-        template=recipe.data.template,
-    )
-    size = recipe.train.micro_batch_size or len(range(rank, recipe.train.batch_size, ranks))
-    for step, (sequences, _state) in enumerate(stream):
-        rows = [
-            example(
-                sequence,
-                tokenizer,
-                masked,
-                np.random.default_rng((recipe.seed, stage, rank + i * ranks, step)),
-                recipe.data.masking,
-                recipe.data.whole_word,
-            )
-            for i, sequence in enumerate(sequences)
-        ]
-        yield [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+def _pinned(batch: Batch) -> Batch:
+    """In memory from which a GPU can copy while it computes."""
+    return {k: t.pin_memory() for k, t in batch.items()} if torch.cuda.is_available() else batch
 
 
 def example(

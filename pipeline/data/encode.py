@@ -24,7 +24,7 @@ COMPARED = 500  # texts of a corpus on which a faster core has to agree before i
 class Tokens:
     """A tokenized document of n tokens.
 
-    ids: int32 [n]. For causal models with all that the tokenizer adds (bos, eos); for masked models
+    ids: int [n]. For causal models with all that the tokenizer adds (bos, eos); for masked models
         the bare text, as `<s> ... </s>` go around each piece of it.
     word_starts: bool [n], where a whole word begins; None for causal models.
     predicted: bool [n], which tokens are learnt; None: all.

@@ -2,9 +2,11 @@
 
 import json
 import zlib
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,17 +15,57 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.checkpoint import publish
-from pipeline.data.batches import example, stage_documents
-from pipeline.data.instruct import learnt_text
-from pipeline.data.reader import BadLines, document_of, read_documents
-from pipeline.data.stream import heldout_sequences
+from pipeline.data.batches import example, frame_of
+from pipeline.data.encode import Tokens
+from pipeline.data.mixture import Corpus, Mixture, Part, Source
+from pipeline.data.packing import POOL, Packer, Shape
+from pipeline.data.sequences import Frame, Sequence, read_rows
 from pipeline.data.tokenizer import vocabulary_size
+from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 
 UNIGRAM_DOCUMENTS = 300
+UNIGRAM_TOKENS = 10_000  # of a document
 
 
-def prepare_heldout(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+class HeldoutCorpus(Corpus, Protocol):
+    """One whose documents have hashes."""
+
+    def digests(self) -> np.ndarray:
+        """uint64 [documents]."""
+
+
+class Sides(Protocol):
+    """A domain's documents to train on, and those held out."""
+
+    @property
+    def train(self) -> Corpus: ...
+
+    @property
+    def heldout(self) -> HeldoutCorpus: ...
+
+
+class Reordered:
+    """A corpus whose document i is the one at places[i] of another."""
+
+    def __init__(self, corpus: Corpus, places: np.ndarray):
+        self.documents, self.tokens, self.predicted = len(places), corpus.tokens, corpus.predicted
+        self.whole = corpus.whole
+        self._corpus, self._places = corpus, places
+
+    def lengths(self, places: np.ndarray) -> np.ndarray:
+        return self._corpus.lengths(self._places[places])
+
+    def piece(self, place: int, start: int, stop: int) -> Tokens:
+        return self._corpus.piece(int(self._places[place]), start, stop)
+
+
+def prepare_heldout(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    corpora: Mapping[str, Sides],
+    folder: Path,
+) -> None:
     """Write `<domain>.safetensors` (input_ids, labels int32, segments int16: [sequences, length])
     for each evaluated domain, and the loss of a unigram model on the same tokens.
 
@@ -31,20 +73,11 @@ def prepare_heldout(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: 
     several seeds are measured on the same tokens.
     """
     masked = recipe.model.objective == "masked"
+    frame = frame_of(recipe, tokenizer)
 
     def write(target: Path) -> None:
         for name in recipe.heldout_domains():
-            domain = recipe.data.domains[name]
-            bad = BadLines(budget=recipe.data.bad_lines)
-            documents = map(document_of, read_documents(domain, "heldout", bad))
-            sequences = heldout_sequences(
-                documents,
-                tokenizer,
-                recipe.data.sequence_length,
-                recipe.data.heldout_sequences,
-                masked,
-                recipe.data.template,
-            )
+            sequences = heldout_sequences(recipe, corpora[name].heldout, frame)
             rows = [
                 example(
                     sequence,
@@ -57,7 +90,7 @@ def prepare_heldout(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: 
                 for i, sequence in enumerate(sequences)
             ]
             ids, labels, segments = (np.stack(column) for column in zip(*rows, strict=True))
-            unigram = _unigram_loss(recipe, name, tokenizer, labels)
+            unigram = _unigram_loss(recipe, corpora[name].train, vocabulary_size(tokenizer), labels)
             save_file(
                 {
                     "input_ids": torch.from_numpy(ids).int(),
@@ -84,15 +117,37 @@ def load_heldout(folder: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
     return manifest, {n: load_file(folder / f"{n}.safetensors") for n in manifest["domains"]}
 
 
-def _unigram_loss(
-    recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerFast, labels: np.ndarray
-) -> float:
+def heldout_sequences(recipe: Recipe, corpus: HeldoutCorpus, frame: Frame) -> list[Sequence]:
+    """The first `data.heldout_sequences` sequences of a corpus, fewer if it ends before; the last
+    one may be padded. The documents are taken in the order of their hashes, so that a corpus that
+    grows keeps most of those that are measured.
+
+    Raises:
+        UserError: no held-out document, or only examples that are longer than a sequence.
+    """
+    length = recipe.data.sequence_length
+    parts = [Part("heldout", Reordered(corpus, np.argsort(corpus.digests(), kind="stable")))]
+    source = Source(parts, [0], None, limit=corpus.documents)
+    shape = Shape(length, frame.ends)
+    packer = Packer(Mixture([source], length), 1, shape, POOL if corpus.whole else 0)
+    rows = [row for (row,) in islice(packer, recipe.data.heldout_sequences)]
+    if not rows:
+        raise UserError(
+            "the corpus has no held-out document, or only examples that are longer than a sequence "
+            f"({length} tokens, data.sequence_length)"
+        )
+    return read_rows(rows, parts, length, frame, recipe.model.objective == "masked")
+
+
+def _unigram_loss(recipe: Recipe, corpus: Corpus, vocabulary: int, labels: np.ndarray) -> float:
     """Cross-entropy (nats) of the labels under the add-one token frequencies of training text:
     what a model reaches that knows the domain's words but ignores the context."""
-    counts = np.ones(vocabulary_size(tokenizer))
-    documents = islice(stage_documents(recipe, [name])(0), UNIGRAM_DOCUMENTS)
-    texts = [learnt_text(d) for d in documents]
-    for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []:
-        np.add.at(counts, ids, 1)
+    counts = np.ones(vocabulary)
+    source = Source([Part("train", corpus)], [0], (0,), limit=corpus.documents)
+    for draw in range(min(UNIGRAM_DOCUMENTS, corpus.documents)):
+        _, place, length = source.get(draw) or (0, 0, 0)
+        piece = corpus.piece(place, 0, min(length, UNIGRAM_TOKENS))
+        learnt = piece.ids if piece.predicted is None else piece.ids[piece.predicted]
+        counts += np.bincount(learnt, minlength=vocabulary)
     targets = labels[labels >= 0]
     return float(-np.log(counts / counts.sum())[targets].mean())

@@ -4,7 +4,6 @@ A document of a corpus is a text, an `Example` (a prompt and the response to lea
 `Conversation` (`conversations.py`). Only the responses' tokens are predicted.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -111,7 +110,6 @@ class ExampleStatistics:
     longest: int = 0  # tokens, also of those left out
     tokens: int = 0
     response_tokens: int = 0  # the predicted ones
-    sequences: int = 0  # that one epoch fills
 
     def describe(self, length: int) -> str:
         """One line for people. length: tokens of a sequence."""
@@ -120,26 +118,5 @@ class ExampleStatistics:
         )
         return (
             f"{self.examples:,} examples ({self.tokens:,} tokens, {self.response_tokens:,} of them "
-            f"in responses) in {self.sequences:,} sequences{left_out}"
+            f"in responses){left_out}"
         )
-
-
-def example_statistics(
-    lengths: Iterable[tuple[int, int]], length: int, packed: bool
-) -> ExampleStatistics:
-    """lengths: (prompt tokens, all tokens) of every example; packed: several share a sequence."""
-    found = ExampleStatistics()
-    room = 0
-    for prompt, tokens in lengths:
-        found.longest = max(found.longest, tokens)
-        if tokens > length:
-            found.too_long += 1
-            continue
-        found.examples += 1
-        found.tokens += tokens
-        found.response_tokens += tokens - prompt
-        if tokens > room or not packed:
-            found.sequences += 1
-            room = length
-        room -= tokens
-    return found

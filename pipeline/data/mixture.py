@@ -21,11 +21,12 @@ BLOCK = 4096  # documents whose places and lengths are looked up together
 class Corpus(Protocol):
     """The documents of one domain, by their place 0..documents-1; all of `tokens` tokens.
 
-    whole: they are never cut (instruction examples).
+    whole: they are never cut (instruction examples). predicted: how many tokens are learnt.
     """
 
     documents: int
     tokens: int
+    predicted: int
     whole: bool
 
     def lengths(self, places: np.ndarray) -> np.ndarray:
@@ -54,13 +55,26 @@ class Drawn(NamedTuple):
     whole: bool
 
 
+class Supply(Protocol):
+    """What a mixture draws from: numbered documents, as (part, place, length)."""
+
+    parts: Sequence[Part]
+    weight: float
+
+    def get(self, draw: int) -> tuple[int, int, int] | None:
+        """Document 0, 1, ...; None behind the last."""
+
+    def look_up(self, draws: np.ndarray) -> list[tuple[int, int, int]]:
+        """Any documents, by their numbers: int64 [n]."""
+
+
 class Source:
     """The documents of some parts of a stage, each once an epoch, in an order of all of them.
 
     Args:
         parts: of the whole stage.
         members: which of them this source reads, as indices.
-        seed: non-negative numbers.
+        seed: non-negative numbers; None keeps the order.
         weight: its share of the tokens, against the weights of the other sources.
         limit: how many documents may be drawn; None is no end.
     """
@@ -69,15 +83,16 @@ class Source:
         self,
         parts: Sequence[Part],
         members: Sequence[int],
-        seed: Sequence[int],
+        seed: Sequence[int] | None,
         weight: float = 1.0,
         limit: int | None = None,
     ):
         self.parts, self.members = parts, list(members)
-        self.seed, self.weight, self.limit = tuple(seed), weight, limit
+        self.seed, self.weight, self.limit = seed, weight, limit
         counts = [parts[m].corpus.documents for m in self.members]
         self._ends = np.cumsum(counts)
         self.documents = int(self._ends[-1])
+        self.names = [parts[m].name for m in self.members]
         self.tokens = sum(parts[m].corpus.tokens for m in self.members)
         self._first = 0  # the draw with which the block begins
         self._block: list[tuple[int, int, int]] = []
@@ -95,9 +110,10 @@ class Source:
     def look_up(self, draws: np.ndarray) -> list[tuple[int, int, int]]:
         """(part, place, length) of any draws, int64 [n]."""
         epochs, numbers = np.divmod(draws, self.documents)
-        for epoch in np.unique(epochs).tolist():
-            now = epochs == epoch
-            numbers[now] = Permutation(self.documents, (*self.seed, epoch))(numbers[now])
+        if self.seed is not None:
+            for epoch in np.unique(epochs).tolist():
+                now = epochs == epoch
+                numbers[now] = Permutation(self.documents, (*self.seed, epoch))(numbers[now])
         member = np.searchsorted(self._ends, numbers, side="right")
         lengths = np.empty(len(numbers), np.int64)
         for i, part in enumerate(self.members):
@@ -119,7 +135,7 @@ class Mixture:
     Documents without tokens are left out, and whole ones of more than `longest` tokens.
     """
 
-    def __init__(self, sources: Sequence[Source], longest: int):
+    def __init__(self, sources: Sequence[Supply], longest: int):
         self.sources, self.longest = sources, longest
         total = sum(s.weight for s in sources)
         self._shares = [s.weight / total for s in sources]

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.stream import Sequence
+from pipeline.data.sequences import Sequence
 
 IGNORED = -100  # the label that the loss leaves out
 

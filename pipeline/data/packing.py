@@ -38,23 +38,21 @@ Row = list[Piece]
 class Shape:
     """What a row holds.
 
-    length: tokens. ends: special tokens around every piece (masked models). alone: a whole
-    document shares its row with no other.
+    length: tokens. ends: special tokens around every piece (masked models).
     """
 
     length: int
     ends: int = 0
-    alone: bool = False
 
 
 class Packer:
     """The rows of step after step; iterating ends when all that the mixture gives is packed."""
 
-    def __init__(self, mixture: Mixture, rows: int, shape: Shape):
+    def __init__(self, mixture: Mixture, rows: int, shape: Shape, pool: int = 0):
+        """pool: how many documents wait for a row with room; 0 where none is whole."""
         self.mixture, self.shape = mixture, shape
         self.held: list[tuple[Drawn, int] | None] = [None] * rows  # document, its next token
-        parts = [s.parts[m] for s in mixture.sources for m in s.members]
-        self._pool_size = POOL if any(p.corpus.whole for p in parts) else 0
+        self._pool_size = pool
         self._arrivals = 0
         self._whole: list[tuple[int, int, Drawn]] = []  # (length, arrival, document), sorted
         self._cuttable: list[tuple[int, Drawn]] = []  # texts beside whole documents, by arrival
@@ -80,7 +78,7 @@ class Packer:
             room -= take + self.shape.ends
             rest = offset + take < document.length
             self.held[holder] = (document, offset + take) if rest else None
-            if room <= self.shape.ends or (document.whole and self.shape.alone):
+            if room <= self.shape.ends:
                 break
         return pieces
 
@@ -117,7 +115,7 @@ class Packer:
             if oldest and not (self._cuttable and self._cuttable[0][0] < oldest[1]):
                 self._whole.remove(oldest)
                 return oldest[2]
-        elif not self.shape.alone:
+        else:
             at = bisect_right(self._whole, room, key=lambda w: w[0])
             if at:
                 return self._whole.pop(at - 1)[2]
@@ -152,6 +150,10 @@ class Packer:
             tokens[document.part] += document.length - offset
         return {part: (documents[part], tokens[part]) for part in sorted(documents)}
 
+    def first_used(self) -> list[int]:
+        """For each source the number of the first document that is still to be read."""
+        return first_used(self.state_dict())
+
     def state_dict(self) -> dict[str, Any]:
         """Where the packer stands, as JSON takes it; small: it names documents by their number."""
         waiting = sorted([(n, d) for _, n, d in self._whole] + self._cuttable)
@@ -171,3 +173,11 @@ class Packer:
         self._whole, self._cuttable, self._arrivals = [], [], 0
         for document in documents:
             self._wait(document)
+
+
+def first_used(state: dict[str, Any]) -> list[int]:
+    """Of a packer's state: for each source the first document that is still to be read."""
+    first = list(state["drawn"])
+    for source, draw, *_ in [*filter(None, state["rows"]), *state["waiting"]]:
+        first[source] = min(first[source], draw)
+    return first

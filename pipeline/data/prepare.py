@@ -66,6 +66,21 @@ def prepare(
     return prepared
 
 
+def prepared_before(
+    recipe: Recipe, name: str, tokenizer: "PreTrainedTokenizerFast"
+) -> Prepared | None:
+    """The domain, if it is there already; makes nothing."""
+    job, manifest = _job(recipe, name, tokenizer)
+    return open_prepared(_folder(recipe, job, manifest))
+
+
+def estimated_tokens(recipe: Recipe, name: str, tokenizer: "PreTrainedTokenizerFast") -> int | None:
+    """About how many tokens a domain has; None where that is not known before it is read."""
+    job, _ = _job(recipe, name, tokenizer)
+    guess = estimate(job.domain, job.units, job.encoder)
+    return None if guess is None else guess.tokens
+
+
 def describe(recipe: Recipe, name: str, tokenizer: "PreTrainedTokenizerFast") -> str:
     """One line for the dry run: that the domain is prepared, or what preparing it would take."""
     job, manifest = _job(recipe, name, tokenizer)

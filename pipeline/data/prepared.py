@@ -50,14 +50,18 @@ class Corpus:
         """int64 [n]: tokens of the documents at these places."""
         return self._lengths[places].astype(np.int64)
 
-    def document(self, place: int) -> Tokens:
-        """Raises IndexError outside of 0 ... documents - 1."""
+    def piece(self, place: int, start: int, stop: int | None) -> Tokens:
+        """Tokens start..stop of a document (None: to its end).
+
+        Raises:
+            IndexError: a place outside of 0 ... documents - 1.
+        """
         if not 0 <= place < self.documents:
             raise IndexError(f"place {place} of {self.documents} documents")
         if self._places is not None:
             place = int(self._places[place])
         number = bisect_right(self._starts, place) - 1
-        return self._shard(number).document(place - self._starts[number], self.whole)
+        return self._shard(number).piece(place - self._starts[number], start, stop, self.whole)
 
     def digests(self) -> np.ndarray:
         """uint64 [documents]: a hash of each document's text. The documents with the smallest

@@ -97,15 +97,17 @@ class Shard:
         """uint64 [documents]."""
         return np.concatenate([b.digests for b in self._batches])
 
-    def document(self, place: int, whole: bool) -> Tokens:
+    def piece(self, place: int, start: int, stop: int | None, whole: bool) -> Tokens:
+        """Tokens start..stop of a document (None: to its end); the ids are a view of the file."""
         number = bisect_right(self._starts, place) - 1
         batch, place = self._batches[number], place - self._starts[number]
-        start, stop = batch.offsets[place : place + 2].tolist()
+        first, end = batch.offsets[place : place + 2].tolist()
+        start, stop = first + start, end if stop is None else first + stop
         word_starts, predicted = (
             None if bits is None else _unpack(bits, start, stop)
             for bits in (batch.word_starts, batch.predicted)
         )
-        return Tokens(batch.ids[start:stop].astype(np.int32), word_starts, predicted, whole)
+        return Tokens(batch.ids[start:stop], word_starts, predicted, whole)
 
 
 class _Batch:

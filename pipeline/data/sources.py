@@ -13,6 +13,7 @@ from pipeline.data.instruct import Document, document_text
 from pipeline.data.prepared import Side, fingerprint
 from pipeline.data.reader import (
     BadLines,
+    _digest,
     _everything,
     _from_hub,
     _resolve,
@@ -87,6 +88,18 @@ def read_unit(unit: Unit, domain: Domain, bad: BadLines) -> Iterator[Document]:
     else:
         documents = iter(embedded_documents(domain.embedded or ""))
     return islice(documents, domain.max_documents)
+
+
+def side_of(unit: Unit, domain: Domain, digest: int) -> Side:
+    """Where a document with this hash belongs."""
+    return unit.side or ("heldout" if digest < domain.heldout_fraction * 2**64 else "train")
+
+
+def sampled(row: dict[str, Any], domain: Domain) -> bool:
+    """Whether a document to train on is in the domain's `sample`."""
+    if domain.sample == 1:
+        return True
+    return _digest(row, f"sample {domain.sample_seed}") < domain.sample * 2**64
 
 
 def identity(domain: Domain, units: list[Unit]) -> list[dict[str, Any]]:

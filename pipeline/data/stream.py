@@ -1,335 +1,338 @@
-"""Documents packed to sequences of one length, the same for every number of ranks.
+"""Streaming: a stage whose corpora are read as they are trained on, and never stored.
 
-The documents of all epochs, shuffled within windows, form one endless numbered list. Document i
-belongs to virtual stream i % V, where V is the number of sequences of a step. Every stream packs
-its own documents and gives one sequence a step; rank r owns the streams v with v % ranks == r and
-tokenizes only those. So what a step consists of does not depend on the number of ranks, and the
-place where a stream stands is two numbers: its document and the token in it.
+The shards of a source (files, or parts of a data set) are shared out over groups of rows, as many
+as there are shards for; a group reads its own in a seeded order, some of them open at a time, and
+shuffles within windows of documents, which it deals to its rows in turn. Every row packs what it is
+dealt, and mixes sources by itself. So a rank reads the shards of its own rows' groups only, while
+nothing depends on the number of ranks.
 
-Texts are cut where a sequence ends; instruction examples are not, so a sequence that has no room
-for the next example is padded.
+An epoch of a group is one pass over its shards; the next shares them out anew. A position is, for
+each row, which documents it holds, and for each group the place in its shards from which the
+windows in use can be read again: what lies before that place in an open shard is passed over.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
-from itertools import count, islice
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from torch.utils.data import IterableDataset, get_worker_info
+import torch.distributed as dist
 
 from pipeline.data.encode import Encoder, Tokens
-from pipeline.data.instruct import Document, Example
+from pipeline.data.instruct import Document
+from pipeline.data.mixture import Mixture, Part
+from pipeline.data.order import Permutation
+from pipeline.data.packing import Packer, Shape, first_used
+from pipeline.data.sequences import Frame, read_rows
+from pipeline.data.sequences import Sequence as Packed
 from pipeline.errors import UserError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-SMALLEST_PIECE = 8  # tokens of a document cut at the end of a sequence; below that, pad instead
 BATCH = 16  # documents that are tokenized in one call
+POOL = 16  # whole documents that wait in a row
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Documents of one of a stage's parts, by number; `read` opens them from the first on."""
+
+    part: int
+    read: Callable[[], Iterator[Document]]
+
+
+@dataclass(frozen=True)
+class StreamedSource:
+    """Shards that are read together, for a share of the tokens; at most `epochs` times."""
+
+    name: str
+    shards: list[Shard]
+    share: float
+    epochs: float | None = None
+
+
+class ShardReader:
+    """The documents of a group's shards, `together` of them open, epoch after epoch."""
+
+    def __init__(
+        self, source: StreamedSource, group: int, groups: int, seed: Sequence[int], together: int
+    ):
+        self.source, self.group, self.groups = source, group, groups
+        self.seed, self.together = tuple(seed), together
+        self.load_state_dict({"epoch": 0, "started": 0, "open": []})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch, how many of its shards were opened, and of the open ones what was read."""
+        return {
+            "epoch": self._epoch,
+            "started": self._started,
+            "open": [[shard, read] for shard, read, _ in self._open],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._begin(state["epoch"])
+        self._started = state["started"]
+        for shard, read in state["open"]:
+            documents = self.source.shards[shard].read()
+            for _ in range(read):
+                next(documents, None)
+            self._open.append((shard, read, documents))
+
+    def window(self, size: int) -> list[tuple[int, Document]]:
+        """The next documents with their parts: `size` of them, or fewer at the end of an epoch.
+
+        Raises:
+            UserError: there is none in a whole epoch, or too many epochs.
+        """
+        found: list[tuple[int, Document]] = []
+        fresh = self._started == 0
+        while len(found) < size:
+            while len(self._open) < self.together and self._started < len(self._order):
+                shard = int(self._order[self._started])
+                self._open.append((shard, 0, self.source.shards[shard].read()))
+                self._started += 1
+            if not self._open:
+                if found:
+                    break
+                if fresh:
+                    raise UserError(f"data.domains.{self.source.name}: no document to train on")
+                self._begin(self._epoch + 1)
+                fresh = True
+                continue
+            shard, read, documents = self._open.popleft()
+            document = next(documents, None)
+            if document is not None:
+                self._open.append((shard, read + 1, documents))
+                if not isinstance(document, str) or document.strip():
+                    found.append((self.source.shards[shard].part, document))
+        return found
+
+    def _begin(self, epoch: int) -> None:
+        allowed = self.source.epochs
+        if allowed is not None and epoch >= allowed:
+            raise UserError(
+                f"{self.source.name} is read {allowed:g} times, and the stage wants more of it; "
+                "lower its weight or the length of the stage, or raise max_repetitions"
+            )
+        count = len(self.source.shards)
+        order = Permutation(count, (*self.seed, epoch))(np.arange(count))
+        self._epoch, self._started = epoch, 0
+        self._order = order[self.group :: self.groups]
+        self._open: deque[tuple[int, int, Iterator[Document]]] = deque()
+
+
+class Dealer:
+    """A group's documents, shuffled within windows and dealt to its rows in turn.
+
+    Document n of the group is number n // rows of the row n % rows of it.
+    """
+
+    def __init__(self, reader: ShardReader, rows: int, window: int, seed: Sequence[int]):
+        self.reader, self.rows, self.window, self.seed = reader, rows, window, tuple(seed)
+        self._number = 0
+        self._windows = deque([(0, reader.state_dict())])  # where those in use begin
+        self._waiting: dict[int, deque[tuple[int, int, Document]]] = {}
+        self._wanted: dict[int, int] = {}
+
+    def want(self, row: int, number: int) -> None:
+        """Keep the documents of a row, from its own number on."""
+        self._waiting[row], self._wanted[row] = deque(), number
+
+    def deal(self, row: int) -> list[tuple[int, int, Document]]:
+        """(number, part, document) of the next documents of a row, at least one."""
+        waiting = self._waiting[row]
+        while not waiting:
+            if self._windows[-1][0] != self._number:
+                self._windows.append((self._number, self.reader.state_dict()))
+            documents = self.reader.window(self.window)
+            order = np.random.default_rng((*self.seed, self._number)).permutation(len(documents))
+            for i in order.tolist():
+                number, owner = divmod(self._number, self.rows)
+                if owner in self._wanted and number >= self._wanted[owner]:
+                    self._waiting[owner].append((number, *documents[i]))
+                self._number += 1
+        return [waiting.popleft() for _ in range(min(BATCH, len(waiting)))]
+
+    def state_dict(self, needed: dict[int, int]) -> list[Any]:
+        """needed: for each row here the number of the first document that it still uses."""
+        first = min(row + self.rows * number for row, number in needed.items())
+        while len(self._windows) > 1 and self._windows[1][0] <= first:
+            self._windows.popleft()
+        return list(self._windows[0])
+
+    def load_state_dict(self, state: list[Any]) -> None:
+        self._number = state[0]
+        self.reader.load_state_dict(state[1])
+        self._windows = deque([(state[0], state[1])])
+
+
+class HeldDocuments:
+    """A corpus in memory: the tokens of some documents, by place."""
+
+    def __init__(self, held: dict[int, Tokens], whole: bool):
+        self.held, self.whole = held, whole
+        sizes = [len(t.ids) for t in held.values()]
+        learnt = [t.predicted for t in held.values()]
+        self.documents, self.tokens = len(held), sum(sizes)
+        self.predicted = sum(
+            size if p is None else int(p.sum()) for size, p in zip(sizes, learnt, strict=True)
+        )
+
+    def lengths(self, places: np.ndarray) -> np.ndarray:
+        return np.array([len(self.held[p].ids) for p in places.tolist()], np.int64)
+
+    def piece(self, place: int, start: int, stop: int) -> Tokens:
+        t = self.held[place]
+        starts = None if t.word_starts is None else t.word_starts[start:stop]
+        predicted = None if t.predicted is None else t.predicted[start:stop]
+        return Tokens(t.ids[start:stop], starts, predicted, t.whole)
+
+    def digests(self) -> np.ndarray:
+        """uint64 [documents]: an order like that of hashes, which is the order they came in."""
+        return np.arange(self.documents, dtype=np.uint64)
+
+
+class _RowSource:
+    """What one row is dealt of a source; a document's place is its number among all sources."""
+
+    def __init__(
+        self,
+        dealer: Dealer,
+        row: int,
+        place: tuple[int, int],
+        parts: Sequence[Part],
+        weight: float,
+        encoder: Encoder,
+    ):
+        """row: in its group. place: (number of this source, sources)."""
+        self.parts, self.weight = parts, weight
+        self.dealer, self.row = dealer, row
+        self._place, self._encoder = place, encoder
+        self._held: list[HeldDocuments] = [p.corpus for p in parts]  # type: ignore[misc]
+        self._known: dict[int, tuple[int, int, int]] = {}
+        self.start(0)
+
+    def start(self, draw: int) -> None:
+        """Let `draw` be the first document that can be asked for."""
+        self._next = draw
+        self.dealer.want(self.row, draw)
+
+    def get(self, draw: int) -> tuple[int, int, int]:
+        while draw >= self._next:
+            dealt = self.dealer.deal(self.row)
+            encoded = self._encoder.encode([document for _, _, document in dealt])
+            for (number, part, _), tokens in zip(dealt, encoded, strict=True):
+                place = number * self._place[1] + self._place[0]
+                self._held[part].held[place] = tokens
+                self._known[number] = part, place, len(tokens.ids)
+            self._next = dealt[-1][0] + 1
+        return self._known[draw]
+
+    def look_up(self, draws: np.ndarray) -> list[tuple[int, int, int]]:
+        return [self.get(draw) for draw in draws.tolist()]
+
+    def forget(self, first: int) -> None:
+        """Documents before `first` are not asked for again."""
+        for number in [n for n in self._known if n < first]:
+            part, place, _ = self._known.pop(number)
+            del self._held[part].held[place]
 
 
 @dataclass
-class Sequence:
-    """One packed sequence of `length` tokens.
+class _Row:
+    """A row with the documents that it holds."""
 
-    ids: int32 [length], padded with the pad token (or, where there is none, end of text).
-    words: int32 [length], which whole word of the sequence a token belongs to, counted from 0;
-        -1 on special tokens and padding, and everywhere for causal models.
-    segments: int16 [length], which document of the pack a token belongs to; -1 on padding.
-    predicted: bool [length], which tokens a causal model learns to predict: all of a text, the
-        response of an example, no padding.
-    """
-
-    ids: np.ndarray
-    words: np.ndarray
-    segments: np.ndarray
-    predicted: np.ndarray
+    parts: list[Part]
+    sources: list[_RowSource]
+    packer: Packer
 
 
-class PackedStream(IterableDataset):
-    """Per step, this rank's sequences in the order of their streams, and the state after the step.
+class StreamedRows:
+    """This rank's rows of a streamed stage; they never end.
 
-    Iterating never ends: epochs repeat with new shuffles. `documents(e)` gives the documents of
-    epoch e = 0, 1, ... in a fixed order. For masked models every piece of a document is
-    `<s> ... </s>`, and a sequence may hold several pieces; for causal models (`masked=False`) the
-    documents, each `bos? ... eos`, are concatenated and cut. An instruction example (causal models
-    only) is `bos? prompt response eos`, or what `template="chat"` makes of it; it is never cut and
-    left out if it is longer than a sequence. Several share one sequence unless `pack_examples` is
-    off.
-
-    A state is a small JSON-able dict. It speaks for this rank's streams only: to go on with
-    another number of ranks, gather the states of all ranks and `merge_states` them.
-
-    Raises:
-        UserError: a tokenizer without the special tokens needed, an epoch without any document, a
-            state of other settings.
-        ValueError: `streams` is not a multiple of `world_size`.
+    A rank's state speaks for its own rows; `gathered`, it can be loaded by any number of ranks.
     """
 
     def __init__(
         self,
-        documents: Callable[[int], Iterable[Document]],
-        tokenizer: "PreTrainedTokenizerFast",
-        length: int,
-        streams: int,
+        sources: Sequence[StreamedSource],
+        parts: Sequence[tuple[str, bool]],
+        encoder: Encoder,
+        frame: Frame,
+        shape: Shape,
+        rows: int,
         *,
         rank: int = 0,
-        world_size: int = 1,
+        ranks: int = 1,
         seed: int = 0,
-        shuffle_window: int = 1024,
-        masked: bool = True,
-        template: str = "alpaca",
-        pack_examples: bool = True,
+        window: int = 1024,
+        together: int = 8,
     ):
-        if streams % world_size:
-            raise ValueError(f"{streams} streams cannot be shared evenly by {world_size} ranks")
-        self.documents = documents
-        self.packer = _Packer.of(tokenizer, length, masked, template, pack_examples)
-        self.length, self.streams = length, streams
-        self.owned = range(rank, streams, world_size)
-        self.seed, self.shuffle_window = seed, shuffle_window
-        self._start: dict[str, Any] = {
-            "settings": {
-                "length": length,
-                "streams": streams,
-                "seed": seed,
-                "shuffle_window": shuffle_window,
-                "masked": masked,
-            },
-            "step": 0,
-            "epoch": 0,
-            "first": 0,
-            "positions": {str(v): [0, 0] for v in self.owned},
+        """parts: the stage's domains: (name, whether its documents are whole)."""
+        self._length, self._frame, self._masked = shape.length, frame, encoder.masked
+        self._ranks = ranks
+        self._dealers: dict[str, Dealer] = {}  # by "source/group"
+        self._rows: dict[int, _Row] = {}
+        pool = POOL if any(whole for _, whole in parts) else 0
+        for row in range(rank, rows, ranks):
+            held = [Part(name, HeldDocuments({}, whole)) for name, whole in parts]
+            own = []
+            for s, source in enumerate(sources):
+                count = len(source.shards)
+                groups = max(g for g in range(1, rows + 1) if rows % g == 0 and g <= count)
+                group = row % groups
+                if f"{s}/{group}" not in self._dealers:
+                    reader = ShardReader(source, group, groups, (seed, s), together)
+                    dealer = Dealer(reader, rows // groups, window, (seed, s, group))
+                    self._dealers[f"{s}/{group}"] = dealer
+                dealer, place = self._dealers[f"{s}/{group}"], (s, len(sources))
+                own.append(_RowSource(dealer, row // groups, place, held, source.share, encoder))
+            packer = Packer(Mixture(own, shape.length), 1, shape, pool)
+            self._rows[row] = _Row(held, own, packer)
+
+    def __iter__(self) -> Iterator[list[Packed]]:
+        while True:
+            packed = []
+            for row in self._rows.values():
+                planned = next(row.packer)
+                packed += read_rows(planned, row.parts, self._length, self._frame, self._masked)
+                for source, first in zip(row.sources, row.packer.first_used(), strict=True):
+                    source.forget(first)
+            yield packed
+
+    def state_dict(self) -> dict[str, Any]:
+        used: dict[int, dict[int, int]] = {id(d): {} for d in self._dealers.values()}
+        for row in self._rows.values():
+            for source, first in zip(row.sources, row.packer.first_used(), strict=True):
+                used[id(source.dealer)][source.row] = first
+        return {
+            "rows": {str(n): row.packer.state_dict() for n, row in self._rows.items()},
+            "groups": {k: d.state_dict(used[id(d)]) for k, d in self._dealers.items()},
         }
 
+    def gathered(self, state: dict[str, Any]) -> dict[str, Any]:
+        """One state of all rows; all ranks call it behind the same step."""
+        if self._ranks == 1:
+            return state
+        states: list[Any] = [None] * self._ranks
+        dist.all_gather_object(states, state)
+        return merge_states(states)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next iteration start behind the step that `state` was yielded with."""
-        for key, value in self._start["settings"].items():
-            if state["settings"].get(key) != value:
-                raise UserError(
-                    f"cannot resume in the middle of the data: {key} was "
-                    f"{state['settings'].get(key)} and is now {value}; set it back, or start anew"
-                )
-        missing = [v for v in self.owned if str(v) not in state["positions"]]
-        if missing:
-            raise ValueError(f"the state lacks the streams {missing}: merge those of all ranks")
-        self._start = state
-
-    def __iter__(self) -> Iterator[tuple[list[Sequence], dict[str, Any]]]:
-        worker = get_worker_info()
-        if worker is not None and worker.num_workers > 1:
-            raise UserError("packing is sequential: use at most one worker (data.workers=1)")
-        start = self._start
-        positions = {v: start["positions"][str(v)] for v in self.owned}
-        texts: dict[int, deque[Document]] = {v: deque() for v in self.owned}
-        windows = self._windows(start["epoch"], start["first"])
-        # (epoch, number of its first document), of every epoch that a stream may still stand in
-        epochs = deque([(start["epoch"], start["first"])])
-
-        def puller(stream: int) -> Callable[[], list[Document]]:
-            def pull() -> list[Document]:
-                waiting = texts[stream]
-                while not waiting:
-                    epoch, first, window = next(windows)
-                    if epoch != epochs[-1][0]:
-                        epochs.append((epoch, first))
-                    for number, text in enumerate(window, first):
-                        owner = number % self.streams
-                        # those before were packed already, before the state was taken
-                        if owner in texts and number // self.streams >= positions[owner][0]:
-                            texts[owner].append(text)
-                return [waiting.popleft() for _ in range(min(BATCH, len(waiting)))]
-
-            return pull
-
-        cursors = {v: _Cursor(puller(v), self.packer, *positions[v]) for v in self.owned}
-        for step in count(start["step"] + 1):
-            sequences = []
-            for cursor in cursors.values():
-                sequence = self.packer.pack(cursor, self.length)
-                assert sequence is not None  # the windows never end
-                sequences.append(sequence)
-            earliest = min(v + self.streams * c.document for v, c in cursors.items())
-            while len(epochs) > 1 and epochs[1][1] <= earliest:
-                epochs.popleft()
-            state = {
-                "settings": self._start["settings"],
-                "step": step,
-                "epoch": epochs[0][0],
-                "first": epochs[0][1],
-                "positions": {str(v): [c.document, c.offset] for v, c in cursors.items()},
-            }
-            yield sequences, state
-
-    def _windows(self, epoch: int, first: int) -> Iterator[tuple[int, int, list[Document]]]:
-        """(epoch, number of the first document, shuffled documents), window after window."""
-        for e in count(epoch):
-            documents = (d for d in self.documents(e) if not _blank(d))
-            start = first
-            for w in count():
-                window = list(islice(documents, self.shuffle_window))
-                if not window:
-                    break
-                order = np.random.default_rng([self.seed, e, w]).permutation(len(window))
-                yield e, first, [window[i] for i in order]
-                first += len(window)
-            if first == start:
-                raise UserError("the corpus has no document to train on")
+        for key, dealer in self._dealers.items():
+            dealer.load_state_dict(state["groups"][key])
+        for number, row in self._rows.items():
+            saved = state["rows"][str(number)]
+            for source, first in zip(row.sources, first_used(saved), strict=True):
+                source.start(first)
+        for number, row in self._rows.items():
+            row.packer.load_state_dict(state["rows"][str(number)])
 
 
-def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """One state of all streams from the states of all ranks after the same step."""
-    states = list(states)
-    if len({state["step"] for state in states}) != 1:
-        raise ValueError("the states are of different steps")
-    earliest = min(states, key=lambda state: state["epoch"])
-    positions = {k: v for state in states for k, v in state["positions"].items()}
-    return {**earliest, "positions": positions}
-
-
-def heldout_sequences(
-    documents: Iterable[Document],
-    tokenizer: "PreTrainedTokenizerFast",
-    length: int,
-    count: int,
-    masked: bool,
-    template: str = "alpaca",
-    pack_examples: bool = True,
-) -> list[Sequence]:
-    """The first `count` sequences of the documents packed in order, fewer if the text ends before.
-
-    The last one may be padded. Raises UserError if there is no text.
-    """
-    packer = _Packer.of(tokenizer, length, masked, template, pack_examples)
-    texts = (d for d in documents if not _blank(d))
-    cursor = _Cursor(lambda: list(islice(texts, BATCH)), packer)
-    packed = iter(lambda: packer.pack(cursor, length), None)
-    sequences = list(islice(packed, count))
-    if not sequences:
-        raise UserError(
-            "the corpus has no held-out document, or only examples that are longer than a sequence "
-            f"({length} tokens, data.sequence_length)"
-        )
-    return sequences
-
-
-def example_lengths(
-    examples: Iterable[Example], tokenizer: "PreTrainedTokenizerFast", template: str
-) -> Iterator[tuple[int, int]]:
-    """(tokens of the prompt, tokens of the whole) of each example, as a stream encodes them."""
-    encoder = Encoder.of(tokenizer, False, template)
-    examples = iter(examples)
-    while batch := list(islice(examples, BATCH)):
-        for tokens in encoder.encode(batch):
-            assert tokens.predicted is not None  # of an example
-            yield int((~tokens.predicted).sum()), len(tokens.ids)
-
-
-def _blank(document: Document) -> bool:
-    return isinstance(document, str) and not document.strip()
-
-
-@dataclass
-class _Packer:
-    """Tokens to sequences."""
-
-    encoder: Encoder
-    length: int
-    pack_examples: bool
-
-    @classmethod
-    def of(
-        cls,
-        tokenizer: "PreTrainedTokenizerFast",
-        length: int,
-        masked: bool,
-        template: str,
-        pack_examples: bool,
-    ) -> "_Packer":
-        if length < 16:
-            raise ValueError(f"a length of {length} tokens is below 16")
-        return cls(Encoder.of(tokenizer, masked, template), length, pack_examples)
-
-    def encode(self, documents: Items[Document]) -> list[Tokens]:
-        """Nothing of an example that is too long."""
-        encoded = self.encoder.encode(documents)
-        return [Tokens(t.ids[:0]) if t.whole and len(t.ids) > self.length else t for t in encoded]
-
-    def pack(self, cursor: "_Cursor", length: int) -> Sequence | None:
-        """The next sequence, or None at the end of the text."""
-        e = self.encoder
-        ids = np.full(length, e.pad, np.int32)
-        words = np.full(length, -1, np.int32)
-        segments = np.full(length, -1, np.int16)
-        predicted = np.zeros(length, bool)
-        ends = [e.before, e.after] if e.masked else [[], []]
-        used = segment = next_word = 0
-        while tokens := cursor.tokens():
-            rest = tokens.ids[cursor.offset :]
-            room = length - used - len(ends[0]) - len(ends[1])
-            take = self._piece(len(rest), room, first=used == 0)
-            if take == 0 or (tokens.whole and take < len(rest)):
-                break
-            alone = tokens.whole and not self.pack_examples
-            if alone and used:
-                break
-            start, stop = used + len(ends[0]), used + len(ends[0]) + take
-            end = stop + len(ends[1])
-            ids[used:start], ids[start:stop], ids[stop:end] = ends[0], rest[:take], ends[1]
-            segments[used:end] = segment
-            predicted[used:end] = True if tokens.predicted is None else tokens.predicted
-            if tokens.word_starts is not None:
-                begins = tokens.word_starts[cursor.offset : cursor.offset + take].copy()
-                begins[0] = True  # a word cut by the end of a piece counts as two
-                words[start:stop] = np.cumsum(begins) - 1 + next_word
-                next_word = int(words[stop - 1]) + 1
-            used, segment = end, segment + 1
-            cursor.advance(take)
-            if used == length or alone:
-                break
-        return Sequence(ids, words, segments, predicted) if used else None
-
-    def _piece(self, rest: int, room: int, first: bool) -> int:
-        """How many of the `rest` tokens of a document to put into `room`; 0: pad instead."""
-        take = max(0, min(rest, room))
-        if not self.encoder.masked or take == rest:
-            return take
-        if rest - take < SMALLEST_PIECE:  # leave a whole piece for the next sequence
-            take = rest - SMALLEST_PIECE
-        if take < SMALLEST_PIECE:
-            return room if first else 0
-        return take
-
-
-@dataclass
-class _Cursor:
-    """Where a stream stands: `document` counts those used up, `offset` the tokens of the next."""
-
-    pull: Callable[[], list[Document]]  # more texts, or none at the end
-    packer: _Packer
-    document: int = 0
-    offset: int = 0
-    encoded: deque[Tokens] = field(default_factory=deque)
-
-    def tokens(self) -> Tokens | None:
-        """Of the whole current document, or None at the end of the text."""
-        while not self.encoded:
-            texts = self.pull()
-            if not texts:
-                return None
-            self.encoded.extend(self.packer.encode(texts))
-            self._skip_used()
-        return self.encoded[0]
-
-    def advance(self, count: int) -> None:
-        self.offset += count
-        self._skip_used()
-
-    def _skip_used(self) -> None:
-        """Go on to a document with tokens left (none: too long, or odd text)."""
-        while self.encoded and self.offset >= len(self.encoded[0].ids):
-            self.encoded.popleft()
-            self.document, self.offset = self.document + 1, 0
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One state of all rows from those of all ranks behind the same step."""
+    groups: dict[str, list[Any]] = {}
+    for state in states:
+        for key, (number, place) in state["groups"].items():
+            if key not in groups or number < groups[key][0]:
+                groups[key] = [number, place]
+    return {"rows": {k: r for s in states for k, r in s["rows"].items()}, "groups": groups}

@@ -27,7 +27,7 @@ from pipeline.data.instruct import Document, document_text
 from pipeline.data.prepared import SIDES, Side, describe_file
 from pipeline.data.reader import BadLines, _digest, _row
 from pipeline.data.shards import ShardWriter
-from pipeline.data.sources import Unit, file_identity, read_unit
+from pipeline.data.sources import Unit, file_identity, read_unit, sampled, side_of
 from pipeline.errors import UserError
 from pipeline.recipe import Domain
 
@@ -305,10 +305,10 @@ def _encode_batch(
     for document, text in zip(batch, texts, strict=True):
         row = _row(document)
         digest = _digest(row)
-        side = unit.side or ("heldout" if digest < job.domain.heldout_fraction * 2**64 else "train")
+        side = side_of(unit, job.domain, digest)
         if job.overlap is not None and job.overlap.hits(text):
             counts.contaminated += 1
-        elif side == "train" and not _sampled(row, job.domain):
+        elif side == "train" and not sampled(row, job.domain):
             counts.sampled_out += 1
         else:
             kept.append((document, side, digest))
@@ -329,12 +329,6 @@ def _encode_batch(
         mine["predicted"] += length if tokens.predicted is None else int(tokens.predicted.sum())
         mine["longest"] = max(mine["longest"], length)
     return Done(size, sum(len(t.ids) for t in encoded), len(batch))
-
-
-def _sampled(row: dict[str, Any], domain: Domain) -> bool:
-    if domain.sample == 1:
-        return True
-    return _digest(row, f"sample {domain.sample_seed}") < domain.sample * 2**64
 
 
 def _check_unchanged(job: Job, unit: Unit) -> None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.data.prepare import prepare, sources_of
 from pipeline.data.prepared import Prepared
+from pipeline.data.stage import domains_of
 from pipeline.errors import UserError
 from pipeline.ranks import rank
 from pipeline.recipe import Recipe
@@ -27,7 +28,7 @@ def open_corpora(
     Raises:
         UserError: a domain's files changed since the run began, by name; what `prepare` refuses.
     """
-    trained = [name for stage in recipe.stages for name in stage.domains]
+    trained = [n for i in range(len(recipe.stages)) for n in domains_of(recipe, i + 1)]
     names = list(dict.fromkeys([*trained, *recipe.heldout_domains()]))
     known = _known(folder)
     for name in names:

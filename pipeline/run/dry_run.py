@@ -3,7 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.batches import plan_stage
+from pipeline.data.batches import frame_of
+from pipeline.data.mixture import Corpus
+from pipeline.data.prepare import describe as describe_domain
+from pipeline.data.prepare import estimated_tokens, prepared_before
+from pipeline.data.sequences import Frame
+from pipeline.data.stage import StagePlan, domains_of, plan_stage, shares_of
 from pipeline.data.tokenizer import load_tokenizer, vocabulary_size
 from pipeline.engine.config import check_quantized, describe, memory_per_rank, precision_of
 from pipeline.migu.targets import count_rows, find_targets
@@ -44,6 +49,7 @@ def describe_run(recipe: Recipe, engine_config: dict[str, Any], ranks: int) -> s
     if m.lora is not None:
         lines += _lora_lines(m.lora, model)
     lines += _mask_lines(recipe, model)
+    lines += _data_lines(recipe, tokenizer)
     lines += _stage_lines(recipe, tokenizer)
     lines += _memory_lines(model, m.lora, engine_config, ranks, recipe.optimizer.name)
     return "\n".join(lines)
@@ -75,25 +81,56 @@ def _mask_lines(recipe: Recipe, model: Any) -> list[str]:
     return lines
 
 
+def _data_lines(recipe: Recipe, tokenizer: Any) -> list[str]:
+    if tokenizer is None or not recipe.data.prepare:
+        why = "streamed" if tokenizer else "to be prepared once the tokenizer is trained"
+        return [f"data       {why}"]
+    names = dict.fromkeys(n for i in range(len(recipe.stages)) for n in domains_of(recipe, i + 1))
+    every = [*names, *(n for n in recipe.heldout_domains() if n not in names)]
+    return ["data", *(f"  {describe_domain(recipe, name, tokenizer)}" for name in every)]
+
+
 def _stage_lines(recipe: Recipe, tokenizer: Any) -> list[str]:
     lines = ["stages"]
     per_step = recipe.train.batch_size * recipe.data.sequence_length
     for i, stage in enumerate(recipe.stages, start=1):
-        if tokenizer is None and stage.epochs is not None:
-            lines.append(
-                f"  {i} {stage.name}: {stage.epochs} epochs (steps are known once the "
-                "tokenizer is trained)"
-            )
-            continue
-        plan = plan_stage(recipe, i, tokenizer)
-        steps = plan.steps
         lr = stage.lr or recipe.optimizer.lr
+        plan = _plan(recipe, i, tokenizer)
+        if plan is None:
+            about = _about(recipe, i, tokenizer)
+            lines.append(f"  {i} {stage.name}: {stage.epochs:g} epochs{about}, lr {lr:g}")
+            continue
+        steps = plan.steps
         lines.append(f"  {i} {stage.name}: {steps:,} steps, {steps * per_step:,} tokens, lr {lr:g}")
-        if plan.examples:
-            lines.append(f"    {plan.examples.describe(recipe.data.sequence_length)}")
+        lines += [f"    {line}" for line in plan.describe(recipe.data.sequence_length)]
         if pauses := plan.pauses(stage.evaluate_every):
             lines.append(f"    evaluated within, after the steps {', '.join(map(str, pauses))}")
     return lines
+
+
+def _plan(recipe: Recipe, stage: int, tokenizer: Any) -> StagePlan | None:
+    """None for a stage of epochs on domains that are not prepared yet."""
+    corpora: dict[str, Corpus] = {}
+    names = domains_of(recipe, stage) if recipe.data.prepare and tokenizer else []
+    for name in names:
+        if prepared := prepared_before(recipe, name, tokenizer):
+            corpora[name] = prepared.train
+    if names and len(corpora) == len(names):
+        return plan_stage(recipe, stage, corpora, frame_of(recipe, tokenizer))
+    if recipe.stages[stage - 1].epochs is not None:
+        return None
+    return plan_stage(recipe, stage, None, Frame([], [], 0))
+
+
+def _about(recipe: Recipe, stage: int, tokenizer: Any) -> str:
+    if tokenizer is None:
+        return " (steps are known once the tokenizer is trained)"
+    s = recipe.stages[stage - 1]
+    tokens = [estimated_tokens(recipe, name, tokenizer) for name in s.domains]
+    if None in tokens:
+        return " (steps are known once the data is prepared)"
+    own = sum(n or 0 for n in tokens) * (s.epochs or 0) / shares_of(recipe, stage)[0].share
+    return f", about {own / recipe.train.batch_size / recipe.data.sequence_length:,.0f} steps"
 
 
 def _frozen_bytes(model: Any, lora: Lora, size: int) -> float:

@@ -74,7 +74,7 @@ def recipe_problems(r: Recipe) -> list[str]:
     need(d.sequence_length >= 16, f"data.sequence_length: {d.sequence_length} is below 16 tokens")
     for key in ("masking", "heldout_masking"):
         need(0 < getattr(d, key) < 1, f"data.{key}: {getattr(d, key)} is outside (0, 1)")
-    for key in ("heldout_sequences", "shuffle_window"):
+    for key in ("heldout_sequences", "shuffle_window", "open_shards"):
         need(getattr(d, key) >= 1, f"data.{key}: must be at least 1")
     need(d.bad_lines >= 0, "data.bad_lines: must be at least 0")
     need(d.prefetch >= 0, "data.prefetch: must be at least 0")
@@ -91,6 +91,7 @@ def recipe_problems(r: Recipe) -> list[str]:
         d.keep_apart != "positions" or m.objective == "causal",
         "data.keep_apart: a masked model makes no masks from positions; choose masks or rows",
     )
+    found += streaming_problems(r)
     instructions = [n for n, domain in d.domains.items() if domain.instruction]
     need(
         not instructions or m.objective == "causal",
@@ -112,6 +113,7 @@ def recipe_problems(r: Recipe) -> list[str]:
         need(len(lengths) == 1, f"stages[{i}]: give exactly one of `steps`, `epochs`, `tokens`")
         need(all(x > 0 for x in lengths), f"stages[{i}]: `steps`, `epochs`, `tokens` are positive")
         need(stage.lr is None or stage.lr > 0, f"stages[{i}].lr: must be positive")
+        found += mixture_problems(r, i)
         every = stage.evaluate_every
         need(every is None or every > 0, f"stages[{i}].evaluate_every: must be positive")
         if every is not None and len(lengths) == 1:
@@ -177,6 +179,71 @@ def recipe_problems(r: Recipe) -> list[str]:
         "model.config.is_decoder: a masked LM is an encoder; set model.objective=causal",
     )
     return found + unused_keys(r)
+
+
+def streaming_problems(r: Recipe) -> list[str]:
+    """What has no effect, or is not possible, in the way in which the data is read."""
+    found = []
+    if r.data.prepare:
+        for key, default in (("shuffle_window", 1024), ("open_shards", 8)):
+            if getattr(r.data, key) != default:
+                found.append(
+                    f"data.{key}: has no effect on prepared data, whose order is of the whole "
+                    "corpus; remove it, or set data.prepare=false"
+                )
+        return found
+    if r.data.prepared is not None:
+        found.append("data.prepared: has no effect with data.prepare=false; remove one of them")
+    for i, stage in enumerate(r.stages):
+        if stage.epochs is not None:
+            found.append(
+                f"stages[{i}].epochs: what an epoch is, is not known of a stream "
+                "(data.prepare=false); give `tokens` or `steps`"
+            )
+    for name, domain in r.data.domains.items():
+        for key, off in (("deduplicate", False), ("decontaminate", []), ("max_documents", None)):
+            if getattr(domain, key) != off:
+                found.append(
+                    f"data.domains.{name}.{key}: needs the whole corpus, and data.prepare=false "
+                    "reads it as a stream; remove one of them"
+                )
+    return found
+
+
+def mixture_problems(r: Recipe, index: int) -> list[str]:
+    """What is wrong with the weights, the repetitions and the replay of a stage."""
+    stage, where = r.stages[index], f"stages[{index}]"
+    found = []
+    if isinstance(stage.domain, dict) and stage.epochs is not None:
+        found.append(f"{where}.epochs: domains with weights have no common epoch; give `tokens`")
+    if stage.max_repetitions is not None:
+        if stage.max_repetitions <= 0:
+            found.append(f"{where}.max_repetitions: must be positive")
+        if stage.epochs is not None and stage.replay is None:
+            found.append(
+                f"{where}.max_repetitions: has no effect beside `epochs`, which says how often "
+                "every document is read; remove one of them"
+            )
+    if isinstance(stage.replay, dict):
+        for name in stage.replay:
+            if name not in r.data.domains:
+                known = near(name, r.data.domains)
+                found.append(f"{where}.replay: {name!r} is not in data.domains{known}")
+            if name in stage.domains:
+                found.append(f"{where}.replay: {name!r} is a domain of the stage itself; remove it")
+        share = sum(stage.replay.values())
+    elif stage.replay is not None:
+        share = stage.replay
+        if index == 0:
+            found.append(
+                f"{where}.replay: there is no stage before the first; name a domain, as in "
+                "{general: 0.01}, or remove it"
+            )
+    else:
+        return found
+    if not 0 < share < 1:
+        found.append(f"{where}.replay: {share:g} is outside (0, 1): a share of the stage's tokens")
+    return found
 
 
 def evaluation_problems(e: Evaluation) -> list[str]:

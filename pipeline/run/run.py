@@ -17,14 +17,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from pipeline.checkpoint import is_published, publish, read_manifest, require_space, verify
-from pipeline.data.batches import (
-    StagePlan,
-    plan_stage,
-    prefetch,
-    training_batches,
-)  # fmt: skip
 from pipeline.data.heldout import prepare_heldout
 from pipeline.data.reader import BadLines
+from pipeline.data.stage import StagePlan
 from pipeline.data.tokenizer import vocabulary_size
 from pipeline.engine.config import check_quantized, precision_of
 from pipeline.engine.fsdp import FsdpEngine
@@ -35,8 +30,9 @@ from pipeline.model.attention import Separation, separation_of
 from pipeline.model.load import build_model, check_model, check_pretrained, load_config
 from pipeline.nodes import send_folder
 from pipeline.progress import EventLog, say
-from pipeline.ranks import on_rank0, rank, world_size
+from pipeline.ranks import on_rank0, rank
 from pipeline.recipe import Model, Recipe
+from pipeline.run.data import RunData, open_data
 from pipeline.run.folder import MASTERS, describe_model, open_run, stage_folder, step_folder
 from pipeline.run.published import (
     check_masters,
@@ -95,6 +91,7 @@ class Run:
     engine_config: dict[str, Any]
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerFast
+    data: RunData
     log: EventLog | None  # on rank 0
     engine: Engine | None = None  # made when it is first needed: `_engine_with`
     separation: Separation | None = None  # found before the engine shards the model
@@ -200,19 +197,22 @@ def _prepare(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Run
     check_quantized(recipe.model.lora, engine_config)
     on_rank0(partial(describe_model, folder, recipe, config))
     on_rank0(partial(check_pretrained, recipe.model, config))
+    data = open_data(recipe, tokenizer, folder)
     if not on_rank0(partial(is_published, folder / "heldout")):
-        on_rank0(partial(prepare_heldout, recipe, tokenizer, folder / "heldout"))
+        target = folder / "heldout"
+        on_rank0(lambda: prepare_heldout(recipe, tokenizer, data.sides(), target))
     send_folder(folder / "heldout")
     log = EventLog(folder / "log.jsonl") if rank() == 0 else None
-    return Run(folder, recipe, engine_config, config, tokenizer, log)
+    return Run(folder, recipe, engine_config, config, tokenizer, data, log)
 
 
 def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict[str, Any]:
     """Train a stage from the weights of the one before and publish it; its numbers for the log."""
     recipe = run.recipe
     s = recipe.stages[stage - 1]
-    plan: StagePlan = on_rank0(partial(plan_stage, recipe, stage, run.tokenizer))
-    _tell_examples(plan, recipe, s.name)
+    plan: StagePlan = on_rank0(partial(run.data.plan, stage))
+    for line in plan.describe(recipe.data.sequence_length):
+        _tell(f"{s.name}: {line}")
     on_rank0(partial(_clear_within, run, stage))
     before = str(run.checkpoint(stage - 1)) if stage > 1 else _base_checkpoint(run)
     if run.keeps_masters and stage > 1 and run.holds != before:
@@ -225,24 +225,20 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
     mask = None
     if recipe.mask.enabled and stage >= recipe.mask.from_stage:
         mask = GradientMask(engine.module, recipe.mask, recipe.stage_seed(stage))
-    bad: dict[str, BadLines] = {}
-    batches = prefetch(
-        training_batches(recipe, stage, run.tokenizer, rank(), world_size(), bad),
-        recipe.data.prefetch,
-    )
+    batches = run.data.batches(stage)
     pause = partial(_evaluate_within, run, stage, engine, measure)
     pauses = plan.pauses(s.evaluate_every)
     try:
         result = train_stage(
             engine, mask, batches, recipe, stage, plan.steps, run.log, pauses, pause,
-            separation=run.separation,
+            domains=batches.domains, separation=run.separation,
         )  # fmt: skip
     except TrainingStopped as error:
         if run.log is not None:
             run.log.write("stopped", reason=str(error), stage=stage, step=run.log.step + 1)
         raise
     batches.close()
-    _report_bad_lines(bad, run.log)
+    _report_bad_lines(run.data.bad, batches.domains, run.log)
     start = time.perf_counter()
     if mask:
         mask.close()
@@ -368,9 +364,10 @@ def _starts_elsewhere(model: Model) -> bool:
     return model.path is not None and not model.initialize_missing
 
 
-def _report_bad_lines(bad: dict[str, BadLines], log: EventLog | None) -> None:
-    for name, lines in bad.items():
-        if lines.count and log is not None:
+def _report_bad_lines(bad: dict[str, BadLines], names: list[str], log: EventLog | None) -> None:
+    for name in names:
+        lines = bad.get(name)
+        if lines and lines.count and log is not None:
             examples = [{"file": f, "line": n, "reason": r} for f, n, r in lines.examples]
             log.write("bad_lines", domain=name, count=lines.count, examples=examples)
             _tell(f"  {name}: skipped {lines.count} broken rows, for example\n{lines.listing()}")
@@ -397,11 +394,6 @@ def _clear_within(run: Run, stage: int) -> None:
 
 def _place(task: Evaluation) -> str:
     return f"stage {task.stage} {task.name}" + (f", step {task.step}" if task.step else "")
-
-
-def _tell_examples(plan: StagePlan, recipe: Recipe, name: str) -> None:
-    if plan.examples:
-        _tell(f"{name}: {plan.examples.describe(recipe.data.sequence_length)}")
 
 
 def _tell(text: str) -> None:

@@ -1,16 +1,15 @@
 """The tokenizer of a run: the model's, another one, or one trained on the first stage's text."""
 
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.checkpoint import is_published, publish
-from pipeline.data.batches import stage_documents
 from pipeline.data.instruct import document_text
+from pipeline.data.streaming import training_documents
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
-from pipeline.errors import UserError
 from pipeline.model.gguf import local_weights
 from pipeline.nodes import send_folder
 from pipeline.ranks import on_rank0
@@ -29,13 +28,10 @@ def run_tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerFast:
     target = folder / "tokenizer"
 
     def train() -> None:
-        documents = stage_documents(recipe, recipe.stages[0].domains)(0)
+        documents = training_documents(recipe, recipe.stages[0].domains)
         every = (document_text(d).replace("\0", "\n") for d in documents)
         texts = islice(every, TOKENIZER_DOCUMENTS)
-        first = next(texts, None)
-        if first is None:
-            raise UserError(f"data.domains.{recipe.stages[0].name}: no document to train on")
-        trained = train_tokenizer(chain([first], texts), vocabulary)
+        trained = train_tokenizer(texts, vocabulary)
 
         def write(folder: Path) -> None:
             trained.save_pretrained(folder)
