@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from eval.measure.lm import evaluate_share, merge_shares
 from launch.evaluate import main
 from pipeline.data.heldout import load_heldout, prepare_heldout
+from pipeline.data.prepare import prepare
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
 from pipeline.model.load import load_for_evaluation
@@ -37,11 +38,17 @@ def prepared(request, tmp_path_factory):
     recipe = Recipe(
         name="eval",
         model=Model(path="unused", objective=request.param),
-        data=Data(domains=domains, sequence_length=18, heldout_sequences=23),
+        data=Data(
+            domains=domains,
+            prepared=str(folder / "prepared"),
+            sequence_length=18,
+            heldout_sequences=23,
+        ),
         stages=[Stage("a", steps=1)],
     )
     tokenizer = train_tokenizer([TEXT] * 3, 300)
-    prepare_heldout(recipe, tokenizer, folder / "heldout")
+    corpora = {name: prepare(recipe, name, tokenizer) for name in domains}
+    prepare_heldout(recipe, tokenizer, corpora, folder / "heldout")
     model = MODELS["roberta" if request.param == "masked" else "llama"]()
     model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(folder / "checkpoint")
@@ -118,11 +125,14 @@ def test_the_masks_do_not_depend_on_the_seed_of_the_run(prepared, tmp_path):
             sequence_length=18,
             heldout_sequences=23,
             masking=0.5,
+            prepared=str(tmp_path / "prepared"),
         ),
         stages=[Stage("b", steps=1)],
         seed=7,
     )
-    prepare_heldout(recipe, train_tokenizer([TEXT] * 3, 300), tmp_path / "heldout")
+    tokenizer = train_tokenizer([TEXT] * 3, 300)
+    corpora = {name: prepare(recipe, name, tokenizer) for name in domains}
+    prepare_heldout(recipe, tokenizer, corpora, tmp_path / "heldout")
     _, again = load_heldout(tmp_path / "heldout")
     for name, data in domains.items():
         for key, tensor in data.items():

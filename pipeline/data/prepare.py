@@ -259,7 +259,7 @@ def _environment(key: str, default: int) -> int:
 
 def _require_space(job: Job, size: int) -> None:
     done = sum(f.stat().st_size for f in job.work.glob("*.arrow"))
-    free = shutil.disk_usage(job.work).free + done
+    free = shutil.disk_usage(job.work.parent).free + done  # another may publish job.work just now
     if free < size:
         raise UserError(
             f"data.domains.{job.name}: prepared, it takes about {size / 1e9:,.2f} GB, and only "
