@@ -20,7 +20,9 @@ def unused_keys(r: Recipe) -> list[str]:
     if m.objective == "causal":
         for key in ("whole_word", "masking", "heldout_masking"):
             unused(_is_set(Data, d, key), f"data.{key}", "on a causal model, which masks nothing")
-    used = {name for stage in r.stages for name in stage.domains} | set(r.heldout_domains())
+    replayed = [s.replay for s in r.stages if isinstance(s.replay, dict)]
+    used = {name for names in [*(s.domains for s in r.stages), *replayed] for name in names}
+    used |= set(r.heldout_domains())
     for name, domain in d.domains.items():
         where = f"data.domains.{name}"
         unused(name not in used, where, "where no stage trains on it and nothing measures it")
