@@ -9,8 +9,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+import pydantic
 from omegaconf import OmegaConf
-from pydantic import BeforeValidator, ConfigDict
 
 
 @dataclass
@@ -129,7 +129,7 @@ def _replay(value: Any) -> Any:
 
 
 POWERS = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
-Mix = Annotated[str | list[str] | dict[str, float], BeforeValidator(_mix)]
+Mix = Annotated[str | list[str] | dict[str, float], pydantic.BeforeValidator(_mix)]
 
 
 @dataclass
@@ -143,13 +143,13 @@ class Stage:
     domain: Mix
     steps: int | None = None
     epochs: float | None = None
-    tokens: Annotated[int | None, BeforeValidator(_number)] = None
+    tokens: Annotated[int | None, pydantic.BeforeValidator(_number)] = None
     lr: float | None = None  # default: the optimizer's
     # in the stage's own unit: epochs, steps or tokens
-    evaluate_every: Annotated[float | None, BeforeValidator(_number)] = None
+    evaluate_every: Annotated[float | None, pydantic.BeforeValidator(_number)] = None
     max_repetitions: float | None = None  # how often a document may be read, on average
     # share of the tokens that repeats the domains of earlier stages, or shares of named domains
-    replay: Annotated[float | dict[str, float] | None, BeforeValidator(_replay)] = None
+    replay: Annotated[float | dict[str, float] | None, pydantic.BeforeValidator(_replay)] = None
 
     @property
     def domains(self) -> list[str]:
@@ -303,4 +303,4 @@ for _cls in (
     Lora, Model, Instruction, Domain, Data, Stage, Mask, Optimizer, Train, Engine, Benchmark,
     HumanEval, Evaluation, Recipe,
 ):  # fmt: skip
-    _cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[union-attr]
+    _cls.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # type: ignore[union-attr]
