@@ -152,7 +152,7 @@ def _recipe_problem(recipe: Any) -> str:
         return "stages is no list"
     for stage in stages:
         domain = stage.get("domain") if isinstance(stage, dict) else None
-        mixture = domain if isinstance(domain, list) else [domain]
+        mixture = list(domain) if isinstance(domain, list | dict) else [domain]
         if not mixture or not all(isinstance(name, str) for name in mixture):
             return "a stage names no domain"
     for key, place in (("threshold", recipe.get("mask")), ("lr", recipe.get("optimizer"))):

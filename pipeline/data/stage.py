@@ -32,8 +32,8 @@ def shares_of(recipe: Recipe, stage: int) -> list[Share]:
     if isinstance(s.replay, dict):
         replayed = [Share((name,), share) for name, share in s.replay.items()]
     elif s.replay is not None:
-        earlier = dict.fromkeys(n for e in recipe.stages[: stage - 1] for n in e.domains)
-        replayed = [Share(tuple(earlier), s.replay)]
+        before = dict.fromkeys(n for e in recipe.stages[: stage - 1] for n in e.domains)
+        replayed = [Share(tuple(n for n in before if n not in s.domains), s.replay)]
     rest = 1 - sum(r.share for r in replayed)
     if isinstance(s.domain, dict):
         total = sum(s.domain.values())

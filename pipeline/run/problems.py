@@ -234,9 +234,9 @@ def mixture_problems(r: Recipe, index: int) -> list[str]:
         share = sum(stage.replay.values())
     elif stage.replay is not None:
         share = stage.replay
-        if index == 0:
+        if not {n for s in r.stages[:index] for n in s.domains} - set(stage.domains):
             found.append(
-                f"{where}.replay: there is no stage before the first; name a domain, as in "
+                f"{where}.replay: no stage before it reads other domains; name one, as in "
                 "{general: 0.01}, or remove it"
             )
     else:
