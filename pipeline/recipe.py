@@ -83,7 +83,7 @@ class Data:
 
     domains: dict[str, Domain] = field(default_factory=dict)
     prepare: bool = True  # tokenize a corpus once and keep it; false: read it as a stream
-    prepared: str | None = None  # folder of prepared corpora; default: in the cache folder
+    prepared: str | None = None  # folder of prepared corpora; default: see docs/data.md
     sequence_length: int = 128  # tokens
     masking: float = 0.15  # fraction of the tokens to predict (masked LM)
     heldout_masking: float = 0.15  # fixed, so that runs with another `masking` stay comparable

@@ -163,7 +163,8 @@ def _folder(recipe: Recipe, job: Job, manifest: dict[str, Any]) -> Path:
         source["name"] = Path(str(source["name"])).name
     text = json.dumps(content, sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
-    root = Path(recipe.data.prepared or cache_dir() / "prepared").expanduser()
+    given = recipe.data.prepared or os.environ.get("MIGU_PREPARED")
+    root = Path(given or cache_dir() / "prepared").expanduser()
     folder = root / f"{job.name}-{key}"
     job.work = root / f".{folder.name}.work"
     job.locks = root / ".locks" / folder.name
