@@ -318,6 +318,17 @@ def test_wrong_files(folder, recorders, tmp_path, task, file, row, parts):
         assert part in str(error.value)
 
 
+def test_an_answer_that_is_a_numeral_is_read_as_lm_eval_reads_it(folder, capsys):
+    """As the number of a choice, though it is the text of one; the score is lm-eval's."""
+    task = "evalita-mp_faq_prompt-1"  # whose target is the text of a choice
+    rest = {"B": "x", "C": "y", "D": "z", "correct_answer": "A"}
+    rows = [{"question": f"{i} + 1?", "A": f"{i + 1}", **rest} for i in range(6)]
+    write(folder / "numerals" / task / "test_1.jsonl", rows)
+    scored = run(folder, {task: Benchmark()}, "numerals")
+    assert scored["benchmarks"][task]["documents"] == 6
+    assert "document 3: lm-eval takes its answer '4' for the number" in capsys.readouterr().out
+
+
 def test_wrong_metric_and_too_many_shots(folder, recorders):
     with pytest.raises(UserError, match=r"winogrande\.metric: .*'acc_norm'.*it has: acc"):
         run(folder, {"winogrande": Benchmark(metric="acc_norm")})

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from eval.measure.benchmark_sources import Source, write_tasks
 from eval.measure.results import write_arrays, write_json
 from pipeline.errors import UserError
+from pipeline.progress import say
 from pipeline.recipe import Benchmark
 
 if TYPE_CHECKING:
@@ -225,13 +226,23 @@ def _requests(
 
 
 def _check_label(task: "ConfigurableTask", source: Source, doc_id: int, doc: dict) -> None:
-    """Raises UserError for an answer that is none of the choices: lm-eval counts it as wrong."""
+    """Raises UserError for an answer that is none of the choices: lm-eval counts it as wrong.
+
+    So it does where a choice is a numeral, as in "how many": it takes the answer "4" for the number
+    of a choice. The score stays lm-eval's; a line says so.
+    """
     if task.OUTPUT_TYPE != "multiple_choice":
         return
     choices = task.doc_to_choice(doc)
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     known = range(len(choices)) if isinstance(gold, int) else choices
     if not isinstance(gold, list) and gold not in known:
+        if str(gold) in choices:
+            say(
+                f"{source.key}: document {doc_id}: lm-eval takes its answer '{gold}' for the "
+                "number of a choice and counts it as wrong"
+            )
+            return
         raise UserError(
             f"{source.key}: document {doc_id} of {source}: its answer {gold!r} is none of its "
             f"{len(choices)} choices (counted from 0)"
