@@ -1,5 +1,6 @@
 """One engine for all stages: it forgets the optimizer between them, and nothing else."""
 
+import gc
 import itertools
 from contextlib import suppress
 from pathlib import Path
@@ -247,3 +248,33 @@ def skips_an_overflow():
 
 def test_an_overflow_under_the_gradient_criterion_is_skipped_by_the_scaler():
     assert run_ranks(skips_an_overflow, 1) == [[(True, 0.3), (False, 0.0), (True, 0.3)]]
+
+
+def bytes_of_tensors():
+    gc.collect()
+    found = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, torch.nn.Parameter):
+            found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(found.values())
+
+
+def left_by_engines():
+    """Bytes that are left of an engine that trained for a stage and was closed."""
+    out = {}
+    for kind in BUILDS:
+        before = bytes_of_tensors()
+        engine, settings = start("llama", kind, "bf16")
+        engine.start_stage()
+        for _ in range(2):  # DeepSpeed's hooks are other ones once it has seen a step
+            train(engine, settings, "llama", 0)
+        engine.close()
+        del engine
+        out[kind] = bytes_of_tensors() - before
+    return out
+
+
+def test_a_closed_engine_leaves_nothing():
+    [left] = run_ranks(left_by_engines, 1)
+    weights = 4 * sum(p.numel() for p in MODELS["llama"]().parameters())
+    assert {kind: size for kind, size in left.items() if size > 0.05 * weights} == {}

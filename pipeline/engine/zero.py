@@ -196,24 +196,32 @@ class ZeroEngine:
 
     def close(self) -> None:
         """Free the model and all that belongs to it; nothing of the engine works afterwards."""
-        module = self.module
+        module, optimizer = self.module, self._engine.optimizer
         self._engine.destroy()
         if self.stage == 3:
-            _release(module)
-        self._adam.state.clear()
+            _release(module, optimizer)
+            self._engine.optimizer = None
+        else:
+            self._adam.state.clear()
+        self._hold = nullcontext
         del self._adam, self._engine, self._parameters, self.shards
 
 
-def _release(module: Any) -> None:
-    """Cut what DeepSpeed leaves of ZeRO-3 in a module and in its own globals: circles and hooks by
-    which the weights would live as long as the process."""
+def _release(module: Any, optimizer: Any) -> None:
+    """Cut what DeepSpeed leaves of ZeRO-3 in a module, in autograd's hooks, which the garbage
+    collector does not see, and in its own globals: the weights would live as long as the process.
+    """
     if module in FWD_MODULE_STACK:
         FWD_MODULE_STACK.remove(module)
     for part in module.modules():
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
             getattr(part, kind).clear()
     for p in module.parameters():
-        p.ds_tensor = None
+        p.grad = p.ds_tensor = None
+        p.data = p.data.new_empty(0)
+    offload = optimizer.parameter_offload
+    for owner in (offload.param_coordinator, offload, optimizer.optimizer, optimizer):
+        vars(owner).clear()
 
 
 def _loss_scaler(optimizer: Any) -> Any:
