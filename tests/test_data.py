@@ -12,7 +12,8 @@ import pytest
 import zstandard
 
 from pipeline.data import embedded
-from pipeline.data.reader import BadLines, check_domain, read_documents
+from pipeline.data.bad_lines import BadLines
+from pipeline.data.reader import check_domain, read_documents
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 from pipeline.errors import UserError
 from pipeline.recipe import Domain
@@ -115,11 +116,12 @@ def test_broken_rows_are_skipped_counted_and_located(tmp_path):
         b'{"text": "\\ud800"}\n\xff\xfe\n{"text": "three"}'
     )
     assert everything(path, bad) == ["one", "three"]
-    assert bad.count == 7
-    assert [line for _, line, _ in bad.examples] == [2, 4, 5, 6, 7, 8, 9]
+    assert bad.count == 6
+    assert bad.blank == 1
+    assert [line for _, line, _ in bad.examples] == [2, 4, 5, 6, 8, 9]
     assert bad.examples[2] == (str(path), 5, "no field 'text'")
     everything(path, bad)
-    assert bad.count == 7  # a second epoch meets the same lines
+    assert (bad.count, bad.blank) == (6, 1)  # a second epoch meets the same lines
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress], ids=["gz", "zst"])
@@ -133,8 +135,9 @@ def test_a_truncated_archive_keeps_the_rows_before(tmp_path, compress):
     assert kept == texts[: len(kept)]
     assert bad.count == 1
     assert "truncated" in bad.examples[0][2]
-    path.write_bytes(b"this is no archive")
-    with pytest.raises(UserError, match=r"no documents.*\n.*damaged archive"):
+    assert bad.damaged == bad.examples  # said apart: more than that row is lost
+    path.write_bytes(whole[:20] + bytes(10_000) + whole[20:])
+    with pytest.raises(UserError, match=r"only the first \d+% of it can be read \(damaged archive"):
         everything(path)
 
 
@@ -193,7 +196,7 @@ def test_reading_resumes_exactly(tmp_path, source):
     bad = BadLines()
     documents = read_documents(domain, "train", bad)
     full = list(documents)
-    assert bad.count == 3
+    assert (bad.count, bad.blank) == (0, 3)
     assert 130 < len(full) < 190
     iterator = iter(documents)
     head = list(itertools.islice(iterator, 77))

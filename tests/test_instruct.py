@@ -13,11 +13,12 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.data import embedded
+from pipeline.data.bad_lines import BadLines
 from pipeline.data.batches import example
 from pipeline.data.encode import Encoder
 from pipeline.data.instruct import Example, prompt_text
 from pipeline.data.mlm import collate
-from pipeline.data.reader import BadLines, document_of, read_documents
+from pipeline.data.reader import document_of, read_documents
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
 from pipeline.model.attention import separate_documents
@@ -127,12 +128,13 @@ def test_fields_are_configurable_and_bad_rows_counted(tmp_path):
     rows[3]["a"] = ""
     rows[4]["q"] = None
     rows[5]["more"] = "context"
+    rows[7]["a"] = 5
     file = rows_file(tmp_path, rows)
     fields = Instruction(prompt="q", input="more", response="a")
     domain = Domain(files=[file], instruction=fields, heldout_fraction=0.01)
     bad = BadLines()
     found = [document_of(row) for row in read_documents(domain, "train", bad)]
-    assert bad.count == 2
+    assert (bad.count, bad.blank) == (1, 2)
     assert "'a'" in bad.listing()
     assert Example("question 5", "context", "answer 5") in found
     assert Example("question 6", "", "answer 6") in found
@@ -185,4 +187,4 @@ def test_a_hub_dataset_of_instructions(tmp_path):
     assert all(e.context == ("" if int(e.response) % 2 else "context") for e in train)
     domain.instruction = Instruction(response="answer")
     with pytest.raises(UserError, match="no row has the field 'answer'"):
-        read_documents(domain, "train", BadLines())
+        list(read_documents(domain, "train", BadLines()))

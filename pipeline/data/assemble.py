@@ -11,9 +11,9 @@ import numpy as np
 from filelock import FileLock
 
 from pipeline.checkpoint import MANIFEST, is_published
+from pipeline.data.bad_lines import EXAMPLES, BadLines
 from pipeline.data.cleaning import first_places
 from pipeline.data.prepared import SIDES, Side, damaged_files, describe_file
-from pipeline.data.reader import EXAMPLES, BadLines
 from pipeline.data.shards import Shard
 from pipeline.data.work import Job
 from pipeline.errors import UserError
@@ -43,6 +43,8 @@ def publish_units(job: Job, folder: Path, manifest: dict[str, Any]) -> None:
         bad = {
             "count": sum(u["bad"]["count"] for u in units),
             "examples": [e for u in units for e in u["bad"]["examples"]][:EXAMPLES],
+            "damaged": [d for u in units for d in u["bad"]["damaged"]],
+            "blank": sum(u["bad"]["blank"] for u in units),
         }
         check_bad(job, bad)
         sides = {side: _merge(job, side, units) for side in SIDES}

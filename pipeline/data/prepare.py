@@ -102,11 +102,14 @@ def summary(prepared: Prepared) -> str:
     train, heldout, manifest = prepared.train, prepared.heldout, prepared.manifest
     left_out = {
         "broken rows": manifest["bad"]["count"],
+        "rows without text": manifest["bad"].get("blank", 0),
         "duplicates": manifest["duplicates"],
         "with text of an evaluation": manifest["contaminated"],
         f"that the chat template refuses ({manifest['refusal']})": manifest["refused"],
     }
     said = "".join(f", {count:,} {what} left out" for what, count in left_out.items() if count)
+    for file, row, reason in manifest["bad"].get("damaged", []):
+        said += f", {file} lost from row {row} on ({reason})"
     return (
         f"{train.documents:,} documents of {train.tokens:,} tokens, {heldout.documents:,} held "
         f"out{said}"

@@ -1,65 +1,32 @@
 """Documents of a domain: embedded, from local files, or from the hub.
 
-Local files are read tolerantly: a broken line or a truncated archive costs that line, not the
-file. What was skipped is remembered with file and line (`BadLines`), and too much of it is an
-error. Held-out documents are split off by a hash of their text, so that duplicates fall on one
-side and neither ranks nor the order of files matter.
+Files are read tolerantly: a broken line or a truncated archive costs that line, not the file. What
+was skipped is remembered with file and line (`BadLines`); too much of it, or a file of which
+nothing can be used, is an error. Held-out documents are split off by a hash of their text, so that
+duplicates fall on one side and neither ranks nor the order of files matter.
 """
 
 import glob
 import hashlib
 import itertools
-import json
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.data.conversations import conversation_of
+from pipeline.data.bad_lines import BadLines
 from pipeline.data.embedded import EMBEDDED, INSTRUCTIONS, choices, embedded_documents
+from pipeline.data.formats.fields import Fields
+from pipeline.data.formats.jsonl import read_jsonl
+from pipeline.data.formats.parquet import read_parquet
+from pipeline.data.formats.raw import SUFFIXES, kind_by_name, layout_of
+from pipeline.data.formats.text import read_text
+from pipeline.data.hub import hub_files, stream_hub
 from pipeline.data.instruct import Conversation, Document, Example, document_text
 from pipeline.errors import UserError
 from pipeline.recipe import Domain
 
 if TYPE_CHECKING:  # heavy
     from datasets import IterableDataset
-
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst", ".parquet")
-EXAMPLES = 20  # bad lines that are remembered one by one
-
-
-@dataclass
-class BadLines:
-    """Rows that were skipped, each counted once however often its file is read.
-
-    `examples` holds the first 20 as (file, line from 1, reason). More than `budget` of them raise
-    UserError.
-    """
-
-    budget: int = 100
-    count: int = 0
-    examples: list[tuple[str, int, str]] = field(default_factory=list)
-    _seen: set[tuple[str, int]] = field(default_factory=set, repr=False)
-
-    def add(self, file: str, line: int, reason: str) -> None:
-        """Count one bad row."""
-        if (file, line) in self._seen:
-            return
-        self._seen.add((file, line))
-        self.count += 1
-        if len(self.examples) < EXAMPLES:
-            self.examples.append((file, line, reason))
-        if self.count > self.budget:
-            raise UserError(
-                f"more than {self.budget} rows cannot be read (data.bad_lines); the first are:\n"
-                f"{self.listing()}\nMend the files, or raise data.bad_lines to skip such rows."
-            )
-
-    def listing(self, count: int = 5) -> str:
-        """The first examples, one `file:line: reason` per line."""
-        return "\n".join(f"  {f}:{n}: {reason}" for f, n, reason in self.examples[:count])
 
 
 def check_domain(name: str, domain: Domain) -> list[str]:
@@ -152,7 +119,7 @@ def check_domain(name: str, domain: Domain) -> list[str]:
         )
         need(fields.prompt and fields.response, ".instruction", "a field's name is empty")
         need(
-            not any(".txt" in Path(f).suffixes for f in [*domain.files, *domain.heldout_files]),
+            not any(kind_by_name(f) == "text" for f in [*domain.files, *domain.heldout_files]),
             ".files",
             "a .txt file has no fields for prompt and response; use .jsonl or .parquet",
         )
@@ -180,23 +147,27 @@ def read_documents(
         keep = _everything
     if not heldout and domain.sample < 1:
         keep = _and(keep, _sampled(domain.sample, domain.sample_seed))
+    split_name = domain.split
     if heldout and domain.heldout_files:
         files = domain.heldout_files
-    elif domain.hub:
-        part = domain.heldout_split if heldout and domain.heldout_split else domain.split
-        return _from_hub(domain, part, keep, bad)
-
+    elif heldout and domain.heldout_split:
+        split_name = domain.heldout_split
+    embedded, hub = embedded_documents(domain.embedded) if domain.embedded else [], None
     if files:
         paths = _resolve(files)
         where = f"{paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+    elif domain.hub:
+        hub = hub_files(domain, split_name)
+        where = f"data set {domain.hub!r}, split {split_name!r}"
     else:
-        embedded = embedded_documents(domain.embedded or "")
         where = f"the embedded corpus {domain.embedded!r}"
 
     def read() -> Iterator[Document]:
-        if not files:
-            return iter(embedded)
-        return (d for path in paths for d in read_file(path, domain, bad))
+        if files:
+            return (d for path in paths for d in read_file(path, domain, bad))
+        if domain.hub:
+            return read_hub(domain, split_name, bad, hub)
+        return iter(embedded)
 
     def rows() -> Iterator[dict[str, str]]:
         seen = kept = 0
@@ -222,52 +193,44 @@ def document_of(row: dict[str, Any]) -> Document:
 
 
 def read_file(path: str, domain: Domain, bad: BadLines) -> Iterator[Document]:
-    """The documents of one local file (.jsonl and .txt plain, .gz or .zst; .parquet), in order.
+    """The documents of one file (JSON lines or an array, text, parquet; plain, gzip or zstd).
 
     In a text file, documents are separated by blank lines, or lines (`txt_documents`).
+
+    Raises:
+        UserError: while iterating, for a file that cannot be opened, holds no rows, lacks the
+            field, or of which not one row can be used although it has some.
     """
-    if ".txt" in Path(path).suffixes:
-        return _read_text(path, bad, domain.txt_documents == "line")
-    rows = _read_parquet if path.endswith(".parquet") else _read_jsonl
-    return rows(path, _Fields.of(domain), bad)
+    layout = layout_of(path)
+    documents: Iterator[Document]
+    if layout.rows == "text":
+        if domain.instruction:
+            raise UserError(f"{path}: plain text has no fields for prompt and response")
+        documents = read_text(path, layout, bad, domain.txt_documents == "line")
+    elif layout.rows == "parquet":
+        documents = read_parquet(path, Fields.of(domain), bad)
+    else:
+        documents = read_jsonl(path, layout, Fields.of(domain), bad)
+    before, some = bad.count, False
+    for document in documents:
+        some = True
+        yield document
+    if not some and bad.count > before:
+        lines = [f"  {f}:{n}: {reason}" for f, n, reason in bad.examples if f == path][:5]
+        listing = "\n".join(["the first are:", *lines] if lines else [])
+        raise UserError(
+            f"{path}: not one of its rows can be used, {bad.count - before} are broken; {listing}"
+        )
 
 
-@dataclass(frozen=True)
-class _Fields:
-    """Which fields of a row make a document, and what it is then."""
-
-    needed: list[str]
-    optional: list[str]
-    instruction: bool
-    chat: bool = False
-
-    @classmethod
-    def of(cls, domain: Domain) -> "_Fields":
-        if domain.chat_field is not None:
-            return cls([domain.chat_field], [], False, chat=True)
-        if domain.instruction is None:
-            return cls([domain.text_field], [], False)
-        names = domain.instruction
-        return cls([names.prompt, names.response], [names.input] if names.input else [], True)
-
-    def document(self, row: dict[str, Any]) -> tuple[Document, str | None]:
-        """The document, and why it cannot be used (or None)."""
-        if self.chat:
-            conversation, problem = conversation_of(row[self.needed[0]])
-            return conversation or "", problem
-        values = [row[name] for name in self.needed]
-        more = ["" if row.get(name) is None else row[name] for name in self.optional]
-        for name, value in zip(self.needed, values, strict=True):
-            if reason := _problem(value):
-                return "", reason.replace(
-                    "the text", f"{name!r}" if self.instruction else "the text"
-                )
-        if not self.instruction:
-            return values[0], None
-        context = more[0] if more else ""
-        if context != "" and (reason := _problem(context)) and "empty" not in reason:
-            return "", reason.replace("the text", f"{self.optional[0]!r}")
-        return Example(values[0], context, values[1]), None
+def read_hub(
+    domain: Domain, split: str, bad: BadLines, files: list[str] | None = None
+) -> Iterator[Document]:
+    """The documents of a split; files: those that `hub_files` found, looked up if not given."""
+    files = hub_files(domain, split) if files is None else files
+    if files is None:
+        return stream_hub(domain, split, bad)
+    return (d for path in files for d in read_file(path, domain, bad))
 
 
 def _row(document: Document) -> dict[str, Any]:
@@ -305,8 +268,9 @@ def _and(first: Keep, second: Keep) -> Keep:
 
 def _nothing(where: str, split: str, seen: int, fraction: float, bad: BadLines) -> str:
     if not seen:
-        skipped = f" ({bad.count} rows were skipped:\n{bad.listing()})" if bad.count else ""
-        return f"{where}: no documents{skipped}"
+        skipped = f" ({bad.describe()}:\n{bad.listing()})" if bad.count else ""
+        blank = f" (all {bad.blank} rows are blank)" if bad.blank and not bad.count else ""
+        return f"{where}: no documents{skipped}{blank}"
     fix = "give `heldout_files`, or raise" if split == "heldout" else "lower"
     return (
         f"{where}: none of its {seen} documents falls into the {split} part of the split by hash "
@@ -326,193 +290,7 @@ def _resolve(patterns: list[str]) -> list[str]:
         for path in found:
             if Path(path).is_dir():
                 raise UserError(f"{path} is a folder; write a glob such as {path}/*.jsonl.gz")
-            if not path.endswith(SUFFIXES):
+            if kind_by_name(path) is None:
                 raise UserError(f"{path}: unknown file type; known are {', '.join(SUFFIXES)}")
         files |= dict.fromkeys(found)
     return list(files)
-
-
-def _problem(text: object) -> str | None:
-    """Why a value is not a document, or None."""
-    if not isinstance(text, str):
-        return f"the text is not a string but {type(text).__name__}"
-    if not text.strip():
-        return "the text is empty"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "the text is not valid Unicode (lone surrogate)"
-    return None
-
-
-def _no_field(where: str, wanted: _Fields, seen: Iterable[str]) -> UserError:
-    names = ", ".join(sorted(map(repr, seen))) or "none"
-    missing = " and ".join(repr(n) for n in wanted.needed if n not in set(seen))
-    fix = (
-        "Set `prompt`, `input` and `response` of the domain's `instruction`."
-        if wanted.instruction
-        else "Set `chat_field` of the domain to the one that holds the messages."
-        if wanted.chat
-        else "Set `text_field` of the domain to the one that holds the text."
-    )
-    return UserError(
-        f"{where}: no row has the field {missing or wanted.needed}; fields seen: {names}. {fix}"
-    )
-
-
-def _chunks(path: str) -> Iterator[bytes]:
-    """Decompressed pieces of a file; EOFError or ValueError after the last good piece."""
-    try:
-        file = open(path, "rb")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"{path}: cannot be opened: {error.strerror}") from None
-    with file:
-        new: Callable[[], Any]
-        if path.endswith(".gz"):
-            new = partial(zlib.decompressobj, wbits=31)
-        elif path.endswith(".zst"):
-            import zstandard
-
-            new = zstandard.ZstdDecompressor().decompressobj
-        else:
-            while chunk := file.read(1 << 20):
-                yield chunk
-            return
-        decoder = None
-        while chunk := file.read(1 << 16):
-            while chunk:  # an archive may hold several members or frames
-                if decoder is None or decoder.eof:
-                    decoder = new()
-                try:
-                    yield decoder.decompress(chunk)
-                except Exception as error:  # zlib.error, zstandard.ZstdError
-                    raise ValueError(f"damaged archive: {error}") from None
-                chunk = decoder.unused_data if decoder.eof else b""
-        if decoder is not None and not decoder.eof:
-            raise EOFError("truncated archive")
-
-
-def _lines(path: str, bad: BadLines) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines; what stands behind damage is given up and counted as one bad line."""
-    number, rest = 0, [b""]
-    try:
-        for chunk in _chunks(path):
-            *complete, tail = chunk.split(b"\n")
-            if complete:
-                complete[0] = b"".join(rest) + complete[0]
-                rest = []
-            rest.append(tail)  # a list, so that one long line costs linear time
-            for line in complete:
-                number += 1
-                yield number, line
-    except (EOFError, ValueError) as error:
-        bad.add(path, number + 1, str(error))
-    else:
-        if last := b"".join(rest):
-            yield number + 1, last
-
-
-def _read_jsonl(path: str, fields: _Fields, bad: BadLines) -> Iterator[Document]:
-    found = False
-    seen: set[str] = set()
-    for number, line in _lines(path, bad):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-        except (ValueError, RecursionError) as error:
-            bad.add(path, number, f"not JSON: {error}")
-            continue
-        if not isinstance(row, dict):
-            bad.add(path, number, f"not a JSON object but {type(row).__name__}")
-            continue
-        missing = [name for name in fields.needed if name not in row]
-        if missing:
-            seen |= row.keys()
-            if not found and bad.count >= bad.budget:  # the likelier mistake is the field's name
-                raise _no_field(path, fields, seen)
-            bad.add(path, number, f"no field {missing[0]!r}")
-            continue
-        found = True
-        document, reason = fields.document(row)
-        if reason:
-            bad.add(path, number, reason)
-        else:
-            yield document
-    if seen and not found:
-        raise _no_field(path, fields, seen)
-
-
-def _read_text(path: str, bad: BadLines, by_line: bool) -> Iterator[str]:
-    block: list[bytes] = []
-    first = 1
-    # a blank line behind the last one closes the last block
-    for number, line in itertools.chain(_lines(path, bad), [(0, b"")]):
-        if line.strip():
-            if not block:
-                first = number
-            block.append(line)
-        if block and (by_line or not line.strip()):
-            try:
-                text = b"\n".join(block).decode("utf-8-sig").replace("\r\n", "\n")
-                yield text.rstrip("\r")
-            except UnicodeDecodeError:
-                bad.add(path, first, "not UTF-8")
-            block = []
-
-
-def _read_parquet(path: str, fields: _Fields, bad: BadLines) -> Iterator[Document]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if not set(fields.needed) <= set(names):
-                raise _no_field(path, fields, names)
-            columns = [n for n in fields.needed + fields.optional if n in names]
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    document, reason = fields.document(row)
-                    if reason:
-                        bad.add(path, number, reason)
-                    else:
-                        yield document
-    except (pyarrow.ArrowException, OSError) as error:
-        bad.add(path, number + 1, f"damaged parquet file: {str(error).splitlines()[0]}")
-
-
-def _from_hub(domain: Domain, split: str, keep: Keep, bad: BadLines) -> "IterableDataset":
-    """A data set of the hub (or a folder in its layout), streamed."""
-    import datasets
-
-    name, fields = domain.hub or "", _Fields.of(domain)
-    try:
-        rows = datasets.load_dataset(
-            name, domain.hub_config, split=split, revision=domain.revision, streaming=True
-        )
-        columns = rows.column_names or list(next(iter(rows), {}))
-    except Exception as error:  # many kinds: no network, no such name, config, split, revision
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"data set {name!r}, split {split!r}, cannot be opened ({type(error).__name__}: "
-            f"{reason}). Check `hub`, `hub_config`, `split`, `revision` and the network."
-        ) from None
-    if not set(fields.needed) <= set(columns):
-        raise _no_field(f"data set {name!r}, split {split!r}", fields, columns)
-    where = f"{name}/{split}"
-
-    def wanted(row: dict, index: int) -> bool:
-        document, reason = fields.document(row)
-        if reason:
-            bad.add(where, index + 1, reason)
-            return False
-        return keep(_row(document))
-
-    if domain.max_documents:
-        rows = rows.take(domain.max_documents)
-    return rows.filter(wanted, with_indices=True).map(
-        lambda row: _row(fields.document(row)[0]), remove_columns=columns
-    )

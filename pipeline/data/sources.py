@@ -7,19 +7,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.bad_lines import BadLines
 from pipeline.data.embedded import embedded_documents, embedded_version
 from pipeline.data.encode import Encoder
+from pipeline.data.formats.raw import layout_of
 from pipeline.data.instruct import Document, document_text
 from pipeline.data.prepared import Side, fingerprint
-from pipeline.data.reader import (
-    BadLines,
-    _digest,
-    _everything,
-    _from_hub,
-    _resolve,
-    document_of,
-    read_file,
-)
+from pipeline.data.reader import _digest, _resolve, read_file, read_hub
 from pipeline.errors import UserError
 from pipeline.recipe import Domain
 
@@ -84,7 +78,7 @@ def read_unit(unit: Unit, domain: Domain, bad: BadLines) -> Iterator[Document]:
     if unit.files:
         documents = (d for path in unit.files for d in read_file(path, domain, bad))
     elif unit.hub_split:
-        documents = map(document_of, _from_hub(domain, unit.hub_split, _everything, bad))
+        documents = read_hub(domain, unit.hub_split, bad)
     else:
         documents = iter(embedded_documents(domain.embedded or ""))
     return islice(documents, domain.max_documents)
@@ -189,7 +183,7 @@ def _head(path: str, domain: Domain) -> tuple[list[str], float]:
     size = Path(path).stat().st_size
     bad = BadLines(budget=1 << 62)
     texts: list[str] = []
-    if path.endswith(".parquet"):
+    if layout_of(path).rows == "parquet":
         import pyarrow.parquet
 
         texts = [document_text(d) for d in islice(read_file(path, domain, bad), 200)]

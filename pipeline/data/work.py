@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
+from pipeline.data.bad_lines import BadLines
 from pipeline.data.cleaning import Overlap
 from pipeline.data.encode import Encoder
 from pipeline.data.instruct import Document, document_text
 from pipeline.data.prepared import SIDES, Side, describe_file
-from pipeline.data.reader import BadLines, _digest, _row
+from pipeline.data.reader import _digest, _row
 from pipeline.data.shards import ShardWriter
 from pipeline.data.sources import Unit, file_identity, read_unit, sampled, side_of
 from pipeline.errors import UserError
@@ -274,7 +275,12 @@ def _make(job: Job, unit: Unit, report: Report) -> None:
         "refusal": counts.refusal,
         "text_bytes": counts.text_bytes,
         "core": job.encoder.core,
-        "bad": {"count": bad.count, "examples": bad.examples},
+        "bad": {
+            "count": bad.count,
+            "examples": bad.examples,
+            "damaged": bad.damaged,
+            "blank": bad.blank,
+        },
         "seconds": time.perf_counter() - start,
     }
     temporary = job.info(unit).with_suffix(".tmp")

@@ -17,8 +17,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from pipeline.checkpoint import is_published, publish, read_manifest, require_space, verify
+from pipeline.data.bad_lines import BadLines
 from pipeline.data.heldout import prepare_heldout
-from pipeline.data.reader import BadLines
 from pipeline.data.stage import StagePlan
 from pipeline.data.tokenizer import vocabulary_size
 from pipeline.engine.config import check_quantized, precision_of

@@ -1,0 +1,89 @@
+"""From a row of a file to a document."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.data.bad_lines import BadLines
+from pipeline.data.conversations import conversation_of
+from pipeline.data.instruct import Document, Example
+from pipeline.errors import UserError
+from pipeline.recipe import Domain
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Which fields of a row make a document, and what it is then."""
+
+    needed: list[str]
+    optional: list[str]
+    instruction: bool
+    chat: bool = False
+
+    @classmethod
+    def of(cls, domain: Domain) -> "Fields":
+        if domain.chat_field is not None:
+            return cls([domain.chat_field], [], False, chat=True)
+        if domain.instruction is None:
+            return cls([domain.text_field], [], False)
+        names = domain.instruction
+        return cls([names.prompt, names.response], [names.input] if names.input else [], True)
+
+    def take(self, row: dict[str, Any], file: str, line: int, bad: BadLines) -> Document | None:
+        """The document of a row that has the needed fields, or None: counted in `bad`.
+
+        A row whose needed field is null or blank has no text; it is not broken.
+        """
+        values = [row[name] for name in self.needed]
+        more = ["" if row.get(name) is None else row[name] for name in self.optional]
+        if any(is_blank(value) for value in values):
+            bad.add_blank(file, line)
+            return None
+        if self.chat and not isinstance(values[0], bytes):
+            conversation, refused = conversation_of(values[0])
+            if refused:
+                bad.add(file, line, refused)
+            return conversation
+        for name, value in zip(self.needed + self.optional, values + more, strict=True):
+            if reason := problem(value):
+                what = f"{name!r}" if self.instruction else "the text"
+                bad.add(file, line, f"{what} {reason}")
+                return None
+        if not self.instruction:
+            return values[0]
+        return Example(values[0], more[0] if more else "", values[1])
+
+    def missing(self, where: str, seen: Iterable[str]) -> UserError:
+        """The error of a file of which no row has the needed fields."""
+        seen = set(seen)
+        names = ", ".join(sorted(map(repr, seen))) or "none"
+        missing = " and ".join(repr(n) for n in self.needed if n not in seen)
+        fix = (
+            "Set `prompt`, `input` and `response` of the domain's `instruction`."
+            if self.instruction
+            else "Set `chat_field` of the domain to the one that holds the messages."
+            if self.chat
+            else "Set `text_field` of the domain to the one that holds the text."
+        )
+        return UserError(
+            f"{where}: no row has the field {missing or self.needed}; fields seen: {names}. {fix}"
+        )
+
+
+def is_blank(value: object) -> bool:
+    return value is None or (isinstance(value, (str, bytes)) and not value.strip())
+
+
+def problem(text: object) -> str | None:
+    """Why a value is no text, or None."""
+    if isinstance(text, bytes):
+        return "is not UTF-8"
+    if not isinstance(text, str):
+        return f"is not a string but {type(text).__name__}"
+    if "\0" in text:
+        return "has NUL characters"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "is not valid Unicode (lone surrogate)"
+    return None
