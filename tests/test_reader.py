@@ -180,11 +180,11 @@ def test_configurations_are_named(tmp_path):
 
 def test_other_kinds_are_streamed_and_their_errors_are_named(tmp_path):
     """CSV is read by `datasets`, which stops at a row of another shape."""
-    (tmp_path / "train.csv").write_text("id,text\n1,one\n2,two\n3,\n")
+    (tmp_path / "train-0.csv").write_text("id,text\n1,one\n2,two\n3,\n")
     domain = Domain(hub=str(tmp_path))
     assert hub_files(domain, "train") is None
     assert hub(tmp_path) == ["one", "two"]
-    (tmp_path / "train-2.csv").write_text("other\n1\n")
+    (tmp_path / "train-1.csv").write_text("other\n1\n")
     with pytest.raises(UserError, match=r"data set '.*', split 'train', cannot be read behind row"):
         hub(tmp_path)
 

@@ -9,7 +9,7 @@ answer.
 import re
 from typing import TYPE_CHECKING, Any
 
-from pipeline.data.instruct import Conversation
+from pipeline.data.instruct import Conversation, dated
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -128,11 +128,12 @@ def _marked(
 ) -> tuple[str, list[tuple[int, int]]]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    template = dated(tokenizer.get_chat_template())
     try:
         special: dict[str, Any] = tokenizer.special_tokens_map
         rendered: Any = render_jinja_template(
             conversations=[_messages(conversation)],
-            chat_template=tokenizer.get_chat_template(),
+            chat_template=template,
             return_assistant_tokens_mask=True,
             **special,
         )
@@ -154,7 +155,11 @@ def _messages(conversation: Conversation) -> list[dict[str, str]]:
 def _render(
     tokenizer: "PreTrainedTokenizerFast", messages: list[dict[str, str]], **options: Any
 ) -> str:
+    template = dated(tokenizer.get_chat_template())
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, **options
+        )
+        return str(text)
     except Exception as error:  # jinja2's, of the template's own raise_exception
         raise TemplateRefused(str(error)) from None

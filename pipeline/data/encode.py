@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 COMPARED = 500  # texts of a corpus on which a faster core has to agree before it is used alone
+ANCHORS = ("\n", ":", "x")  # what a response may stand behind; tokens seldom span one of them
 
 
 @dataclass
@@ -149,18 +151,21 @@ class Encoder:
 
     def _encode_examples(self, examples: list[Example]) -> list[Tokens]:
         pairs = [example_texts(self.template, self.tokenizer, e) for e in examples]
-        prompts, responses = (list(texts) for texts in zip(*pairs, strict=True))
         chat = self.template == "chat"  # its special tokens stand in the text
         self.backend.encode_special_tokens = not chat
         try:
-            heads = self.backend.encode_batch_fast(prompts, add_special_tokens=False)
-            tails = self.backend.encode_batch_fast(responses, add_special_tokens=False)
+            heads = [e.ids for e in self._encode([prompt for prompt, _ in pairs])]
+            wholes = [e.ids for e in self._encode([prompt + answer for prompt, answer in pairs])]
+            tails = [
+                self._continuation(head, whole, answer)
+                for head, whole, (_, answer) in zip(heads, wholes, pairs, strict=True)
+            ]
         finally:
             self.backend.encode_special_tokens = True
         found = []
         for head, tail in zip(heads, tails, strict=True):
-            prompt = head.ids if chat else self.before + head.ids
-            ids = np.array(prompt + tail.ids + ([] if chat else self.after), np.int32)
+            prompt = head if chat else self.before + head
+            ids = np.array(prompt + tail + ([] if chat else self.after), np.int32)
             found.append(Tokens(ids, None, np.arange(len(ids)) >= len(prompt), whole=True))
         return found
 
@@ -169,16 +174,56 @@ class Encoder:
             pieces = conversation_pieces(self.tokenizer, conversation)
         except TemplateRefused as refusal:
             return Tokens(np.zeros(0, np.int32), whole=True, refused=str(refusal))
+        ids: list[int] = []
+        learnt: list[bool] = []
+        text = ""
         self.backend.encode_special_tokens = False  # they stand in the template's text
         try:
-            encoded = self.backend.encode_batch_fast(
-                [text for text, _ in pieces], add_special_tokens=False
-            )
+            for piece, flag in pieces:
+                text += piece
+                whole = self._encode([text])[0].ids
+                new = self._continuation(ids, whole, piece) if ids else whole
+                ids += new
+                learnt += [flag] * len(new)
         finally:
             self.backend.encode_special_tokens = True
-        ids = [np.array(e.ids, np.int32) for e in encoded]
-        learnt = [np.full(len(i), flag) for i, (_, flag) in zip(ids, pieces, strict=True)]
-        return Tokens(np.concatenate(ids), None, np.concatenate(learnt), whole=True)
+        return Tokens(np.array(ids, np.int32), None, np.array(learnt, bool), whole=True)
+
+    def _encode(self, texts: list[str]) -> list[Any]:
+        return self.backend.encode_batch_fast(texts, add_special_tokens=False)
+
+    def _continuation(self, head: list[int], whole: list[int], text: str) -> list[int]:
+        """The tokens that continue a prompt's tokens, as a model that is given those writes them.
+
+        By itself, SentencePiece puts a blank before a text; with the prompt, a token may span both.
+        So: what the whole adds to the prompt, or the text behind another one (ANCHORS), or alone;
+        the first of them that reads as the text, else (a tokenizer that changes text) the first.
+        """
+        candidates = (
+            ids[len(start) :]
+            for start, ids in self._starts(head, whole, text)
+            if ids[: len(start)] == start
+        )
+        first: list[int] | None = None
+        before = self._decode(head)
+        for tail in candidates:
+            first = tail if first is None else first
+            if self._decode(head + tail) == before + text:
+                return tail
+        assert first is not None  # the text alone is always one
+        return first
+
+    def _starts(
+        self, head: list[int], whole: list[int], text: str
+    ) -> Iterator[tuple[list[int], list[int]]]:
+        yield head, whole
+        for anchor in ANCHORS:
+            start, both = self._encode([anchor, anchor + text])
+            yield start.ids, both.ids
+        yield [], self._encode([text])[0].ids
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.backend.decode(ids, skip_special_tokens=False)
 
 
 def _word_starts(word_ids: list[int | None]) -> np.ndarray:

@@ -4,7 +4,10 @@ A document of a corpus is a text, an `Example` (a prompt and the response to lea
 `Conversation` (`conversations.py`). Only the responses' tokens are predicted.
 """
 
+import re
 from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import UserError
@@ -22,6 +25,11 @@ ALPACA_CONTEXT = (
     "context. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{prompt}\n\n### Input:\n{context}\n\n### Response:\n"
 )
+
+# Chat templates that print today's date (`strftime_now`) are given this one, which those of Llama 3
+# print where they are given none, so that a prompt is the same every day.
+TODAY = datetime(2024, 7, 26)
+DATE_CALL = re.compile(r"""\bstrftime_now\s*\(\s*(?P<q>['"])(?P<format>[^'"]*)(?P=q)\s*\)""")
 
 
 class Example(NamedTuple):
@@ -98,7 +106,23 @@ def _user(prompt: str, context: str | None) -> dict[str, str]:
 def _chat(tokenizer: Any, messages: list[dict[str, str]], **options: bool) -> str:
     if not tokenizer.chat_template:
         raise UserError("data.template: the tokenizer has no chat template; use `alpaca`")
-    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    template = dated(tokenizer.get_chat_template())
+    return tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, **options
+    )
+
+
+@lru_cache
+def dated(template: str) -> str:
+    """The template with a date for each call of `strftime_now`: transformers lets none be given."""
+    fixed = DATE_CALL.sub(lambda call: repr(TODAY.strftime(call["format"])), template)
+    if re.search(r"\bstrftime_now\s*\(", fixed):
+        raise UserError(
+            "data.template: the tokenizer's chat template prints today's date in a format that it "
+            "computes, so that runs would differ from day to day; write the format into the "
+            "template, or use data.template=alpaca"
+        )
+    return fixed
 
 
 @dataclass
