@@ -58,7 +58,7 @@ class Domain:
     """One corpus: exactly one of `embedded`, `files`, `hub`."""
 
     embedded: str | None = None  # text that the Python installation carries
-    files: list[str] = field(default_factory=list)  # .jsonl[.gz|.zst] .parquet .txt, or globs
+    files: list[str] = field(default_factory=list)  # .json[l] .txt [.gz|.zst] .parquet, or globs
     hub: str | None = None  # dataset id
     hub_config: str | None = None
     split: str = "train"
