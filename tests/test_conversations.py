@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.data.bad_lines import BadLines
 from pipeline.data.conversations import conversation_of
 from pipeline.data.encode import Encoder
 from pipeline.data.instruct import Conversation
 from pipeline.data.prepare import prepare
-from pipeline.data.reader import BadLines, check_domain, read_file
+from pipeline.data.reader import check_domain, read_file
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
 from pipeline.recipe import Data, Domain, Model, Recipe, Stage

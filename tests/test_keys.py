@@ -18,8 +18,9 @@ import pytest
 import torch
 
 import pipeline.recipe
+from pipeline.data.bad_lines import BadLines
 from pipeline.data.batches import prefetch
-from pipeline.data.reader import BadLines, read_documents
+from pipeline.data.reader import read_documents
 from pipeline.engine.config import resolve_ds_config, resolve_fsdp_config
 from pipeline.engine.ds_keys import (
     UNSUPPORTED_ZERO,
@@ -333,7 +334,7 @@ def test_configuration_and_revision_reach_the_hub(here, monkeypatch):
     def opened(name, config, revision=None, **_):
         raise ValueError(f"{name} {config} {revision}")
 
-    monkeypatch.setattr(datasets, "load_dataset", opened)
+    monkeypatch.setattr(datasets, "load_dataset_builder", opened)
     recipe = load_recipe(
         here, ["data.domains.a={hub: who/what, hub_config: which, revision: when}"]
     )

@@ -32,7 +32,7 @@ from pipeline.recipe import Domain, Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 1  # raise it when prepared corpora of before can no longer be used
+FORMAT = 2  # raise it when prepared corpora of before can no longer be used
 SMALL = 8 << 20  # bytes of text that are not worth starting processes for
 SETTINGS = (
     "text_field", "instruction", "chat_field", "txt_documents", "heldout_fraction",
@@ -102,13 +102,13 @@ def summary(prepared: Prepared) -> str:
     train, heldout, manifest = prepared.train, prepared.heldout, prepared.manifest
     left_out = {
         "broken rows": manifest["bad"]["count"],
-        "rows without text": manifest["bad"].get("blank", 0),
+        "rows without text": manifest["bad"]["blank"],
         "duplicates": manifest["duplicates"],
         "with text of an evaluation": manifest["contaminated"],
         f"that the chat template refuses ({manifest['refusal']})": manifest["refused"],
     }
     said = "".join(f", {count:,} {what} left out" for what, count in left_out.items() if count)
-    for file, row, reason in manifest["bad"].get("damaged", []):
+    for file, row, reason in manifest["bad"]["damaged"]:
         said += f", {file} lost from row {row} on ({reason})"
     return (
         f"{train.documents:,} documents of {train.tokens:,} tokens, {heldout.documents:,} held "

@@ -8,12 +8,13 @@ from itertools import islice
 
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.data.bad_lines import BadLines
 from pipeline.data.batches import StageBatches, frame_of
 from pipeline.data.encode import Encoder, Tokens
 from pipeline.data.instruct import Document
 from pipeline.data.packing import Shape
 from pipeline.data.prepared import Side
-from pipeline.data.reader import BadLines, _digest, _row
+from pipeline.data.reader import _digest, _row
 from pipeline.data.sources import Unit, read_unit, sampled, side_of, units_of
 from pipeline.data.stage import domains_of, shares_of
 from pipeline.data.stream import BATCH, HeldDocuments, Shard, StreamedRows, StreamedSource

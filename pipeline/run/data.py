@@ -6,13 +6,14 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.data.bad_lines import BadLines
 from pipeline.data.batches import StageBatches, frame_of, training_batches
 from pipeline.data.heldout import Sides
 from pipeline.data.mixture import Corpus
 from pipeline.data.prepared import Prepared
-from pipeline.data.reader import BadLines
 from pipeline.data.stage import StagePlan, plan_stage
 from pipeline.data.streaming import open_streams, streamed_batches
+from pipeline.progress import say
 from pipeline.ranks import rank, world_size
 from pipeline.recipe import Recipe
 from pipeline.run.corpora import open_corpora
@@ -64,5 +65,9 @@ def open_data(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: Path) 
     for name, corpus in prepared.items():
         found = corpus.manifest["bad"]
         examples = [(str(f), int(n), str(r)) for f, n, r in found["examples"]]
-        bad[name] = BadLines(recipe.data.bad_lines, found["count"], examples)
+        damaged = [(str(f), int(n), str(r)) for f, n, r in found["damaged"]]
+        lines = BadLines(recipe.data.bad_lines, found["count"], examples, damaged, found["blank"])
+        bad[name] = lines
+        if rank() == 0 and lines.describe():  # also where it was prepared long ago
+            say(f"{name}: {lines.describe()}")
     return RunData(recipe, tokenizer, prepared, bad)
