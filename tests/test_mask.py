@@ -309,6 +309,15 @@ def test_models_that_cannot_be_masked_are_refused():
         find_targets(MixtralForCausalLM(MixtralConfig(**sizes)))
 
 
+def test_experts_are_left_out_where_nothing_is_masked_and_mamba_has_none():
+    sizes = {**GROUPED, "num_local_experts": 2}
+    mixtral = MixtralForCausalLM(MixtralConfig(**sizes))
+    assert {t.component for t in find_targets(mixtral, experts=True)} == {"q", "k", "v", "o"}
+    sizes = {"vocab_size": 29, "hidden_size": 8, "num_hidden_layers": 1, "state_size": 4}
+    mamba = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **sizes))
+    assert len(find_targets(mamba)) == 4  # in_proj, x_proj, dt_proj, out_proj
+
+
 def _recorded(model, ids, normalize="none"):
     targets = find_targets(model)
     recorder = MagnitudeRecorder(targets, normalize)
