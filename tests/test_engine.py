@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import json
 from contextlib import suppress
 from pathlib import Path
 
@@ -127,13 +128,13 @@ def run(path: Path, runs: Path, name: str, kind: str, settings: list[str], stop:
         config = resolve_ds_config(zero, loaded, world_size(), "cpu")
     engines, found = set(), {}
 
-    def measure(engine, task, asked):
+    def measure(engine, separation, task, asked):
         nonlocal stop
         if task.stage == stop:
             stop = None
             raise Interrupted
         before = torch.get_rng_state()
-        measure_in_engine(engine, task, asked)
+        measure_in_engine(engine, separation, task, asked)
         assert torch.equal(before, torch.get_rng_state())
         assert engine.module.training
         engines.add(id(engine))
@@ -187,7 +188,8 @@ def measured_twice(path, runs):
     worst = {}
     for kind in ("zero3", "fsdp"):
         name = f"{kind} on {world_size()}"
-        run(path, runs, name, kind, ["train.precision=fp32", "evaluate.batch_size=3"])
+        settings = ["train.precision=fp32", "evaluate.batch_size=3", "mask.from_stage=2"]
+        run(path, runs, name, kind, settings)
         for stage in (runs / name / "stages").iterdir():
             part = stage / f"again-{rank()}.npz"
             net = load_for_evaluation(stage / "checkpoint", "masked", "sdpa")
@@ -205,6 +207,9 @@ def test_the_engine_measures_what_the_published_checkpoint_has(ranks, recipe, tm
         assert len(worst) == 6
         for case, difference in worst.items():
             assert difference < 2e-5, case  # of a sum over 5 tokens or so, each of about 6 nats
+    for log in tmp_path.glob("*/log.jsonl"):  # `from_stage: 2`: the first one is dense
+        steps = [r for r in map(json.loads, log.open(encoding="utf-8")) if r["event"] == "step"]
+        assert {(r["stage"], r["kept"] < 0.5) for r in steps} == {(1, False), (2, True)}
 
 
 class Overflowing:
