@@ -146,6 +146,25 @@ def test_a_position_is_small_and_speaks_of_what_was_taken_not_of_what_is_prepare
     batches.close()
 
 
+@pytest.mark.parametrize("prefetch", [0, 8])
+def test_what_the_end_of_a_stage_cuts_is_said_by_domain(prefetch):
+    rng = np.random.default_rng(0)
+    corpora = {n: MemoryCorpus(rng.integers(2, 90, 60), 9000 * i) for i, n in enumerate("ab", 1)}
+    recipe = recipe_of([Stage(domain=["a", "b"], steps=7)], {"a": text(), "b": text()})
+    recipe.data.prefetch = prefetch
+    (batches,) = batches_of(recipe, corpora, 1)
+    read = {int(i) for (batch,) in islice(batches, 7) for i in batch["input_ids"].flatten()}
+    cut = {}
+    for name, corpus in corpora.items():
+        ends = corpus.first + np.cumsum(corpus.all_lengths)
+        documents = [range(e - n, e) for e, n in zip(ends, corpus.all_lengths, strict=True)]
+        left = [len(set(d) - read) for d in documents if d[0] in read and d[-1] not in read]
+        cut[name] = (len(left), sum(left))
+    assert sum(n for n, _ in cut.values()) > 5
+    assert batches.unfinished() == cut
+    batches.close()
+
+
 @pytest.mark.parametrize("change", ["length", "seed", "documents", "weights"])
 def test_a_position_of_other_data_is_refused_by_name(change):
     corpora = {"d": MemoryCorpus([30] * 50), "e": MemoryCorpus([30] * 50)}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from pipeline.model.attention import targets_of
 from pipeline.run.domain_losses import DomainLosses
-from pipeline.run.train import _targets
 
 
 @pytest.mark.parametrize("objective", ["masked", "causal"])
@@ -18,11 +18,11 @@ def test_losses_by_domain_sum_to_the_loss_of_the_step(objective):
         labels[labels < 0] = -100
         domains = torch.randint(-1, 2, (4, 16), generator=generator).short()
         labels[domains < 0] = -100
-        targets = _targets(labels, objective)
+        targets = targets_of(labels, objective)
         logits = torch.randn(4, 16, 9, generator=generator)
         losses = F.cross_entropy(logits[targets >= 0], targets[targets >= 0], reduction="none")
         sums.count(domains)
-        sums.add(losses, targets, _targets(domains, objective))
+        sums.add(losses, targets, targets_of(domains, objective))
         total, predicted = total + losses.double().sum().item(), predicted + len(losses)
         tokens += int((domains >= 0).sum())
     found = sums.reduce()

@@ -190,4 +190,4 @@ def test_what_the_end_of_a_stage_cuts_is_known(unfinished):
     )
     cut = [n for n in read.values() if n <= LENGTH]
     found = packed.unfinished()
-    assert found == ({0: (len(cut), sum(LENGTH + 1 - n for n in cut))} if unfinished else {})
+    assert found == ([[0, len(cut), sum(LENGTH + 1 - n for n in cut)]] if unfinished else [])

@@ -203,6 +203,10 @@ def test_broken_rows_within_the_budget_are_skipped_and_reported(recipe):
     assert code == 0, output
     assert "a: skipped 1 broken rows" in output
     assert "a.jsonl.gz:81" in output
+    records = [json.loads(line) for line in (recipe.parent / "runs/tiny/log.jsonl").open()]
+    (unread,) = [r["unread"] for r in records if r["event"] == "stage"]
+    said = f"{unread['a']['documents']} of a ({unread['a']['tokens']} tokens)"
+    assert f"whose rest is not read: {said}" in output
 
 
 def test_a_run_folder_in_use_is_refused(recipe):

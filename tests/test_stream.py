@@ -85,6 +85,9 @@ def test_ranks_change_nothing_and_a_position_goes_on_exactly(sizes, shares, whol
     before = streams(sources, a, whole=whole)
     found = steps_of(before, at)
     state = merge_states([rows.state_dict() for rows in before])
+    (one,) = streams(sources, whole=whole)
+    steps_of([one], at)
+    assert sorted(one.unfinished(one.state_dict())) == sorted(one.unfinished(state))
     found += steps_of(streams(sources, b, state, whole=whole), 20 - at)
     assert found == expected
 

@@ -1,5 +1,6 @@
 """A stage's micro-batches, step after step: the same for every number of ranks, and resumable."""
 
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from queue import Full, Queue
 from threading import Event, Thread
@@ -34,6 +35,9 @@ class Rows(Protocol):
         """A rank's state as one that any number of ranks can load; all ranks call it."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def unfinished(self, state: dict[str, Any]) -> list[list[int]]:
+        """Of a gathered state, as `Packer.unfinished`; a part may come more than once."""
 
 
 class StageBatches:
@@ -87,6 +91,16 @@ class StageBatches:
         """All ranks call it."""
         rows = self.rows.gathered(self._state["rows"])
         return {"settings": self._settings, **self._state, "rows": rows}
+
+    def unfinished(self) -> dict[str, tuple[int, int]]:
+        """By domain (documents, tokens): what the steps taken have begun, or had ready, and not
+        read to its end. All ranks call it."""
+        documents: Counter[str] = Counter()
+        tokens: Counter[str] = Counter()
+        for part, begun, left in self.rows.unfinished(self.state_dict()["rows"]):
+            documents[self.domains[part]] += begun
+            tokens[self.domains[part]] += left
+        return {name: (documents[name], tokens[name]) for name in self.domains if documents[name]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on behind the step that `state` is of. Only before the first step is taken.
@@ -167,6 +181,9 @@ class PreparedRows:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.packer.load_state_dict(state)
+
+    def unfinished(self, state: dict[str, Any]) -> list[list[int]]:
+        return state["unfinished"]
 
 
 def frame_of(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Frame:

@@ -140,28 +140,33 @@ class Packer:
             return room if first else 0
         return take
 
-    def unfinished(self) -> dict[int, tuple[int, int]]:
-        """Per part, (documents, tokens) drawn and not packed to their end."""
+    def unfinished(self) -> list[list[int]]:
+        """For each part of which there are any: [part, documents that were drawn and are not packed
+        to their end, tokens that they have left]."""
         documents: Counter[int] = Counter()
         tokens: Counter[int] = Counter()
         waiting = [d for _, _, d in self._whole] + [d for _, d in self._cuttable]
         for document, offset in [h for h in self.held if h] + [(d, 0) for d in waiting]:
             documents[document.part] += 1
             tokens[document.part] += document.length - offset
-        return {part: (documents[part], tokens[part]) for part in sorted(documents)}
+        return [[part, documents[part], tokens[part]] for part in sorted(documents)]
 
     def first_used(self) -> list[int]:
         """For each source the number of the first document that is still to be read."""
         return first_used(self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the packer stands, as JSON takes it; small: it names documents by their number."""
+        """Where the packer stands, as JSON takes it; small: it names documents by their number.
+
+        `unfinished` is there to be read: it follows from the rest.
+        """
         waiting = sorted([(n, d) for _, n, d in self._whole] + self._cuttable)
         return {
             "drawn": list(self.mixture.drawn),
             "tokens": list(self.mixture.tokens),
             "rows": [h and [h[0].source, h[0].draw, h[1]] for h in self.held],
             "waiting": [[d.source, d.draw] for _, d in waiting],
+            "unfinished": self.unfinished(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -327,6 +327,9 @@ class StreamedRows:
         for number, row in self._rows.items():
             row.packer.load_state_dict(state["rows"][str(number)])
 
+    def unfinished(self, state: dict[str, Any]) -> list[list[int]]:
+        return [found for row in state["rows"].values() for found in row["unfinished"]]
+
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One state of all rows from those of all ranks behind the same step."""

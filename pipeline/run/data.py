@@ -53,6 +53,12 @@ class RunData:
         return {name: prepared.train for name, prepared in self.prepared.items()}
 
 
+def describe_unread(unread: Mapping[str, tuple[int, int]]) -> str:
+    """A line for people: by domain (documents, tokens) that the end of a stage cuts."""
+    each = ", ".join(f"{n:,} of {name} ({left:,} tokens)" for name, (n, left) in unread.items())
+    return f"its length ends the stage within documents, whose rest is not read: {each}"
+
+
 def open_data(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: Path) -> RunData:
     """All ranks call it; domains that are not prepared yet are, unless they are to be streamed.
 

@@ -32,7 +32,7 @@ from pipeline.nodes import send_folder
 from pipeline.progress import EventLog, say
 from pipeline.ranks import on_rank0, rank
 from pipeline.recipe import Model, Recipe
-from pipeline.run.data import RunData, open_data
+from pipeline.run.data import RunData, describe_unread, open_data
 from pipeline.run.folder import MASTERS, describe_model, open_run, stage_folder, step_folder
 from pipeline.run.published import (
     check_masters,
@@ -238,6 +238,9 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
             run.log.write("stopped", reason=str(error), stage=stage, step=run.log.step + 1)
         raise
     batches.close()
+    unread = batches.unfinished()
+    if unread:
+        _tell(f"{s.name}: {describe_unread(unread)}")
     _report_bad_lines(run.data.bad, batches.domains, run.log)
     start = time.perf_counter()
     if mask:
@@ -245,6 +248,7 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
     numbers = {
         "steps": result.steps, "tokens": result.tokens, "seconds": result.seconds,
         "data": asdict(plan.examples) if plan.examples else None,
+        "unread": {n: {"documents": d, "tokens": t} for n, (d, t) in unread.items()},
     }  # fmt: skip
     info = {"stage": stage, "name": s.name, **numbers}  # the log may lose them: `_unlogged`
     if run.keeps_masters:  # before what it belongs to: a published stage has its masters
@@ -262,7 +266,9 @@ def _unlogged(run: Run, stage: int) -> dict[str, Any] | None:
     if run.log is None or run.log.has_stage(stage):
         return None
     known = read_manifest(run.checkpoint(stage))
-    return {key: known[key] for key in ("steps", "tokens", "seconds", "data") if key in known}
+    return {
+        key: known[key] for key in ("steps", "tokens", "seconds", "data", "unread") if key in known
+    }
 
 
 def _evaluate_within(
