@@ -34,10 +34,12 @@ def fake_run(
     bad_lines: int = 0,
     stderr: float = 0.02,
     heldout: str | None = None,
+    replayed: str | None = None,
 ) -> Path:
     """Write one run; `evaluated` is the last evaluated stage (all of them by default), and the
     stage after it is left half trained. `heldout` names the held-out text: losses by sequence are
-    then written, in which most of what makes a sequence hard is the same in all runs on it."""
+    then written, in which most of what makes a sequence hard is the same in all runs on it.
+    `replayed` is a domain to which every stage gives a quarter of its tokens."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     evaluated = len(trained) if evaluated is None else evaluated
@@ -71,7 +73,10 @@ def fake_run(
             "sequence_length": 128,
             "domains": {domain: {"embedded": domain} for domain in domains},
         },
-        "stages": [{"domain": domain, "steps": steps} for domain in trained],
+        "stages": [
+            {"domain": domain, "steps": steps} | ({"replay": {replayed: 0.25}} if replayed else {})
+            for domain in trained
+        ],
         "seed": seed,
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
@@ -132,6 +137,10 @@ def fake_run(
                     "time": STARTED,
                 }
             )
+            if replayed:
+                own = {"loss": log[-1]["loss"], "predicted": 460, "tokens": 3072}
+                other = {"loss": START[replayed], "predicted": 150, "tokens": 1024}
+                log[-1]["domains"] = {domain: own, replayed: other}
         if not done:
             break
         loss = goal

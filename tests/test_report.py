@@ -146,6 +146,37 @@ def test_names_are_escaped_and_mixtures_read(tmp_path):
     assert report["trained"] == {"a<b": 1, "math": 1}
 
 
+def test_domains_of_a_stage_and_what_preparing_left_out_are_on_the_page(tmp_path):
+    run = fake_run(tmp_path / "replay", replayed="prose")
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    left_out = {"broken": 3, "blank": 0, "duplicates": 1234, "contaminated": 56, "refused": 0}
+    sizes = {"documents": 4321, "tokens": 98765, "heldout_documents": 222}
+    for damaged in ({}, {"left_out": 3}, {"tokens": "many"}):
+        record = {"event": "corpus", "domain": "math", **sizes, "left_out": left_out} | damaged
+        records.insert(0, record)
+    records[-2]["domains"]["prose"]["loss"] = None  # nothing of it was predicted
+    (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    page = write_report(run)
+    assert_self_contained(page)
+    figure = (page.parent / "domain_training_loss.svg").read_text()
+    assert {"prose", "math", "python", "cpp"} <= set(re.findall(r">(\w+)</text>", figure))
+    report = json.loads((page.parent / "report.json").read_text())
+    shares = {(s["stage"], s["domain"]): s for s in report["domains_of_stages"]}
+    steps = [r for r in records if r["event"] == "step"]
+    for stage, domain in enumerate(("math", "python", "cpp"), start=1):
+        own, other = shares[stage, domain], shares[stage, "prose"]
+        assert (own["tokens"], other["tokens"]) == (60 * 3072, 60 * 1024)
+        assert (own["share"], other["share"]) == (0.75, 0.25)
+        losses = [s["domains"][domain]["loss"] for s in steps if s["stage"] == stage]
+        assert own["last"] == pytest.approx(np.median(losses[-6:]))
+        assert other["last"] == 4.02
+    text = text_of(page)
+    assert "Domain Documents Tokens Held out Broken Duplicates Text of an evaluation" in text
+    assert "math 4,321 98,765 222 3 1,234 56" in text
+    assert "2 line(s) of log.jsonl cannot be read" in text
+    assert "Domains of the stages" not in text_of(write_report(fake_run(tmp_path / "plain")))
+
+
 def test_comparison_reads_equal_learning_and_names_the_noise(tmp_path):
     runs = [
         fake_run(tmp_path / "ft", enabled=False),

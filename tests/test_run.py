@@ -196,17 +196,27 @@ def test_mistakes_are_found_before_training(recipe, overrides, expected):
         pass
 
 
-def test_broken_rows_within_the_budget_are_skipped_and_reported(recipe):
+def test_what_a_stage_read_and_left_out_is_reported(recipe):
     with gzip.open(recipe.parent / "a.jsonl.gz", "at") as file:
         file.write("{broken\n")
-    code, output = finish(command(recipe, "stages=[{domain: a, steps: 12}]"))
+    code, output = finish(command(recipe, "stages=[{domain: [a, b], steps: 12}]"))
     assert code == 0, output
     assert "a: skipped 1 broken rows" in output
     assert "a.jsonl.gz:81" in output
     records = [json.loads(line) for line in (recipe.parent / "runs/tiny/log.jsonl").open()]
     (unread,) = [r["unread"] for r in records if r["event"] == "stage"]
-    said = f"{unread['a']['documents']} of a ({unread['a']['tokens']} tokens)"
-    assert f"whose rest is not read: {said}" in output
+    said = [f"{u['documents']} of {n} ({u['tokens']} tokens)" for n, u in unread.items()]
+    assert said
+    assert f"whose rest is not read: {', '.join(said)}" in output
+    corpora = {r["domain"]: r for r in records if r["event"] == "corpus"}
+    assert {n: c["left_out"]["broken"] for n, c in corpora.items()} == {"a": 1, "b": 0}
+    for record in [r for r in records if r["event"] == "step"]:
+        parts = record["domains"].values()
+        total = sum((d["loss"] or 0) * d["predicted"] for d in parts)
+        assert record["loss"] == pytest.approx(total / sum(d["predicted"] for d in parts))
+    page = (recipe.parent / "runs/tiny/report/index.html").read_text()
+    assert "Domains of the stages" in page
+    assert "Corpora" in page
 
 
 def test_a_run_folder_in_use_is_refused(recipe):

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class Log:
     steps: list[dict] = field(default_factory=list)  # in order, the last of any repeated ones
     ends: dict[int, dict] = field(default_factory=dict)  # stage -> the record of its end
     stopped: dict | None = None  # why the run stopped, if that is the last it said
+    corpora: dict[str, dict] = field(default_factory=dict)  # domain -> what preparing it gave
     bad_lines: dict[str, dict] = field(default_factory=dict)  # domain -> {"count", "examples"}
 
     @property
@@ -80,6 +82,8 @@ def read_log(path: Path, stages: int, findings: Findings) -> Log:
         stopped=said[-1] if said and said[-1]["event"] == "stopped" else None,
     )
     for record in records:
+        if record.get("event") == "corpus":
+            log.corpora[record["domain"]] = record
         if record.get("event") == "bad_lines":
             known = log.bad_lines.get(record["domain"], {"count": 0})
             if record["count"] > known["count"]:
@@ -97,12 +101,29 @@ def _fits(record: dict, stages: int) -> bool:
             and isinstance(examples, list)
             and all(isinstance(example, dict) for example in examples)
         )
+    if event == "corpus":
+        return isinstance(record.get("domain"), str) and (
+            _counts([record.get(k) for k in ("documents", "tokens", "heldout_documents")])
+            and isinstance(record.get("left_out"), dict)
+            and _counts(record["left_out"].values())
+        )
     if not isinstance(event, str) or event not in NEEDED:
         return isinstance(event, str)
     if not all(type(record.get(key)) is int for key in NEEDED[event]):
         return False
     numbers = all(isinstance(record.get(k), int | float | None) for k in NUMBERS)
-    return numbers and 0 <= record["stage"] <= stages
+    domains = record.get("domains") or {}
+    mixed = isinstance(domains, dict) and all(
+        isinstance(d, dict)
+        and _counts([d.get("predicted"), d.get("tokens")])
+        and isinstance(d.get("loss"), int | float | None)
+        for d in domains.values()
+    )
+    return numbers and mixed and 0 <= record["stage"] <= stages
+
+
+def _counts(values: Iterable[object]) -> bool:
+    return all(type(value) is int for value in values)
 
 
 def stage_times(stages: list[str], log: Log, measured: int) -> list[StageTime]:

@@ -51,6 +51,33 @@ def change_of(matrix: Matrix, stage: int, domain: str) -> float | None:
     return None if before is None or now is None else now - before
 
 
+LEFT_OUT = {
+    "broken": "broken",
+    "blank": "without text",
+    "duplicates": "duplicates",
+    "contaminated": "text of an evaluation",
+    "refused": "refused by the chat template",
+    "sampled_out": "outside the sample",
+    "without_tokens": "without tokens",
+}
+
+
+def corpora(run: Run) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """What preparing gave: (columns, rows of (domain, cells)). What is nowhere left out has no
+    column."""
+    found = run.log.corpora
+    keys = [k for k in LEFT_OUT if any(c["left_out"].get(k) for c in found.values())]
+    rows = [
+        (
+            domain,
+            [f"{counts[k]:,}" for k in ("documents", "tokens", "heldout_documents")]
+            + [f"{counts['left_out'].get(k, 0):,}" for k in keys],
+        )
+        for domain, counts in found.items()
+    ]
+    return ["documents", "tokens", "held out", *(LEFT_OUT[k] for k in keys)], rows
+
+
 @dataclass
 class Overlap:
     """Kept-row overlap of one kind of layer after one stage."""

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from eval.analysis.curves import POINT_DEFINITIONS
 from eval.analysis.load import Run, StageTime, load_run
 from eval.analysis.matrix import DEFINITIONS, METRICS, learning_curve
+from eval.analysis.mixtures import domain_shares
 from eval.analysis.points import stage_lengths
 from eval.analysis.text import number, percent, short_float, signed, signed_percent
 from eval.report import cells, run_plots, tasks, tuning
@@ -48,6 +49,9 @@ def write_report(run_dir: Path | str) -> Path:
         figures["domain_curves"] = run_plots.domain_curves(run.matrix)
     if any(step.get("loss") is not None for step in run.log.steps):
         figures["training_loss"] = run_plots.training_loss(run)
+    shares = domain_shares(run.log)
+    if any(share.last is not None for share in shares):
+        figures["domain_training_loss"] = run_plots.domain_training_loss(run)
 
     learning = tuning.learning_of(run)
     detailed = tuning.has_points(run)
@@ -83,6 +87,8 @@ def write_report(run_dir: Path | str) -> Path:
             (NAMES[key], _metric(key, value), DEFINITIONS[key])
             for key, value in numbers["metrics"].items()
         ],
+        shares=shares,
+        corpora=cells.corpora(run),
         times=_time_table(run.times),
         facts=_facts(run),
         recipe=yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True),
@@ -114,6 +120,8 @@ def run_numbers(run: Run, learning: tuning.Learning) -> dict:
         "learning_curve": curve,
         "points": tuning.numbers(run, learning),
         "point_definitions": POINT_DEFINITIONS,
+        "domains_of_stages": [vars(share) for share in domain_shares(run.log)],
+        "corpora": run.log.corpora,
         "time": [vars(time) for time in run.times],
         "environment": run.environment,
         "recipe": run.recipe,

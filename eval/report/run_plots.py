@@ -5,6 +5,7 @@ import numpy as np
 
 from eval.analysis.load import Run
 from eval.analysis.matrix import Matrix
+from eval.analysis.mixtures import losses_of, mixed_steps
 from eval.report.cells import change_of
 from eval.report.drawing import (
     GREY,
@@ -90,6 +91,38 @@ def training_loss(run: Run) -> str:
     axes.set_xlim(0, max(start, 1))
     axes.grid(axis="y")
     return svg_of(figure, "training_loss", "Training loss over the steps")
+
+
+@matplotlib.rc_context(STYLE)
+def domain_training_loss(run: Run) -> str:
+    """Training loss of each domain of the stages that read several, over the steps of all stages:
+    a running median."""
+    figure = new_figure(5.7, 3.4)
+    axes = figure.subplots()
+    mixed = mixed_steps(run.log)
+    names = list(dict.fromkeys(n for steps in mixed.values() for s in steps for n in s["domains"]))
+    order = [*run.matrix.domains, *(n for n in names if n not in run.matrix.domains)]
+    colours = dict(zip(order, palette(len(order)), strict=True))
+    start, low, ends = 0, None, {}
+    for stage in sorted({step["stage"] for step in run.log.steps}):
+        for domain in names if stage in mixed else ():
+            losses = losses_of(domain, mixed[stage])
+            if not losses:
+                continue
+            x, y = (_thin(np.array(column, dtype=float)) for column in zip(*losses, strict=True))
+            y = _running_median(y, max(3, len(y) // 12))
+            axes.plot(start + x, y, color=colours[domain], lw=2)
+            ends[domain] = (float(start + x[-1]), float(y[-1]), domain, colours[domain])
+            low = start if low is None else low
+        if stage in mixed and start:
+            axes.axvline(start, color=PALE, lw=1.2, zorder=0)
+        start += max(s["step"] for s in run.log.steps if s["stage"] == stage)
+    low, high = low or 0, max((x for x, *_ in ends.values()), default=1.0)
+    axes.set(xlabel="optimizer step, over all stages", ylabel="training loss, nats")
+    axes.set_xlim(low, high)
+    axes.grid(axis="y")
+    end_labels(axes, list(ends.values()), at=high + 0.02 * (high - low))
+    return svg_of(figure, "domain_training_loss", "Training loss of each domain over the steps")
 
 
 def _thin(values: np.ndarray, most: int = 400) -> np.ndarray:

@@ -100,20 +100,34 @@ def describe(recipe: Recipe, name: str, tokenizer: "PreTrainedTokenizerFast") ->
 def summary(prepared: Prepared) -> str:
     """What a prepared domain holds, as a phrase."""
     train, heldout, manifest = prepared.train, prepared.heldout, prepared.manifest
-    left_out = {
-        "broken rows": manifest["bad"]["count"],
-        "rows without text": manifest["bad"]["blank"],
-        "duplicates": manifest["duplicates"],
-        "with text of an evaluation": manifest["contaminated"],
-        f"that the chat template refuses ({manifest['refusal']})": manifest["refused"],
+    names = {
+        "broken": "broken rows",
+        "blank": "rows without text",
+        "duplicates": "duplicates",
+        "contaminated": "with text of an evaluation",
+        "refused": f"that the chat template refuses ({manifest['refusal']})",
     }
-    said = "".join(f", {count:,} {what} left out" for what, count in left_out.items() if count)
+    counts = left_out(prepared)
+    said = "".join(
+        f", {counts[key]:,} {what} left out" for key, what in names.items() if counts[key]
+    )
     for file, row, reason in manifest["bad"]["damaged"]:
         said += f", {file} lost from row {row} on ({reason})"
     return (
         f"{train.documents:,} documents of {train.tokens:,} tokens, {heldout.documents:,} held "
         f"out{said}"
     )
+
+
+def left_out(prepared: Prepared) -> dict[str, int]:
+    """Rows that are in the files of a domain and not in its corpus, by reason."""
+    manifest = prepared.manifest
+    counted = ("duplicates", "contaminated", "refused", "sampled_out", "without_tokens")
+    return {
+        "broken": manifest["bad"]["count"],
+        "blank": manifest["bad"]["blank"],
+        **{key: manifest[key] for key in counted},
+    }
 
 
 def sources_of(recipe: Recipe, name: str) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -10,6 +11,7 @@ from pipeline.data.bad_lines import BadLines
 from pipeline.data.batches import StageBatches, frame_of, training_batches
 from pipeline.data.heldout import Sides
 from pipeline.data.mixture import Corpus
+from pipeline.data.prepare import left_out
 from pipeline.data.prepared import Prepared
 from pipeline.data.stage import StagePlan, plan_stage
 from pipeline.data.streaming import open_streams, streamed_batches
@@ -46,6 +48,18 @@ class RunData:
         if corpora is None:
             return streamed_batches(self.recipe, stage, self.tokenizer, *ranks, self.bad)
         return training_batches(self.recipe, stage, self.tokenizer, corpora, *ranks)
+
+    def counts(self) -> dict[str, dict[str, Any]]:
+        """By domain, what its prepared corpus holds and what preparing left out, for the log."""
+        return {
+            name: {
+                "documents": prepared.train.documents,
+                "tokens": prepared.train.tokens,
+                "heldout_documents": prepared.heldout.documents,
+                "left_out": left_out(prepared),
+            }
+            for name, prepared in (self.prepared or {}).items()
+        }
 
     def _train(self) -> dict[str, Corpus] | None:
         if self.prepared is None:

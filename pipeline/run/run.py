@@ -203,6 +203,9 @@ def _prepare(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Run
         on_rank0(lambda: prepare_heldout(recipe, tokenizer, data.sides(), target))
     send_folder(folder / "heldout")
     log = EventLog(folder / "log.jsonl") if rank() == 0 else None
+    if log is not None:
+        for name, counts in data.counts().items():
+            log.write("corpus", domain=name, **counts)
     return Run(folder, recipe, engine_config, config, tokenizer, data, log)
 
 
