@@ -48,22 +48,23 @@ def hub_files(domain: Domain, split: str) -> list[str] | None:
     return files[split] if known else None
 
 
-def stream_hub(domain: Domain, split: str, bad: BadLines) -> Iterator[Document]:
-    """The documents that `datasets` reads. Columns that are not wanted are never decoded."""
-    import datasets
+def hub_parts(domain: Domain, split: str) -> int:
+    """Into how many parts `datasets` can take a split that it reads: mostly its files."""
+    return _opened(domain, split)[0].num_shards
 
+
+def stream_hub(
+    domain: Domain, split: str, bad: BadLines, part: tuple[int, int] = (0, 1)
+) -> Iterator[Document]:
+    """The documents that `datasets` reads. Columns that are not wanted are never decoded.
+
+    part: (number from 0, of how many); the parts after one another are the whole split.
+    """
     fields, where = Fields.of(domain), f"{domain.hub}/{split}"
-    try:
-        rows = datasets.load_dataset(
-            str(domain.hub),
-            domain.hub_config,
-            split=split,
-            revision=domain.revision,
-            streaming=True,
-        )
-        columns = rows.column_names or list(next(iter(rows), {}))
-    except Exception as error:
-        raise _not_opened(domain, split, error) from None
+    rows, columns = _opened(domain, split)
+    if part[1] > 1:
+        rows = rows.shard(num_shards=part[1], index=part[0])
+        where += f", part {part[0] + 1} of {part[1]}"
     if not set(fields.needed) <= set(columns):
         raise fields.missing(f"data set {domain.hub!r}, split {split!r}", columns)
     rows = rows.select_columns([n for n in fields.needed + fields.optional if n in columns])
@@ -82,6 +83,23 @@ def stream_hub(domain: Domain, split: str, bad: BadLines) -> Iterator[Document]:
         document = fields.take(row, where, number, bad)
         if document is not None:
             yield document
+
+
+def _opened(domain: Domain, split: str) -> tuple[Any, list[str]]:
+    """A split as `datasets.IterableDataset`, and its columns."""
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(
+            str(domain.hub),
+            domain.hub_config,
+            split=split,
+            revision=domain.revision,
+            streaming=True,
+        )
+        return rows, rows.column_names or list(next(iter(rows), {}))
+    except Exception as error:
+        raise _not_opened(domain, split, error) from None
 
 
 def _not_opened(domain: Domain, split: str, error: Exception) -> UserError:

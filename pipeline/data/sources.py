@@ -11,9 +11,10 @@ from pipeline.data.bad_lines import BadLines
 from pipeline.data.embedded import embedded_documents, embedded_version
 from pipeline.data.encode import Encoder
 from pipeline.data.formats.raw import layout_of
+from pipeline.data.hub import hub_files, hub_parts, stream_hub
 from pipeline.data.instruct import Document, document_text
 from pipeline.data.prepared import Side, fingerprint
-from pipeline.data.reader import _digest, _resolve, read_file, read_hub
+from pipeline.data.reader import _digest, _resolve, read_file
 from pipeline.errors import UserError
 from pipeline.recipe import Domain
 
@@ -27,13 +28,21 @@ class Unit:
     """Some of a domain's documents, read by one process into files of their own.
 
     side: where all of them go; None: each by its hash.
-    files: local ones. hub_split: a split of the data set. Neither: the embedded corpus.
+    files: of the domain; of a split of a data set where `hub_split` is given too.
+    hub_split: without files, `datasets` reads it: part `hub_part` (number from 0, of how many).
+    Neither: the embedded corpus.
     """
 
     number: int
     side: Side | None
     files: tuple[str, ...] = ()
     hub_split: str | None = None
+    hub_part: tuple[int, int] = (0, 1)
+
+    @property
+    def place(self) -> str:
+        """Where it is read from, in messages."""
+        return self.files[0] if self.files else self.hub_split or "the embedded corpus"
 
 
 def units_of(domain: Domain) -> list[Unit]:
@@ -52,18 +61,30 @@ def units_of(domain: Domain) -> list[Unit]:
             groups = _groups(_resolve(files), together=domain.max_documents is not None)
             found += [Unit(len(found) + i, side, group) for i, group in enumerate(groups)]
         elif domain.hub:
-            found.append(Unit(len(found), side, hub_split=split))
+            found += _hub_units(domain, side, str(split), len(found))
         else:
             found.append(Unit(len(found), side))
     return found
 
 
+def _hub_units(domain: Domain, side: Side | None, split: str, first: int) -> list[Unit]:
+    """Of a split; all of it where `max_documents` counts."""
+    together = domain.max_documents is not None
+    files = hub_files(domain, split)
+    if files is not None:
+        groups = _groups(files, together)
+        return [Unit(first + i, side, group, split) for i, group in enumerate(groups)]
+    count = 1 if together else hub_parts(domain, split)
+    return [Unit(first + i, side, (), split, (i, count)) for i in range(count)]
+
+
 def _groups(paths: list[str], together: bool) -> list[tuple[str, ...]]:
-    """Neighbouring files of up to UNIT bytes together, or all of them."""
+    """Neighbouring files of up to UNIT bytes together, or all of them. The size of one behind an
+    address is not asked for: it stands alone."""
     groups: list[list[str]] = []
     size = 0
     for path in paths:
-        more = Path(path).stat().st_size
+        more = UNIT if "://" in path else Path(path).stat().st_size
         if not groups or (size + more > UNIT and not together):
             groups.append([])
             size = 0
@@ -78,7 +99,7 @@ def read_unit(unit: Unit, domain: Domain, bad: BadLines) -> Iterator[Document]:
     if unit.files:
         documents = (d for path in unit.files for d in read_file(path, domain, bad))
     elif unit.hub_split:
-        documents = read_hub(domain, unit.hub_split, bad)
+        documents = stream_hub(domain, unit.hub_split, bad, unit.hub_part)
     else:
         documents = iter(embedded_documents(domain.embedded or ""))
     return islice(documents, domain.max_documents)
@@ -100,14 +121,17 @@ def identity(domain: Domain, units: list[Unit]) -> list[dict[str, Any]]:
     """What the documents come from, so that a change of it is seen: for a file its name, size, time
     of the last change (ns) and a hash of a sample of its bytes."""
     found: list[dict[str, Any]] = []
+    splits: set[str] = set()
     for unit in units:
         if unit.hub_split:
-            found.append(_hub_identity(domain, unit.hub_split))
-        elif not unit.files:
-            found.append(
-                {"name": domain.embedded, "version": embedded_version(str(domain.embedded))}
-            )
-        found += [file_identity(path) for path in unit.files]
+            if unit.hub_split not in splits:
+                found.append(_hub_identity(domain, unit.hub_split))
+            splits.add(unit.hub_split)
+        elif unit.files:
+            found += [file_identity(path) for path in unit.files]
+        else:
+            version = embedded_version(str(domain.embedded))
+            found.append({"name": domain.embedded, "version": version})
     return found
 
 
@@ -154,9 +178,9 @@ class Estimate:
 
 def estimate(domain: Domain, units: list[Unit], encoder: Encoder) -> Estimate | None:
     """None where it is not known before all is read (a data set of the hub)."""
-    if any(unit.hub_split for unit in units):
-        return None
     paths = [path for unit in units for path in unit.files]
+    if any(unit.hub_split and not unit.files for unit in units) or any("://" in p for p in paths):
+        return None
     if not paths:
         texts = [document_text(d) for d in embedded_documents(str(domain.embedded))]
         sample, size = texts[:200], float(sum(len(t.encode()) for t in texts))

@@ -111,7 +111,7 @@ def training_documents(recipe: Recipe, names: list[str]) -> Iterator[Document]:
         yield document
     if not found:
         units = [u for name in names for u in _units(recipe, name, "train")]
-        where = ", ".join(u.files[0] if u.files else str(u.hub_split) for u in units[:5])
+        where = ", ".join(u.place for u in units[:5])
         raise UserError(f"data.domains.{'+'.join(names)}: no document to train on in {where}")
 
 
@@ -121,7 +121,7 @@ def _whole(recipe: Recipe, name: str) -> bool:
 
 
 def _units(recipe: Recipe, name: str, side: Side) -> list[Unit]:
-    """The files of a domain that have documents of a side, one by one."""
+    """The files of a domain, or parts of a data set, that have documents of a side, one by one."""
     units = [u for u in units_of(recipe.data.domains[name]) if u.side in (None, side)]
     return [one for u in units for one in ([replace(u, files=(f,)) for f in u.files] or [u])]
 

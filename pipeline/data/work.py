@@ -339,7 +339,8 @@ def _encode_batch(
 
 def _check_unchanged(job: Job, unit: Unit) -> None:
     known = {source["name"]: source for source in job.sources}
-    changed = [path for path in unit.files if file_identity(path) != known[path]]
+    files = () if unit.hub_split else unit.files
+    changed = [path for path in files if file_identity(path) != known[path]]
     if changed:
         raise UserError(
             f"data.domains.{job.name}: changed while it was read: {', '.join(changed)}. Run the "
