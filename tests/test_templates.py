@@ -2,13 +2,16 @@
 
 import datetime
 
+import numpy as np
 import pytest
 import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.data.encode import Encoder
-from pipeline.data.instruct import Example, prompt_text
+from pipeline.data.instruct import Conversation, Example, prompt_text
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 from pipeline.errors import UserError
 
@@ -23,6 +26,17 @@ CHAT = (
 CHAT_MARKED = (  # the response stands directly behind a special token
     "{% for m in messages %}{{ bos_token }}{{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}{{ bos_token }}{% endif %}"
+)
+
+TURNS = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+TURNS_MARKED = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}</s>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}</s>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
 
 
@@ -101,6 +115,59 @@ def test_a_response_continues_its_prompt(tmp_path, make, template):
             assert "".join(answer.split()) == "".join(response.split())
         else:
             assert answer == (" " if template == CHAT else "") + response
+
+
+words = st.lists(
+    st.sampled_from(["the", "sum", "def f(x):", "  return", "é", "\n", "\n\n", "Response:", "1"]),
+    min_size=1,
+    max_size=6,
+).map(" ".join)  # fmt: skip
+asked = words.map(str.strip).filter(bool)
+chats = st.lists(st.tuples(asked, st.tuples(st.sampled_from(["", "\n", " "]), asked)), min_size=1,
+                 max_size=4)  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [byte_level, sentencepiece_bpe])
+@pytest.mark.parametrize("template", [CHAT, TURNS, TURNS_MARKED], ids=["inst", "turns", "mark"])
+def test_every_answer_of_a_conversation_continues_its_prompt(tmp_path, make, template):
+    tokenizer = make(tmp_path)
+    tokenizer.chat_template = template
+    encoder = Encoder.of(tokenizer, False, "chat")
+
+    def given_to_the_model(messages):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def read(ids):
+        return tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
+
+    @settings(max_examples=40, deadline=None)
+    @given(chats)
+    def check(chat):
+        messages = []
+        for question, (before, answer) in chat:
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": before + answer})
+        conversation = Conversation(tuple((m["role"], m["content"]) for m in messages))
+        (tokens,) = encoder.encode([conversation])
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert read(tokens.ids.tolist()) == read(
+            tokenizer(whole, add_special_tokens=False)["input_ids"]
+        )
+        edges = np.flatnonzero(np.diff(tokens.predicted.astype(int), prepend=0, append=0))
+        assert len(edges) == 2 * len(chat)
+        end = 0
+        for turn, (begin, next_end) in enumerate(edges.reshape(-1, 2).tolist()):
+            given = given_to_the_model(messages[: 2 * turn + 1])
+            asked = tokens.ids[:begin].tolist()
+            if not any(before for _, (before, _) in chat[:turn]):
+                assert asked == given
+            # a blank that an answer begins with may be part of a longer token where the text is
+            # read again; what is asked after it is the same
+            assert asked[end:] == given[end - begin :]
+            end = next_end
+
+    check()
 
 
 def test_a_template_with_a_date_prints_the_same_one_every_day(monkeypatch):

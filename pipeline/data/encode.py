@@ -177,13 +177,20 @@ class Encoder:
         ids: list[int] = []
         learnt: list[bool] = []
         text = ""
+        whole: list[int] = []
         self.backend.encode_special_tokens = False  # they stand in the template's text
         try:
             for piece, flag in pieces:
                 text += piece
-                whole = self._encode([text])[0].ids
-                new = self._continuation(ids, whole, piece) if ids else whole
-                ids += new
+                before, whole = whole, self._encode([text])[0].ids
+                # The model is given what the tokenizer makes of all that is said so far, which
+                # need not read as the text (SentencePiece puts a blank behind special tokens).
+                known = next((k for k in (ids, before) if whole[: len(k)] == k), None)
+                if (flag and ids) or known is None:
+                    new = self._continuation(ids, whole, piece)
+                else:
+                    new = whole[len(known) :]
+                ids = ids + new
                 learnt += [flag] * len(new)
         finally:
             self.backend.encode_special_tokens = True

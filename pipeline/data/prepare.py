@@ -32,7 +32,7 @@ from pipeline.recipe import Domain, Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 3  # raise it when prepared corpora of before can no longer be used
+FORMAT = 4  # raise it when prepared corpora of before can no longer be used
 SMALL = 8 << 20  # bytes of text that are not worth starting processes for
 SETTINGS = (
     "text_field", "instruction", "chat_field", "txt_documents", "heldout_fraction",
