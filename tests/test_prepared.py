@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.data import assemble, sources, work
 from pipeline.data import prepare as prepare_module
-from pipeline.data import sources, work
 from pipeline.data.encode import Encoder
 from pipeline.data.fast_bpe import FastBpe
 from pipeline.data.instruct import Example
@@ -301,6 +301,25 @@ def test_a_disk_that_is_too_small_is_said_before_reading(corpus, tokenizer, monk
     monkeypatch.setattr(work, "read_unit", lambda *a: pytest.fail("read"))
     with pytest.raises(UserError, match=r"takes about 1,000,000,000\.00 GB, and only"):
         prepare(recipe_of(corpus), "a", tokenizer)
+
+
+@pytest.mark.parametrize("where", ["new", "of another", "damaged"])
+def test_a_folder_that_cannot_be_written_is_said(corpus, tokenizer, monkeypatch, where):
+    recipe = recipe_of(corpus)
+    if where == "damaged":
+        (shard, *_) = prepare(recipe, "a", tokenizer).folder.glob("train-*.arrow")
+        shard.write_bytes(b"")
+        monkeypatch.setattr(assemble, "FileLock", refused)
+    elif where == "new":
+        (corpus.parent / "prepared").write_text("a file")
+    else:
+        monkeypatch.setattr(os, "access", lambda *a: False)
+    with pytest.raises(UserError, match=r"prepared in .*Set data\.prepared, or .* MIGU_PREPARED"):
+        prepare(recipe, "a", tokenizer)
+
+
+def refused(path):
+    raise PermissionError(13, "Permission denied", str(path))
 
 
 def test_the_estimate_is_near(tmp_path, tokenizer):

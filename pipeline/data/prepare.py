@@ -6,6 +6,7 @@ there, one of them publishes the folder. So a preparation that was killed contin
 and several nodes share the work where they share the folder; where they do not, each makes its own.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -57,7 +58,10 @@ def prepare(
     job, manifest = _job(recipe, name, tokenizer)
     folder = _folder(recipe, job, manifest)
     if is_published(folder):
-        mend(job, folder, thorough)
+        try:
+            mend(job, folder, thorough)
+        except OSError as error:
+            raise _unwritable(folder, error) from None
     if not is_published(folder):
         _make(job, folder, manifest)
     prepared = open_prepared(folder)
@@ -188,6 +192,13 @@ def _folder(recipe: Recipe, job: Job, manifest: dict[str, Any]) -> Path:
     return folder
 
 
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"no corpus can be prepared in {folder.parent}: {error}. Set data.prepared, or the "
+        "environment variable MIGU_PREPARED, to a folder that can be written"
+    )
+
+
 def _overlap(recipe: Recipe, domain: Domain) -> tuple[Overlap | None, list[Any]]:
     """What finds text of the evaluation tasks, and what it was made of."""
     if not domain.decontaminate:
@@ -231,11 +242,11 @@ def _make(job: Job, folder: Path, manifest: dict[str, Any]) -> None:
     try:
         job.work.mkdir(parents=True, exist_ok=True)
         job.locks.parent.mkdir(parents=True, exist_ok=True)
+        for there in (job.work, job.locks.parent):  # of another user, say
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
     except OSError as error:
-        raise UserError(
-            f"cannot make a folder for prepared corpora: {error}; set data.prepared to one that "
-            "can be written"
-        ) from None
+        raise _unwritable(folder, error) from None
     guess = estimate(job.domain, job.units, job.encoder)
     if guess is not None:
         _require_space(job, _disk(job, guess))
