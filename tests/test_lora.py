@@ -216,7 +216,7 @@ def test_a_step_moves_exactly_the_kept_rows(measured):
 def whole_run(path, runs):
     """Two stages, the second one with next to no learning rate; returns what the dry run says."""
     settings = ["model.lora={}", "model.gradient_checkpointing=true"]
-    settings += ["stages[0].lr=0.1", "stages[1].lr=1e-12"]
+    settings += ["optimizer.lr=0.1", "stages[1].lr=1e-12"]
     loaded = load_recipe(path, settings)
     config = resolve_ds_config({"zero_optimization": {"stage": 2}}, loaded, 1, "cpu")
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pipeline.data.mlm import collate, mask_tokens
-from pipeline.data.stream import Sequence
+from pipeline.data.sequences import Sequence
 
 VOCABULARY, MASK, SPECIAL = 60, 4, [0, 1, 2, 3, 4]
 
@@ -22,7 +22,7 @@ def pack(*lengths, total=32, seed=0):
         words[start + 1 : stop - 1] = word + np.arange(length - 2) // 2
         segments[start:stop] = segment
         start, word = stop, word + length
-    return Sequence(ids, words, segments, segments >= 0)
+    return Sequence(ids, words, segments, segments >= 0, np.minimum(segments, 0))
 
 
 def mask(sequence, rng, probability=0.15, whole_word=False):

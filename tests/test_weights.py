@@ -141,7 +141,7 @@ def test_a_run_publishes_what_it_initialised_and_goes_on_from_there(tmp_path):
         recipe,
         config,
         tmp_path,
-        lambda engine, task, _: evaluated.append(task.checkpoint),
+        lambda engine, separation, task, _: evaluated.append(task.checkpoint),
         pytest.fail,
         lambda run: run,
     )
