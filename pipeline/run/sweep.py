@@ -1,0 +1,405 @@
+"""Many runs over a grid of settings: as many at a time as the machine takes, each a process.
+
+A sweep's folder holds the run folders, a log per run and `sweep.json`, which says what became of
+each. Running the same sweep again does what is left: what has finished is not started, what failed
+is tried again.
+"""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from tqdm import tqdm
+
+from pipeline.engine.config import memory_per_rank, resolve_engine_config
+from pipeline.errors import UserError
+from pipeline.model.load import empty_model, load_config
+from pipeline.progress import say
+from pipeline.run.problems import near
+from pipeline.run.recipe_file import RECIPES, load_recipe
+
+SWEEPS = RECIPES / "sweeps"
+OVERHEAD = 2_000_000_000  # bytes of a process beside its model: libraries, evaluation
+
+
+@dataclass
+class Sweep:
+    """A YAML file of launch/recipes/sweeps, or what the command line says.
+
+    Every method is a set of overrides of the recipe; it runs over the product of `grid`, its own
+    entry in `grids` (which goes before `grid` key by key), and the seeds 0..seeds-1.
+    """
+
+    recipe: str
+    methods: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    grids: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
+    seeds: int = 1
+    program: str = "cpt"
+    config: str | None = None  # DeepSpeed's JSON
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run: its name and the overrides that make it."""
+
+    name: str
+    overrides: tuple[str, ...]
+
+
+@dataclass
+class Outcome:
+    """What became of a point. seconds: of the process; memory: its peak, in bytes."""
+
+    overrides: list[str]
+    finished: bool
+    seconds: float
+    memory: int
+    attempts: int
+    log: str
+
+
+def load_sweep(name: str) -> Sweep | None:
+    """The sweep of that name or file; None where it is a recipe (it has no key `recipe`).
+
+    Raises:
+        UserError: a key or a value that a sweep does not take.
+    """
+    for path in (Path(name), SWEEPS / f"{name}.yaml"):
+        if not path.is_file():
+            continue
+        content = OmegaConf.to_container(OmegaConf.load(path))
+        if not isinstance(content, dict) or "recipe" not in content:
+            return None
+        try:
+            sweep = TypeAdapter(Sweep).validate_python(content)
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+            raise UserError(
+                "\n".join([f"{path}: not a sweep", *(f"  {w}" for w in wrong)])
+            ) from None
+        for method in sweep.grids:
+            if method not in sweep.methods:
+                hint = near(method, sweep.methods)
+                raise UserError(f"{path}: grids.{method}: no such method{hint}")
+        return sweep
+    return None
+
+
+def sweep_points(sweep: Sweep) -> list[Point]:
+    """Every run of a sweep, the seeds of a setting one after the other.
+
+    Raises:
+        UserError: an empty list of values, no seed, two runs of one name.
+    """
+    if sweep.seeds < 1:
+        raise UserError(f"--seeds {sweep.seeds}: must be at least 1")
+    points = []
+    for method, settings in sweep.methods.items():
+        grid = {**sweep.grid, **sweep.grids.get(method, {})}
+        for key, values in grid.items():
+            if not values:
+                raise UserError(f"--grid {key}: the list of values is empty")
+        for combination in itertools.product(*grid.values()):
+            chosen = dict(zip(grid, combination, strict=True))
+            for seed in range(sweep.seeds):
+                overrides = {**settings, **chosen, "seed": seed}
+                varied = {k: v for k, v in chosen.items() if len(grid[k]) > 1}
+                if sweep.seeds > 1:
+                    varied["seed"] = seed
+                points.append(
+                    Point(
+                        _name(method, varied),
+                        tuple(f"{k}={_written(v)}" for k, v in overrides.items()),
+                    )
+                )
+    doubled = {p.name for p in points if sum(q.name == p.name for q in points) > 1}
+    if doubled:
+        raise UserError(f"the sweep has two runs named {sorted(doubled)[0]!r}; vary their values")
+    return points
+
+
+def _name(method: str, varied: dict[str, Any]) -> str:
+    """Of a run folder: the method and what varies, by the last part of each key."""
+    parts = [method] if method else []
+    for key, value in varied.items():
+        short = "".join(c if c.isalnum() or c in ".-" else "_" for c in _written(value))
+        parts.append(f"{key.rsplit('.', 1)[-1]}_{short}")
+    return "-".join(parts) or "run"
+
+
+def _written(value: Any) -> str:
+    """As the command line takes it."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def jobs_at_once(memory: int, threads: int, gpus: int) -> int:
+    """How many runs the machine takes: one a GPU, or by its cores and its free memory.
+
+    memory: bytes of a run's model state; threads: of each run.
+    """
+    if gpus:
+        return gpus
+    cores = len(os.sched_getaffinity(0)) // threads
+    room = psutil.virtual_memory().available // (memory + OVERHEAD)
+    return max(1, min(cores, int(room)))
+
+
+def run_sweep(
+    points: Sequence[Point],
+    command: Sequence[str],
+    folder: Path,
+    jobs: int,
+    threads: int = 1,
+    gpus: int = 0,
+    attempts: int = 2,
+) -> dict[str, Outcome]:
+    """Run what is not done of `points`; the outcomes of all of them, by name.
+
+    Args:
+        command: of a run, without its name and overrides.
+        folder: of the sweep; run folders are made in it.
+        attempts: how often a run is started before it counts as failed.
+
+    Raises:
+        UserError: another process works on the sweep; the folder cannot be written.
+        KeyboardInterrupt: passed on, after the running processes have been ended.
+    """
+    try:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".sweep.lock").acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{folder}: another process works on this sweep; wait for it") from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error}") from None
+    with lock:
+        return _Runner(list(points), command, folder, jobs, threads, gpus, attempts).run()
+
+
+class _Runner:
+    """The processes of a sweep."""
+
+    def __init__(
+        self,
+        points: list[Point],
+        command: Sequence[str],
+        folder: Path,
+        jobs: int,
+        threads: int,
+        gpus: int,
+        attempts: int,
+    ):
+        self.points, self.command, self.folder = points, command, folder
+        self.jobs, self.threads, self.attempts = jobs, threads, attempts
+        self.devices = list(range(gpus))
+        self.running: set[subprocess.Popen] = set()
+        self.stopped = False
+        self.changing = threading.Lock()
+        self.outcomes = self._read()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a cluster's task: without the lock."""
+        return {k: v for k, v in vars(self).items() if k != "changing"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, changing=threading.Lock())
+
+    def run(self) -> dict[str, Outcome]:
+        left = [p for p in self.points if not self.finished(p)]
+        done = len(self.points) - len(left)
+        if done:
+            say(f"{done} of {len(self.points)} runs have finished before")
+        bar = tqdm(total=len(self.points), initial=done, desc="sweep", unit="run", disable=None)
+        try:
+            with ThreadPoolExecutor(self.jobs) as pool:
+                try:
+                    for _ in pool.map(lambda p: self._run(p, bar), left):
+                        pass
+                except KeyboardInterrupt:
+                    self._end()
+                    raise
+        finally:
+            bar.close()
+        return {p.name: self.outcomes[p.name] for p in self.points}
+
+    def _run(self, point: Point, bar: tqdm) -> None:
+        for attempt in range(1, self.attempts + 1):
+            if self.stopped:
+                return
+            outcome = self.attempt(point, attempt)
+            with self.changing:
+                self.outcomes[point.name] = outcome
+                self.write()
+            if outcome.finished:
+                break
+            if not self.stopped:
+                again = ": once more" if attempt < self.attempts else ""
+                say(f"{point.name} failed, see {outcome.log}{again}")
+        bar.update()
+        if bar.disable:
+            state = "finished" if outcome.finished else "failed"
+            say(f"{point.name} {state} after {outcome.seconds:.0f} s")
+
+    def attempt(self, point: Point, attempt: int) -> Outcome:
+        log = self.folder / "logs" / f"{point.name}.log"
+        command = [*self.command, "--runs", str(self.folder), f"name={point.name}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        with self.changing:
+            device = self.devices.pop() if self.devices else None
+        if device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = str(device)
+        start = time.monotonic()
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                [*command, *point.overrides],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+            with self.changing:
+                self.running.add(process)
+            _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        with self.changing:
+            self.running.discard(process)
+            if device is not None:
+                self.devices.append(device)
+        return Outcome(
+            list(point.overrides),
+            process.returncode == 0,
+            round(time.monotonic() - start, 1),
+            usage.ru_maxrss * 1024,
+            attempt,
+            str(log),
+        )
+
+    def _end(self) -> None:
+        """Interrupt what runs: a run that is told so leaves its folder in order."""
+        self.stopped = True
+        with self.changing:
+            for process in self.running:
+                process.send_signal(signal.SIGINT)
+
+    def finished(self, point: Point) -> bool:
+        known = self.outcomes.get(point.name)
+        if known is None or not known.finished:
+            return False
+        if known.overrides != list(point.overrides):
+            raise UserError(
+                f"{self.folder}: {point.name} was run with {' '.join(known.overrides)}, now it is "
+                f"{' '.join(point.overrides)}; give this sweep a folder of its own (--sweep NAME)"
+            )
+        return True
+
+    def _read(self) -> dict[str, Outcome]:
+        file = self.folder / "sweep.json"
+        if not file.is_file():
+            return {}
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            return {name: Outcome(**values) for name, values in content.items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{file}: damaged ({error}); delete it: the runs that are complete are then only "
+                "looked at"
+            ) from None
+
+    def write(self) -> None:
+        file = self.folder / "sweep.json"
+        temporary = file.with_suffix(".tmp")
+        content = {name: asdict(o) for name, o in self.outcomes.items()}
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, file)
+
+
+def model_bytes(sweep: Sweep, points: Sequence[Point]) -> int:
+    """Bytes of model state of the largest run. Every run's recipe is read and checked for it.
+
+    Raises:
+        UserError: what is wrong with a point's recipe, by the name of the point.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes: dict[str, int] = {}
+    for point in points:
+        try:
+            recipe = load_recipe(sweep.recipe, point.overrides)
+            engine = resolve_engine_config(sweep.config, recipe, 1, device)
+        except UserError as error:
+            raise UserError(f"{point.name}: {error}") from None
+        key = f"{recipe.model} {recipe.optimizer.name} {engine}"
+        if key not in sizes:
+            config = load_config(recipe.model, recipe.model.train_tokenizer)
+            parameters = sum(p.numel() for p in empty_model(recipe.model, config).parameters())
+            memory = memory_per_rank(parameters, engine, 1, recipe.optimizer.name)
+            sizes[key] = sum(device + host for device, host in memory.values())
+    return max(sizes.values())
+
+
+def submit_sweep(
+    points: Sequence[Point],
+    command: Sequence[str],
+    folder: Path,
+    cluster: str,
+    threads: int,
+    options: dict[str, Any],
+) -> dict[str, Outcome]:
+    """As `run_sweep`, each run a task of an array job, through submitit; waits for all of them.
+
+    Args:
+        cluster: "slurm", or "local" for processes of this machine.
+        options: of submitit's executor, such as slurm_partition.
+
+    Raises:
+        UserError: submitit is not installed; an option that it does not know.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise UserError("--cluster needs submitit: pip install submitit") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    executor = submitit.AutoExecutor(folder / "logs", cluster=cluster)
+    try:
+        executor.update_parameters(**{"cpus_per_task": threads, "timeout_min": 24 * 60, **options})
+    except (TypeError, ValueError, NameError) as error:
+        raise UserError(f"--option: {error}") from None
+    runner = _Runner(list(points), command, folder, 1, threads, 0, 1)
+    left = [p for p in points if not runner.finished(p)]
+    jobs: list[Any] = []
+    if left:
+        with executor.batch():
+            jobs = [executor.submit(runner.attempt, point, 1) for point in left]
+        say(f"submitted {len(jobs)} runs as job {jobs[0].job_id.split('_')[0]}")
+    for point, job in zip(left, tqdm(jobs, desc="sweep", unit="run", disable=None), strict=True):
+        try:
+            outcome = job.result()
+        except Exception as error:  # the job was cancelled, ran out of time, never started
+            say(f"{point.name}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            outcome = Outcome(list(point.overrides), False, 0, 0, 1, str(job.paths.stderr))
+        runner.outcomes[point.name] = outcome
+        runner.write()
+    return {p.name: runner.outcomes[p.name] for p in points}
+
+
+def program(name: str) -> list[str]:
+    """The command of a program in launch/."""
+    return [sys.executable, str(RECIPES.parent / f"{name}.py")]

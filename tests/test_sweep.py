@@ -1,0 +1,143 @@
+"""A sweep runs every point once, goes on where it was broken off, and keeps failures apart."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.run.sweep import (
+    Sweep,
+    jobs_at_once,
+    load_sweep,
+    run_sweep,
+    submit_sweep,
+    sweep_points,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+# Stands for launch/cpt.py: notes what it was asked, and fails as often as a file says.
+RUN = """
+import pathlib, sys, time
+runs, name, *rest = sys.argv[2:]
+folder = pathlib.Path(runs)
+with (folder / "started").open("a") as file:
+    file.write(name.removeprefix("name=") + "\\n")
+time.sleep(0.2)
+failures = folder / (name.removeprefix("name=") + ".failures")
+left = int(failures.read_text()) if failures.exists() else 0
+if left:
+    failures.write_text(str(left - 1))
+    sys.exit("out of luck")
+"""
+SWEEP = Sweep(
+    "demo",
+    methods={"ft": {"mask.enabled": False}, "migu": {}},
+    grid={"optimizer.lr": [1e-3, 2e-3]},
+    grids={"migu": {"optimizer.lr": [4e-3]}},
+    seeds=2,
+)
+
+
+def command() -> list[str]:
+    return [sys.executable, "-c", RUN]
+
+
+def started(folder: Path) -> list[str]:
+    return sorted((folder / "started").read_text().split())
+
+
+def test_points_are_the_products_of_each_methods_own_grid():
+    points = {p.name: p.overrides for p in sweep_points(SWEEP)}
+    assert sorted(points) == [
+        "ft-lr_0.001-seed_0", "ft-lr_0.001-seed_1", "ft-lr_0.002-seed_0", "ft-lr_0.002-seed_1",
+        "migu-seed_0", "migu-seed_1",
+    ]  # fmt: skip
+    assert points["ft-lr_0.002-seed_1"] == ("mask.enabled=false", "optimizer.lr=0.002", "seed=1")
+    assert points["migu-seed_0"] == ("optimizer.lr=0.004", "seed=0")
+
+
+def test_every_point_runs_once_and_failures_are_tried_again(tmp_path):
+    points = sweep_points(SWEEP)
+    (tmp_path / "ft-lr_0.001-seed_0.failures").write_text("1")  # the second attempt works
+    (tmp_path / "migu-seed_1.failures").write_text("2")  # none of this call does
+    outcomes = run_sweep(points, command(), tmp_path, jobs=3)
+    failed = [name for name, o in outcomes.items() if not o.finished]
+    assert failed == ["migu-seed_1"]
+    assert "out of luck" in Path(outcomes["migu-seed_1"].log).read_text()
+    twice = ["ft-lr_0.001-seed_0", "migu-seed_1"]
+    assert started(tmp_path) == sorted([p.name for p in points] + twice)
+    # The same sweep again tries only what failed.
+    again = run_sweep(points, command(), tmp_path, jobs=3)
+    assert all(o.finished for o in again.values())
+    assert started(tmp_path) == sorted([p.name for p in points] + [*twice, "migu-seed_1"])
+    with pytest.raises(UserError, match="a folder of its own"):
+        run_sweep(sweep_points(Sweep("demo", {"migu": {}}, seeds=2)), command(), tmp_path, jobs=1)
+
+
+def test_an_interrupted_sweep_ends_its_runs_and_goes_on(tmp_path):
+    script = f"""
+import sys
+from pathlib import Path
+from pipeline.run.sweep import Sweep, run_sweep, sweep_points
+slow = "import sys, time\\nprint('begun', flush=True)\\ntime.sleep(100)"
+points = sweep_points(Sweep("demo", seeds=2))
+run_sweep(points, [sys.executable, "-c", slow], Path({str(tmp_path)!r}), 2)
+"""
+    sweep = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    logs = [tmp_path / "logs" / f"seed_{i}.log" for i in range(2)]
+    deadline = time.monotonic() + 60
+    while not all(log.is_file() and log.read_text() for log in logs):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    sweep.send_signal(signal.SIGINT)
+    assert sweep.wait(timeout=30) != 0
+    assert all("KeyboardInterrupt" in log.read_text() for log in logs)  # not left behind
+    outcomes = run_sweep(sweep_points(Sweep("demo", seeds=2)), command(), tmp_path, jobs=2)
+    assert all(o.finished for o in outcomes.values())
+
+
+def test_a_sweep_is_a_cluster_s_array_job_too(tmp_path):
+    pytest.importorskip("submitit")
+    points = sweep_points(Sweep("demo", seeds=2))
+    outcomes = submit_sweep(points, command(), tmp_path, "local", 1, {})
+    assert all(o.finished for o in outcomes.values())
+    assert started(tmp_path) == ["seed_0", "seed_1"]
+    assert submit_sweep(points, command(), tmp_path, "local", 1, {}) == outcomes
+    assert started(tmp_path) == ["seed_0", "seed_1"]
+    with pytest.raises(UserError, match="--option"):
+        submit_sweep(points, command(), tmp_path, "local", 1, {"no_such_option": 1})
+
+
+def test_a_damaged_record_and_a_busy_folder_are_said(tmp_path):
+    points = sweep_points(Sweep("demo"))
+    (tmp_path / "sweep.json").write_text('{"run": ')
+    with pytest.raises(UserError, match=r"sweep\.json: damaged"):
+        run_sweep(points, command(), tmp_path, jobs=1)
+
+
+def test_sweeps_are_checked(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        json.dumps({"recipe": "demo", "grids": {"fft": {"seed": [1]}}, "methods": {"ft": {}}})
+    )
+    with pytest.raises(UserError, match=r"grids\.fft: no such method; did you mean 'ft'"):
+        load_sweep(str(file))
+    file.write_text(json.dumps({"recipe": "demo", "seed": 1}))
+    with pytest.raises(UserError, match="seed"):
+        load_sweep(str(file))
+    file.write_text("name: a recipe\n")
+    assert load_sweep(str(file)) is None
+    with pytest.raises(UserError, match="empty"):
+        sweep_points(Sweep("demo", grid={"optimizer.lr": []}))
+
+
+def test_as_many_runs_at_a_time_as_cores_and_memory_take():
+    assert jobs_at_once(0, threads=1, gpus=4) == 4
+    assert jobs_at_once(1 << 60, threads=1, gpus=0) == 1
+    assert jobs_at_once(0, threads=1, gpus=0) <= len(os.sched_getaffinity(0))
