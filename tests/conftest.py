@@ -9,3 +9,17 @@ import pytest
 def prepared_corpora(tmp_path_factory):
     """Prepared corpora go to a folder of the session, not to the user's cache."""
     os.environ["MIGU_PREPARED"] = str(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture(autouse=True)
+def no_launcher():
+    """A test that joins a process group in its own process leaves the launcher's variables behind,
+    and the commands that later tests start would take them for theirs."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
