@@ -135,6 +135,11 @@ def test_sweeps_are_checked(tmp_path):
     assert load_sweep(str(file)) is None
     with pytest.raises(UserError, match="empty"):
         sweep_points(Sweep("demo", grid={"optimizer.lr": []}))
+    with pytest.raises(UserError, match="--seeds: has no effect"):
+        sweep_points(Sweep("demo", grid={"seed": [4, 5]}, seeds=2))
+    given = [p.overrides for p in sweep_points(Sweep("demo", grid={"seed": [4, 5]}))]
+    assert given == [("seed=4",), ("seed=5",)]
+    assert sweep_points(Sweep("demo"))[0].overrides == ()  # the recipe's own seed
 
 
 def test_as_many_runs_at_a_time_as_cores_and_memory_take():

@@ -42,7 +42,7 @@ class Sweep:
     """A YAML file of launch/recipes/sweeps, or what the command line says.
 
     Every method is a set of overrides of the recipe; it runs over the product of `grid`, its own
-    entry in `grids` (which goes before `grid` key by key), and the seeds 0..seeds-1.
+    entry in `grids` (which goes before `grid` key by key), and, with several `seeds`, 0..seeds-1.
     """
 
     recipe: str
@@ -117,13 +117,14 @@ def sweep_points(sweep: Sweep) -> list[Point]:
         for key, values in grid.items():
             if not values:
                 raise UserError(f"--grid {key}: the list of values is empty")
+        if sweep.seeds > 1 and "seed" in {**settings, **grid}:
+            raise UserError("--seeds: has no effect on a seed that is given too; remove one")
         for combination in itertools.product(*grid.values()):
             chosen = dict(zip(grid, combination, strict=True))
             for seed in range(sweep.seeds):
-                overrides = {**settings, **chosen, "seed": seed}
-                varied = {k: v for k, v in chosen.items() if len(grid[k]) > 1}
-                if sweep.seeds > 1:
-                    varied["seed"] = seed
+                seeds = {"seed": seed} if sweep.seeds > 1 else {}  # one seed is the recipe's own
+                overrides = {**settings, **chosen, **seeds}
+                varied = {k: v for k, v in chosen.items() if len(grid[k]) > 1} | seeds
                 points.append(
                     Point(
                         _name(method, varied),
@@ -147,8 +148,6 @@ def _name(method: str, varied: dict[str, Any]) -> str:
 
 def _written(value: Any) -> str:
     """As the command line takes it."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
     return value if isinstance(value, str) else json.dumps(value)
 
 
