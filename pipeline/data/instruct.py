@@ -56,13 +56,6 @@ def document_text(document: Document) -> str:
     return document if isinstance(document, str) else "\0".join(document)
 
 
-def learnt_text(document: Document) -> str:
-    """The text, or the part of it that is a response."""
-    if isinstance(document, Conversation):
-        return "\n".join(text for role, text in document.messages if role == "assistant")
-    return document if isinstance(document, str) else document.response
-
-
 def prompt_text(
     template: str, tokenizer: "PreTrainedTokenizerFast", prompt: str, context: str | None = None
 ) -> str:
