@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from eval.measure.lm import evaluate_share, merge_shares
+from eval.measure.lm import evaluate_share, losses_of, merge_shares
 from launch.evaluate import main
 from pipeline.data.heldout import load_heldout, prepare_heldout
 from pipeline.data.prepare import prepare
@@ -87,6 +87,14 @@ def test_the_loss_is_the_mean_over_the_predicted_tokens(prepared):
         assert result[domain]["tokens"] == len(losses)
         assert result[domain]["loss"] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
         assert 0 < result[domain]["stderr"] < 0.5
+
+
+def test_the_losses_alone_are_those_of_the_evaluation(prepared):
+    folder, objective = prepared
+    full = evaluate(folder, "full", 1)["domains"]
+    model = load_for_evaluation(folder / "checkpoint", objective, "sdpa")
+    losses = losses_of(model, folder / "heldout", 4)
+    assert losses == {name: cell["loss"] for name, cell in full.items()}
 
 
 def test_it_repeats_to_the_bit_and_does_not_depend_on_the_shares(prepared):

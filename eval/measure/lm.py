@@ -51,11 +51,7 @@ def measure_in_engine(
             recipe.evaluate.batch_size,
             recipe.evaluate.overlap,
         )
-    if world_size() > 1:  # the magnitudes are already summed over the ranks
-        for name in (n for n in sums if n.startswith("loss/")):
-            losses = torch.from_numpy(sums[name]).to(engine.device)
-            dist.all_reduce(losses)
-            sums[name] = losses.cpu().numpy()
+    _add_up_losses(sums, engine.device)  # the magnitudes are already summed over the ranks
     info = {**task.describe(), "precision": precision_of(engine.config)}
 
     def write() -> None:
@@ -64,6 +60,44 @@ def measure_in_engine(
         _write_result(sums, heldout, output, recipe.mask.threshold, info)
 
     on_rank0(write)
+
+
+def losses_in_engine(
+    engine: Any, separation: Separation, heldout: Path, domains: list[str], batch_size: int
+) -> dict[str, float]:
+    """Held-out loss (nats per predicted token) of some domains, of the weights that the engine
+    holds; nothing is written. All ranks call it and get the same numbers."""
+    share = (rank(), world_size())
+    module, forward, device = engine.module, engine.forward, engine.device
+    with engine.evaluating():
+        sums = _evaluate(
+            module, forward, separation, device, heldout, share, batch_size, False, domains
+        )
+    _add_up_losses(sums, engine.device)
+    return _mean_losses(sums, heldout, domains)
+
+
+@torch.inference_mode()
+def losses_of(model: nn.Module, heldout: Path, batch_size: int = 32) -> dict[str, float]:
+    """Held-out loss (nats per predicted token) of every domain, of a model that is whole."""
+    separation, device = _separation(model, heldout), next(model.parameters()).device
+    sums = _evaluate(model, model, separation, device, heldout, (0, 1), batch_size, False)
+    return _mean_losses(sums, heldout, load_heldout(heldout)[0]["domains"])
+
+
+def _mean_losses(sums: Arrays, heldout: Path, domains: list[str]) -> dict[str, float]:
+    manifest, data = load_heldout(heldout)
+    tokens = {n: _predicted(data[n]["labels"].numpy(), manifest["objective"]) for n in domains}
+    return {n: float(sums[f"loss/{n}"].sum() / tokens[n].sum()) for n in domains}
+
+
+def _add_up_losses(sums: Arrays, device: torch.device) -> None:
+    """Over the ranks, in place."""
+    if world_size() > 1:
+        for name in (n for n in sums if n.startswith("loss/")):
+            losses = torch.from_numpy(sums[name]).to(device)
+            dist.all_reduce(losses)
+            sums[name] = losses.cpu().numpy()
 
 
 @torch.inference_mode()
@@ -80,15 +114,18 @@ def evaluate_share(
     For a process without a process group, whose model is whole; `merge_shares` follows. The model
     is asked how documents are kept apart in it.
     """
-    device = next(model.parameters()).device
-    manifest, domains = load_heldout(heldout)
-    length = next(iter(domains.values()))["labels"].shape[1]
-    apart, together = manifest.get("keep_apart", "auto"), manifest["cross_document"]
-    causal = manifest["objective"] == "causal"
-    separation = separate_documents(model, causal, together, apart, length)
+    separation, device = _separation(model, heldout), next(model.parameters()).device
     sums = _evaluate(model, model, separation, device, heldout, share, batch_size, overlap)
     with output.open("wb") as file:
         np.savez(file, **sums)
+
+
+def _separation(model: nn.Module, heldout: Path) -> Separation:
+    """How the documents of a held-out folder are kept apart in a model that is whole."""
+    manifest, domains = load_heldout(heldout)
+    length = next(iter(domains.values()))["labels"].shape[1]
+    apart, together = manifest.get("keep_apart", "auto"), manifest["cross_document"]
+    return separate_documents(model, manifest["objective"] == "causal", together, apart, length)
 
 
 def _evaluate(
@@ -100,13 +137,15 @@ def _evaluate(
     share: tuple[int, int],
     batch_size: int,
     overlap: bool,
+    only: list[str] | None = None,
 ) -> Arrays:
-    """Sums over this share's blocks: per domain the loss of each sequence and the magnitudes (with
-    `overlap`), which the recorder adds up over the process group.
+    """Sums over this share's blocks: per domain (of `only`; default: all) the loss of each sequence
+    and the magnitudes (with `overlap`), which the recorder adds up over the process group.
 
     Every share does the same number of forwards: where the model is sharded, each is a collective.
     """
     manifest, domains = load_heldout(heldout)
+    domains = {n: d for n, d in domains.items() if only is None or n in only}
     # A layer's rows are its outputs': of an adapter B alone, which is masked by them.
     found = find_targets(model, experts=True) if overlap else []
     linears = [t for t in found if ".lora_A." not in t.name]
