@@ -1,7 +1,7 @@
 """Small helpers for code that several ranks run together."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import count
 from typing import Any, TypeVar
 
@@ -82,8 +82,14 @@ def gather(value: Any) -> list[Any]:
 
 def total(value: float, device: torch.device) -> float:
     """Sum of a number over the ranks, in float64; the same bits on every rank."""
-    if world_size() == 1:
-        return value
-    buffer = torch.tensor([value], dtype=torch.float64, device=device)
+    return totals([value], device)[0]
+
+
+def totals(values: Iterable[float], device: torch.device) -> list[float]:
+    """As `total`, of several numbers at once (as many on every rank)."""
+    values = list(values)
+    if world_size() == 1 or not values:
+        return values
+    buffer = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(buffer)
-    return buffer.item()
+    return buffer.tolist()

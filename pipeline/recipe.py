@@ -178,6 +178,18 @@ class Mask:
 
 
 @dataclass
+class Anchor:
+    """Stay close to a frozen teacher on text that it wrote itself (docs/methods.md)."""
+
+    text: str = "self"  # sampled from the teacher; or a domain, which no stage may train on
+    fraction: float = 0.125  # of the batch: so many sequences a step beside it
+    weight: float = 1.0  # of the KL beside the loss of the new text
+    teacher: Literal["base", "previous"] = "base"  # previous: what the stage before published
+    cache: int = 64  # likeliest tokens of each position that are kept; 0: ask the teacher each step
+    tokens: Annotated[int, pydantic.BeforeValidator(_number)] = 1_000_000  # of the text
+
+
+@dataclass
 class Optimizer:
     """AdamW; the schedule restarts with every stage."""
 
@@ -257,6 +269,7 @@ class Recipe:
     data: Data
     stages: list[Stage]
     mask: Mask = field(default_factory=Mask)
+    anchor: Anchor | None = None  # {}: with the defaults
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
     engine: Engine = field(default_factory=Engine)
@@ -300,7 +313,7 @@ def mask_problems(mask: Mask) -> list[str]:
 
 # Whoever validates one of them refuses unknown keys: `run/recipe_file.py`, `pipeline.attach`.
 for _cls in (
-    Lora, Model, Instruction, Domain, Data, Stage, Mask, Optimizer, Train, Engine, Benchmark,
-    HumanEval, Evaluation, Recipe,
+    Lora, Model, Instruction, Domain, Data, Stage, Mask, Anchor, Optimizer, Train, Engine,
+    Benchmark, HumanEval, Evaluation, Recipe,
 ):  # fmt: skip
     _cls.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # type: ignore[union-attr]

@@ -1,6 +1,7 @@
 """MIGU in one process, straight from the paper's equations, and the small models it is tried on."""
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import torch
@@ -154,9 +155,12 @@ def step_loss(name: str, model: torch.nn.Module, batches: list[dict]) -> torch.T
 
 
 def train_reference(
-    name: str, steps: list[list[dict]], strict: bool = False
+    name: str, steps: list[list[dict]], strict: bool = False, extra: Callable | None = None
 ) -> tuple[dict, list[dict]]:
-    """Returns (weights, per step the kept rows of each layer). strict: masked rows do not move."""
+    """Returns (weights, per step the kept rows of each layer). strict: masked rows do not move.
+
+    extra: (model, step from 0) -> a term of the loss on other text, which no magnitude sees.
+    """
     model = MODELS[name]()
     linears = masked_linears(name, model)
     magnitude: dict[str, torch.Tensor] = {}
@@ -182,10 +186,14 @@ def train_reference(
         eps=EPS,
     )
     kept = []
-    for batches in steps:
+    for i, batches in enumerate(steps):
         magnitude.clear()
         optimizer.zero_grad()
         step_loss(name, model, batches).backward()
+        seen = dict(magnitude)
+        if extra is not None:
+            extra(model, i).backward()
+        magnitude.update(seen)
         masks = {}
         for layer, module in linears.items():
             d_out = len(magnitude[layer])

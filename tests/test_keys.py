@@ -32,6 +32,7 @@ from pipeline.engine.ds_keys import (
 )
 from pipeline.engine.optimizer import weight_groups
 from pipeline.errors import UserError
+from pipeline.methods.anchor import Anchor
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.model.load import build_model, empty_model, load_config
 from pipeline.recipe import Recipe
@@ -125,12 +126,24 @@ ROBERTA = (
 )
 OF_THE_VOCABULARY = ("model.config={model_type: gpt2, n_embd: 12, n_layer: 1, n_head: 2}",)
 FILE = "data.domains.a."
+
+
 # A name alone is that of the test that shows it, in any file.
+def extra_rows(recipe):
+    return Anchor(recipe).rows if recipe.anchor else 0
+
+
+def anchor_sequences(recipe):
+    return Anchor(recipe)._sequences()
+
+
+ANCHOR = ("anchor={fraction: 0.5}",)
 KEYS: dict[str, str | Change] = {
     "Recipe.name": Change("name=other", lambda r: r.name),
     "Recipe.model": "test_whole_weights_pass",
     "Recipe.data": Change(FILE + "max_documents=20", documents),
     "Recipe.stages": Change("stages=[{domain: a, steps: 3, lr: 0.5}]", schedule),
+    "Recipe.anchor": Change("anchor={fraction: 0.5}", extra_rows),
     "Recipe.mask": Change("mask.threshold=0.2", step, CAUSAL),
     "Recipe.optimizer": Change("optimizer.lr=0.1", step, CAUSAL),
     "Recipe.train": Change("train.batch_size=8", engine),
@@ -218,6 +231,12 @@ KEYS: dict[str, str | Change] = {
         "mask.update=strict", step, (*CAUSAL, "optimizer.weight_decay=0.5", "optimizer.lr=0.1")
     ),
     "Mask.from_stage": "test_the_engine_measures_what_the_published_checkpoint_has",
+    "Anchor.text": "test_an_anchor_in_a_run",
+    "Anchor.fraction": Change("anchor.fraction=1.0", extra_rows, ANCHOR),
+    "Anchor.weight": "test_an_anchor_without_weight_is_none_bit_for_bit",
+    "Anchor.teacher": "test_an_anchor_in_a_run",
+    "Anchor.cache": "test_the_cache_of_the_likeliest_tokens_is_close_to_the_teacher",
+    "Anchor.tokens": Change("anchor.tokens=2k", anchor_sequences, ANCHOR),
     "Optimizer.name": Change("optimizer.name=adamw8bit", engine, ("mask.update=strict",)),
     "Optimizer.lr": Change("optimizer.lr=0.1", step, CAUSAL),
     "Optimizer.betas": Change("optimizer.betas=[0.1, 0.2]", step, CAUSAL),

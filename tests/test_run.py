@@ -38,7 +38,11 @@ def write_corpus(path: Path, domain: str, documents: int = 80) -> None:
 
 @pytest.fixture
 def recipe(tmp_path):
-    """A recipe of two tiny domains; returns its path."""
+    return tiny_recipe(tmp_path)
+
+
+def tiny_recipe(tmp_path: Path) -> Path:
+    """A recipe of two tiny domains, and its corpora."""
     for domain in WORDS:
         write_corpus(tmp_path / f"{domain}.jsonl.gz", domain)
     path = tmp_path / "tiny.yaml"

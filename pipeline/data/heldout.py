@@ -139,6 +139,19 @@ def heldout_sequences(recipe: Recipe, corpus: HeldoutCorpus, frame: Frame) -> li
     return read_rows(rows, parts, length, frame, recipe.model.objective == "masked")
 
 
+def training_sequences(
+    recipe: Recipe, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, count: int
+) -> list[Sequence]:
+    """`count` sequences of a corpus's training text, shuffled; fewer if it ends before."""
+    length, frame = recipe.data.sequence_length, frame_of(recipe, tokenizer)
+    parts = [Part("train", corpus)]
+    source = Source(parts, [0], (recipe.seed,), limit=corpus.documents)
+    shape = Shape(length, frame.ends)
+    packer = Packer(Mixture([source], length), 1, shape, POOL if corpus.whole else 0)
+    rows = [row for (row,) in islice(packer, count)]
+    return read_rows(rows, parts, length, frame, recipe.model.objective == "masked")
+
+
 def _unigram_loss(recipe: Recipe, corpus: Corpus, vocabulary: int, labels: np.ndarray) -> float:
     """Cross-entropy (nats) of the labels under the add-one token frequencies of training text:
     what a model reaches that knows the domain's words but ignores the context."""

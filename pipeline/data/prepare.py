@@ -184,12 +184,17 @@ def _folder(recipe: Recipe, job: Job, manifest: dict[str, Any]) -> Path:
         source["name"] = Path(str(source["name"])).name
     text = json.dumps(content, sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
-    given = recipe.data.prepared or os.environ.get("MIGU_PREPARED")
-    root = Path(given or cache_dir() / "prepared").expanduser()
+    root = prepared_root(recipe)
     folder = root / f"{job.name}-{key}"
     job.work = root / f".{folder.name}.work"
     job.locks = root / ".locks" / folder.name
     return folder
+
+
+def prepared_root(recipe: Recipe) -> Path:
+    """The folder of prepared corpora, which all runs share."""
+    given = recipe.data.prepared or os.environ.get("MIGU_PREPARED")
+    return Path(given or cache_dir() / "prepared").expanduser()
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:

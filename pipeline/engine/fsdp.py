@@ -47,13 +47,13 @@ class FsdpEngine:
         policy = MixedPrecisionPolicy()
         if precision_of(config) == "bf16":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        self._shard = partial(fully_shard, mesh=mesh, mp_policy=policy)
         reshard = config["fsdp"]["reshard_after_forward"]
-        shard = partial(fully_shard, mesh=mesh, mp_policy=policy)
         for name in find_blocks(model):
             block = model.get_submodule(name)
-            shard(_in_fp32(block), reshard_after_forward=reshard)
+            self._shard(_in_fp32(block), reshard_after_forward=reshard)
         # Backward begins with what is left for the root: it would be gathered again at once.
-        self._module: Any = shard(_in_fp32(model), reshard_after_forward=False)
+        self._module: Any = self._shard(_in_fp32(model), reshard_after_forward=False)
         self._parameters: dict[str, Any] = dict(model.named_parameters())
         self.shards = ParameterShards(model)
         self._optimizer = torch.optim.AdamW(
@@ -62,7 +62,7 @@ class FsdpEngine:
             betas=tuple(optimizer.betas),
             eps=optimizer.eps,
         )
-        self._accumulation: int = config["gradient_accumulation_steps"]
+        self.micro_batches: int = config["gradient_accumulation_steps"]  # of a step and rank
         self._clip: float = config["gradient_clipping"]
         self._norm = float("nan")
 
@@ -72,8 +72,12 @@ class FsdpEngine:
 
     scales_loss = False
 
-    def start_stage(self) -> None:
-        """Forget the optimizer's moments and its step count. The weights stay as they are."""
+    def start_stage(self, extra: int = 0) -> None:
+        """Forget the optimizer's moments and its step count. The weights stay as they are.
+
+        extra: micro-batches that a step has on every rank beside those of its batch.
+        """
+        self.micro_batches = self.config["gradient_accumulation_steps"] + extra
         self._optimizer.state.clear()  # made again at the next step
 
     @property
@@ -90,7 +94,7 @@ class FsdpEngine:
         loss: this micro-batch's mean; the step's gradient is the mean over micro-batches and ranks.
         """
         self._module.set_requires_gradient_sync(last)
-        (loss / self._accumulation).backward()
+        (loss / self.micro_batches).backward()
 
     @torch.no_grad()
     def step(
@@ -135,6 +139,15 @@ class FsdpEngine:
         finally:
             self._module.train()
             self._module.reshard()  # what a forward leaves gathered for a backward
+
+    def frozen(self, model: nn.Module) -> Callable[..., Any]:
+        """The forward of another model, beside this one and never trained, sharded as this one."""
+        model = model.eval().requires_grad_(False)
+        if precision_of(self.config) == "bf16":
+            model = model.bfloat16()
+        for name in find_blocks(model):
+            self._shard(model.get_submodule(name), reshard_after_forward=True)
+        return self._shard(model, reshard_after_forward=True)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Set the named weights; every rank gives the same whole tensors (any dtype, device)."""

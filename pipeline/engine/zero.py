@@ -19,6 +19,7 @@ from pipeline.engine.zero_shards import ZeroShards
 from pipeline.errors import TrainingStopped
 from pipeline.model.blocks import find_blocks
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Hold = Callable[[], AbstractContextManager[None]]
 
 
@@ -53,15 +54,24 @@ class ZeroEngine:
         self.shards = ZeroShards(self._engine)
         self._parameters = dict(self._engine.module.named_parameters())
         self._norm = float("nan")
+        self.micro_batches: int = ds_config["gradient_accumulation_steps"]  # of a step and rank
         # Its step count and scale change while training, if there is loss scaling.
         self._scaler = _loss_scaler(self._engine.optimizer)
         self._fresh_scaler = dict(vars(self._scaler)) if self._scaler is not None else {}
 
-    def start_stage(self) -> None:
+    def start_stage(self, extra: int = 0) -> None:
         """Forget the optimizer's moments, its step count and the loss scale. The fp32 weights stay
-        as they are, to the bit."""
+        as they are, to the bit.
+
+        extra: micro-batches that a step has on every rank beside those of its batch.
+        """
+        self.micro_batches = self.config["gradient_accumulation_steps"] + extra
+        size = self._engine.train_micro_batch_size_per_gpu() * self._engine.dp_world_size
+        self._engine.set_train_batch_size(size * self.micro_batches)
         self._adam.state.clear()  # made again at the next step
         optimizer = self._engine.optimizer
+        if hasattr(optimizer, "gradient_accumulation_steps"):  # its own copy
+            optimizer.gradient_accumulation_steps = self.micro_batches
         if hasattr(optimizer, "_hp_optimizer_states_linked"):  # ZeRO-1, 2: views of the moments
             optimizer._hp_optimizer_states_linked = False
             for p in self._parameters.values():
@@ -171,6 +181,22 @@ class ZeroEngine:
         finally:
             self.module.train()
 
+    def frozen(self, model: nn.Module) -> Callable[..., Any]:
+        """The forward of another model, beside this one and never trained: in the precision of
+        training, sharded where the weights of this one are."""
+        dtype = DTYPES[precision_of(self.config)]
+        model = model.eval().requires_grad_(False)
+        if self.stage < 3:
+            return model.to(self.device, dtype)
+        keys = ("train_micro_batch_size_per_gpu", "zero_optimization", "bf16", "fp16")
+        config = {k: self.config[k] for k in keys if k in self.config}
+        zero = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
+        frozen, *_ = deepspeed.initialize(
+            model=model.to(dtype), config={**config, "zero_optimization": zero}
+        )
+        frozen.eval()
+        return frozen
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Set the named trained weights, in the optimizer's fp32 and in the model; all ranks call
         it with the same whole tensors (of any dtype and device)."""
@@ -234,8 +260,7 @@ def _shard(model: nn.Module, ds_config: dict[str, Any]) -> None:
 
     `deepspeed.initialize` does it too, but converts and moves the whole model to the GPU first.
     """
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = dtypes[precision_of(ds_config)]
+    dtype = DTYPES[precision_of(ds_config)]
     for part in [*(model.get_submodule(n) for n in find_blocks(model)), model]:
         for p in part.parameters():
             if p.is_floating_point() and not hasattr(p, "ds_id"):

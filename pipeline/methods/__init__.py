@@ -1,1 +1,1 @@
-"""What keeps knowledge while a model learns: one file a method (docs/methods.md)."""
+"""Methods that keep or adapt knowledge, one a file: what each may do in a run is in `method`."""

@@ -1,5 +1,6 @@
 """Load a model (hub, folder, or built from a config) and trim its head to the predicted tokens."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
@@ -269,3 +270,21 @@ class PredictedPositions:
 
     def close(self) -> None:
         self._hook.remove()
+
+
+def predict(
+    forward: Callable[..., Any],
+    inputs: dict[str, Any],
+    wanted: Tensor,
+    head: PredictedPositions | None,
+) -> Tensor:
+    """A model's logits [n, vocabulary] at the n positions of `wanted` (bool [batch, length]).
+
+    head: of that model, to compute no others.
+    """
+    if head is None:
+        return forward(**inputs).logits[wanted]
+    head.select(wanted)
+    logits = forward(**inputs).logits
+    head.select(None)
+    return logits.reshape(-1, logits.shape[-1])

@@ -21,7 +21,7 @@ FILE = "corpora.json"
 def open_corpora(
     recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: Path
 ) -> dict[str, Prepared]:
-    """Every domain that the run trains on or measures, prepared where it is not yet.
+    """Every domain that the run reads, measures or is anchored to, prepared where it is not yet.
 
     All ranks call it. What was read is written into the run folder (`corpora.json`).
 
@@ -29,7 +29,8 @@ def open_corpora(
         UserError: a domain's files changed since the run began, by name; what `prepare` refuses.
     """
     trained = [n for i in range(len(recipe.stages)) for n in domains_of(recipe, i + 1)]
-    names = list(dict.fromkeys([*trained, *recipe.heldout_domains()]))
+    anchor = [recipe.anchor.text] if recipe.anchor and recipe.anchor.text != "self" else []
+    names = list(dict.fromkeys([*trained, *recipe.heldout_domains(), *anchor]))
     known = _known(folder)
     for name in names:
         if name in known:

@@ -135,6 +135,7 @@ def recipe_problems(r: Recipe) -> list[str]:
             "likelihood, and its scores would mean nothing. Remove it, or set "
             "model.objective=causal",
         )
+    found += anchor_problems(r)
     found += mask_problems(k)
     if k.enabled:
         need(
@@ -243,6 +244,43 @@ def mixture_problems(r: Recipe, index: int) -> list[str]:
         return found
     if not 0 < share < 1:
         found.append(f"{where}.replay: {share:g} is outside (0, 1): a share of the stage's tokens")
+    return found
+
+
+def anchor_problems(r: Recipe) -> list[str]:
+    """What is wrong with the recipe's `anchor`."""
+    a, found = r.anchor, []
+    if a is None:
+        return found
+    if a.text != "self":
+        replayed = [s.replay for s in r.stages if isinstance(s.replay, dict)]
+        trained = {n for names in [*(s.domains for s in r.stages), *replayed] for n in names}
+        if a.text not in r.data.domains:
+            found.append(
+                f"anchor.text: {a.text!r} is neither 'self' nor in data.domains"
+                f"{near(a.text, [*r.data.domains, 'self'])}"
+            )
+        elif a.text in trained:
+            found.append(
+                f"anchor.text: a stage trains on {a.text!r}, and the anchor would hold the model "
+                "to what it knew of it before; name another domain, or self"
+            )
+        if not r.data.prepare:
+            found.append(
+                "anchor.text: a domain is taken from its prepared corpus, and data.prepare=false "
+                "makes none; set data.prepare=true or anchor.text=self"
+            )
+    if not a.fraction > 0 or (a.fraction * r.train.batch_size) < 1:
+        found.append(
+            f"anchor.fraction: {a.fraction} of train.batch_size={r.train.batch_size} is less than "
+            f"one sequence a step; give at least {1 / r.train.batch_size:.3g}, or anchor=null"
+        )
+    if a.weight < 0:
+        found.append("anchor.weight: must be at least 0")
+    if a.cache < 0:
+        found.append("anchor.cache: must be at least 0 (0 asks the teacher at every step)")
+    if a.tokens < r.data.sequence_length:
+        found.append(f"anchor.tokens: {a.tokens} is less than a sequence")
     return found
 
 

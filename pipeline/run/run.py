@@ -8,7 +8,7 @@ import gc
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from pipeline.engine.config import check_quantized, precision_of
 from pipeline.engine.fsdp import FsdpEngine
 from pipeline.engine.zero import ZeroEngine
 from pipeline.errors import TrainingStopped, UserError
+from pipeline.methods.method import Method, Start
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.model.attention import Separation, separation_of
 from pipeline.model.load import build_model, check_model, check_pretrained, load_config
@@ -34,6 +35,7 @@ from pipeline.ranks import on_rank0, rank
 from pipeline.recipe import Model, Recipe
 from pipeline.run.data import RunData, describe_unread, open_data
 from pipeline.run.folder import MASTERS, describe_model, open_run, stage_folder, step_folder
+from pipeline.run.methods import methods_of, run_start, stage_start
 from pipeline.run.published import (
     check_masters,
     publish_masters,
@@ -94,6 +96,8 @@ class Run:
     data: RunData
     log: EventLog | None  # on rank 0
     engine: Engine | None = None  # made when it is first needed: `_engine_with`
+    methods: list[Method] = field(default_factory=list)
+    begun: Start | None = None  # what the methods know of the run
     separation: Separation | None = None  # found before the engine shards the model
     holds: str | None = None  # the checkpoint whose weights it has; None: of no checkpoint
 
@@ -156,8 +160,11 @@ def run_recipe(
                 on_rank0(partial(report, folder))
             return time.perf_counter() - start
 
-        revision = recipe.model.revision
-        measure(Evaluation(folder, 0, "base", _base_checkpoint(run), revision))
+        base = _base_checkpoint(run)
+        run.begun = run_start(recipe, run.tokenizer, run.data, folder, base)
+        for method in run.methods:  # before the engine takes the memory
+            method.begin(run.begun)
+        measure(Evaluation(folder, 0, "base", base, recipe.model.revision))
         for stage, s in enumerate(recipe.stages, start=1):
             published = run.checkpoint(stage)
             result = None
@@ -206,7 +213,8 @@ def _prepare(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Run
     if log is not None:
         for name, counts in data.counts().items():
             log.write("corpus", domain=name, **counts)
-    return Run(folder, recipe, engine_config, config, tokenizer, data, log)
+    methods = methods_of(recipe)
+    return Run(folder, recipe, engine_config, config, tokenizer, data, log, methods=methods)
 
 
 def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict[str, Any]:
@@ -222,19 +230,27 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
         check_masters(run.masters(stage - 1))
     engine = _engine_with(run, before)
     _require_space(run, engine)
-    engine.start_stage()
+    assert run.begun is not None  # by `run_recipe`
+    start = stage_start(run.begun, stage, before, run.separation, engine)
+    for method in run.methods:
+        method.prepare(start)
+    engine.start_stage(sum(method.micro_batches() for method in run.methods))
     run.holds = None
     torch.manual_seed(recipe.stage_seed(stage) * 100_003 + rank())
     mask = None
     if recipe.mask.enabled and stage >= recipe.mask.from_stage:
         mask = GradientMask(engine.module, recipe.mask, recipe.stage_seed(stage))
     batches = run.data.batches(stage)
-    pause = partial(_evaluate_within, run, stage, engine, measure)
     pauses = plan.pauses(s.evaluate_every)
+
+    def after_step(step: int) -> None:
+        if step in pauses:
+            _evaluate_within(run, stage, engine, measure, step, pauses[step])
+
     try:
         result = train_stage(
-            engine, mask, batches, recipe, stage, plan.steps, run.log, pauses, pause,
-            domains=batches.domains, separation=run.separation,
+            engine, mask, batches, recipe, stage, plan.steps, run.log, after_step,
+            batches.domains, run.separation, run.methods,
         )  # fmt: skip
     except TrainingStopped as error:
         if run.log is not None:
@@ -248,6 +264,8 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
     start = time.perf_counter()
     if mask:
         mask.close()
+    for method in run.methods:
+        method.finish(engine, stage)
     numbers = {
         "steps": result.steps, "tokens": result.tokens, "seconds": result.seconds,
         "data": asdict(plan.examples) if plan.examples else None,

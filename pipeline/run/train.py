@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -13,11 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.errors import TrainingStopped
+from pipeline.methods.method import Method
 from pipeline.migu.gradient_mask import GradientMask, NonFiniteMagnitude
 from pipeline.model.attention import Separation, arrange, targets_of
-from pipeline.model.load import PredictedPositions
+from pipeline.model.load import PredictedPositions, predict
 from pipeline.progress import EventLog, StageProgress
-from pipeline.ranks import rank, total, world_size
+from pipeline.ranks import rank, total, totals, world_size
 from pipeline.recipe import Optimizer, Recipe
 from pipeline.run.domain_losses import DomainLosses
 
@@ -39,10 +41,10 @@ def train_stage(
     stage: int,
     steps: int,
     log: EventLog | None,
-    pauses: Mapping[int, float] | None = None,
-    pause: Callable[[int, float], None] | None = None,
+    after_step: Callable[[int], None] | None = None,
     domains: list[str] | None = None,
     separation: Separation | None = None,
+    methods: Sequence[Method] = (),
 ) -> StageResult:
     """Train `steps` steps; the model, the optimizer and the schedule start fresh with the stage.
 
@@ -51,11 +53,12 @@ def train_stage(
         batches: per step, this rank's micro-batches.
         stage: from 1.
         log: None on every rank but 0.
-        pauses: steps after which `pause(step, pauses[step])` is called, to evaluate within the
-            stage. Its time does not count as training.
+        after_step: called by all ranks after every step, to evaluate or save within the stage. Its
+            time does not count as training.
         domains: names of those that `domains` of a micro-batch counts; their losses are logged.
         separation: how the packed batches of `collate` are given to the model; None: the batches
             are what its forward takes, with labels.
+        methods: prepared for the stage; the engine knows how many micro-batches they add.
 
     Raises:
         TrainingStopped: before the optimizer step, so the weights are those of the last good step.
@@ -73,25 +76,34 @@ def train_stage(
     for step in range(1, steps + 1):
         timer.start("step")
         micro_batches = next(batches)
+        extras = [(method, batch) for method in methods for batch in method.batches(step)]
         # Every predicted token of the step weighs the same, however the batch is split.
         counts = [int((targets_of(b["labels"], objective) >= 0).sum()) for b in micro_batches]
         predicted = total(sum(counts), engine.device)
-        scale = len(micro_batches) * world_size() / max(predicted, 1)
+        parts = len(micro_batches) + len(extras)
+        scale = parts * world_size() / max(predicted, 1)
         loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
         for i, waiting in enumerate(micro_batches, start=1):
             inputs, tokens = arrange(_to(waiting, engine.device), separation, engine.module)
             targets = targets_of(tokens["labels"], objective)
             with mask.recording(tokens.get("real")) if mask else nullcontext():
-                losses = _losses(engine, head, inputs, targets)
-            loss = losses.sum()
+                logits = _predictions(engine, head, inputs, targets)
+            losses = F.cross_entropy(logits, targets[targets >= 0], reduction="none")
             if by_domain is not None:
                 by_domain.count(tokens["domains"])
                 by_domain.add(losses, targets, targets_of(tokens["domains"], objective))
-            engine.backward(loss * scale, last=i == len(micro_batches))
-            loss_sum += loss.detach()
+            minimized = losses
+            for method in methods:
+                minimized = method.weigh(minimized, logits, targets, inputs)
+            engine.backward(minimized.sum() * scale, last=i == parts)
+            loss_sum += losses.detach().sum()
         mean_loss = total(loss_sum.item(), engine.device) / max(predicted, 1)
+        method_losses = _extra_backwards(engine, head, extras)
         domain_losses = by_domain.reduce() if by_domain is not None else None
         where = f"stage {stage} ({name}), step {step}: the loss is {mean_loss}"
+        lr = learning_rate(recipe.optimizer, peak_lr, step, steps)
+        for method in methods:
+            method.edit(engine.shards, step, lr)
         timer.start("mask")
         try:  # before the loss is looked at: this names the layer
             kept = mask.apply(engine.shards, step) if mask else 1.0
@@ -100,10 +112,12 @@ def train_stage(
                 raise TrainingStopped(f"{where}, {error}") from None
             kept = 0.0  # the gradient overflowed: the step will be skipped, with a smaller scale
         timer.stop("mask")
-        if not math.isfinite(mean_loss):
-            raise TrainingStopped(where)
-        lr = learning_rate(recipe.optimizer, peak_lr, step, steps)
+        for what, value in {"loss": mean_loss, **method_losses}.items():
+            if not math.isfinite(value):
+                raise TrainingStopped(where if what == "loss" else f"{where}, of {what} {value}")
         applied = engine.step(lr, hold=partial(mask.hold, engine.shards) if mask else nullcontext)
+        for method in methods:
+            method.after_step(engine, step, steps)
         timer.stop("step")
         if progress is not None and log is not None:
             norm = engine.gradient_norm
@@ -123,11 +137,12 @@ def train_stage(
                 seconds=timer.seconds("step"),
                 mask_seconds=timer.seconds("mask"),
                 **({"domains": domain_losses} if domain_losses is not None else {}),
+                **({"methods": method_losses} if method_losses else {}),
             )
             _monitor(engine, recipe, stage, step, mean_loss, norm, lr, kept)
-        if pauses and pause and step in pauses:
+        if after_step is not None:
             since = time.perf_counter()
-            pause(step, pauses[step])
+            after_step(step)
             paused += time.perf_counter() - since
     if progress is not None:
         progress.close()
@@ -149,20 +164,34 @@ def learning_rate(optimizer: Optimizer, peak: float, step: int, steps: int) -> f
     return peak
 
 
-def _losses(
+def _predictions(
     engine: Any, head: PredictedPositions | None, inputs: dict[str, Any], targets: Tensor
 ) -> Tensor:
-    """Cross-entropies (nats) of the positions with a target, fp32 [predicted], in their order."""
-    if head is not None:
-        head.select(targets >= 0)
-    logits = engine.forward(**inputs).logits
-    wanted = targets >= 0
-    if head is not None:
-        head.select(None)
-        logits = logits.reshape(-1, logits.shape[-1])
-    else:
-        logits = logits[wanted]
-    return F.cross_entropy(logits.float(), targets[wanted], reduction="none")
+    """Logits of the positions with a target, fp32 [predicted, vocabulary], in their order."""
+    return predict(engine.forward, inputs, targets >= 0, head).float()
+
+
+def _extra_backwards(
+    engine: Any, head: PredictedPositions | None, extras: list[tuple[Method, Any]]
+) -> dict[str, float]:
+    """The micro-batches that methods add, behind those of the new text; each method's mean loss
+    (nats a prediction, without its weight) over all ranks.
+
+    The new text's loss is a mean over its predictions; a method's is one over its own, times its
+    weight, whatever the numbers of rows.
+    """
+    counts: dict[Method, int] = defaultdict(int)
+    sums: dict[Method, Tensor] = {}
+    for method, batch in extras:
+        counts[method] += method.predictions(batch)
+    predicted = dict(zip(counts, totals(counts.values(), engine.device), strict=True))
+    for i, (method, batch) in enumerate(extras, start=1):
+        loss = method.loss(engine, head, batch)
+        scale = engine.micro_batches * world_size() / max(predicted[method], 1)
+        engine.backward(loss * method.weight * scale, last=i == len(extras))
+        sums[method] = sums.get(method, 0.0) + loss.detach().double()
+    means = totals([sums[m].item() for m in counts], engine.device)
+    return {m.name: s / max(predicted[m], 1) for m, s in zip(counts, means, strict=True)}
 
 
 def _trims_head(recipe: Recipe, mask: GradientMask | None) -> bool:

@@ -1,0 +1,249 @@
+"""A KL anchor: on text beside the new one, the model stays close to a frozen teacher.
+
+Each step has a small batch more, of text that the teacher wrote itself (or of a domain); the step
+minimises loss + weight * mean KL(teacher || model) over its predicted positions, at temperature 1
+(arXiv 2605.26097, 2505.13811). No old data is needed, and no second model while training: what the
+teacher predicts on the text is computed once and kept.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pipeline.data.batches import example
+from pipeline.data.mlm import IGNORED, collate
+from pipeline.data.order import Permutation
+from pipeline.data.sequences import Sequence
+from pipeline.methods.anchor_text import AnchorText, Row, make_text
+from pipeline.methods.divergence import summed_kl, summed_kl_top_k
+from pipeline.methods.method import Method, Start, Teacher
+from pipeline.methods.sampled_text import BLOCK, sample_block
+from pipeline.model.attention import Separation, arrange, separation_of, targets_of
+from pipeline.model.load import PredictedPositions, predict
+from pipeline.ranks import rank, world_size
+from pipeline.recipe import Recipe
+
+FORMAT = 1  # of the text's folder
+STREAM = 7  # of the seeds that are drawn from the recipe's
+
+
+@dataclass(frozen=True)
+class AnchorBatch:
+    """A micro-batch of anchor text, and what the teacher's cache has of its labelled positions."""
+
+    batch: dict[str, Tensor]
+    cached: tuple[Tensor, Tensor] | None
+
+
+class Anchor(Method):
+    """The recipe's `anchor`."""
+
+    name = "anchor"
+    needs = ("old weights",)
+
+    def __init__(self, recipe: Recipe):
+        assert recipe.anchor is not None
+        self.settings, self.recipe = recipe.anchor, recipe
+        self.weight = self.settings.weight
+        self.objective = recipe.model.objective
+        self.rows = round(self.settings.fraction * recipe.train.batch_size)  # of a step
+        self._text: AnchorText | None = None
+        self._separation: Separation | None = None
+        self._stage = 0
+        # Where nothing is cached: a frozen copy. None with LoRA: the adapter is switched off.
+        self._copy: Any = None
+
+    def begin(self, start: Start) -> None:
+        if self.weight and self.settings.teacher == "base":
+            self._text = self._make_text(start, start.teacher("base"))
+
+    def prepare(self, start: Start) -> None:
+        self._stage, self._separation = start.stage, start.separation
+        if not self.weight:
+            return
+        first = self.settings.teacher == "base" or start.stage == 1
+        teacher = start.teacher("base" if first else "previous")
+        if self.settings.teacher == "previous":
+            self._text = self._make_text(start, teacher)
+        if not self.settings.cache and self.recipe.model.lora is None:
+            self._copy = start.engine.frozen(teacher.load())
+
+    def micro_batches(self) -> int:
+        return math.ceil(self._rows_per_rank / self._size) if self.weight else 0
+
+    def batches(self, step: int) -> list[AnchorBatch]:
+        if not self.weight:
+            return []
+        assert self._text is not None
+        rounds, places = np.divmod(
+            np.arange((step - 1) * self.rows, step * self.rows), self._text.sequences
+        )
+        for r in np.unique(rounds).tolist():
+            seed = (self.recipe.stage_seed(self._stage), STREAM, r)
+            order = Permutation(self._text.sequences, seed)
+            places[rounds == r] = order(places[rounds == r])
+        mine: list[int | None] = places[rank() :: world_size()].tolist()
+        mine += [None] * (self._rows_per_rank - len(mine))
+        return [self._batch(mine[i : i + self._size]) for i in range(0, len(mine), self._size)]
+
+    def predictions(self, batch: AnchorBatch) -> int:
+        return int((batch.batch["labels"] != IGNORED).sum())
+
+    def loss(self, engine: Any, head: PredictedPositions | None, batch: AnchorBatch) -> Tensor:
+        waiting = {k: v.to(engine.device) for k, v in batch.batch.items()}
+        inputs, tokens = arrange(waiting, self._separation, engine.module)
+        wanted = targets_of(tokens["labels"], self.objective) >= 0
+        if batch.cached is not None:
+            logits = predict(engine.forward, inputs, wanted, head)
+            return summed_kl_top_k(logits, *(t.to(logits.device) for t in batch.cached))
+        theirs = self._live(engine, head, inputs, wanted)
+        return summed_kl(predict(engine.forward, inputs, wanted, head), theirs)
+
+    @cached_property
+    def _rows_per_rank(self) -> int:
+        return math.ceil(self.rows / world_size())
+
+    @cached_property
+    def _size(self) -> int:
+        return min(self.recipe.train.micro_batch_size or self._rows_per_rank, self._rows_per_rank)
+
+    def _batch(self, places: list[int | None]) -> AnchorBatch:
+        """None: a row without anything to predict, so that all ranks have as many."""
+        assert self._text is not None
+        real = [p for p in places if p is not None]
+        rows = self._text.rows(real)
+        for _ in range(len(places) - len(real)):
+            ids, labels, segments = rows[0] if rows else self._text.rows([0])[0]
+            rows.append((ids, np.full_like(labels, IGNORED), segments))
+        cached = self._text.predictions(real) if self.settings.cache else None
+        return AnchorBatch(collate(rows), cached)
+
+    def _live(
+        self, engine: Any, head: PredictedPositions | None, inputs: dict[str, Any], wanted: Tensor
+    ) -> Tensor:
+        """What the frozen teacher predicts now."""
+        if self._copy is not None:
+            with torch.no_grad():
+                return predict(self._copy, inputs, wanted, None)
+        with engine.evaluating(), _without_adapter(engine.module):
+            return predict(engine.forward, inputs, wanted, head)
+
+    def _make_text(self, start: Start, teacher: Teacher) -> AnchorText:
+        frozen = _Frozen(teacher, self.recipe)
+        cached = partial(self._predict, frozen) if self.settings.cache else None
+        info = {
+            "teacher": teacher.identity, "settings": asdict(self.settings),
+            "objective": self.objective, "sequences": self._sequences(),
+        }  # fmt: skip
+        folder = start.shared / f"anchor-{self._key(start, teacher)}"
+        rows = partial(self._make_rows, start, frozen)
+        return make_text(folder, rows, cached, self.settings.cache, info)
+
+    def _sequences(self) -> int:
+        return max(self.rows, int(self.settings.tokens) // self.recipe.data.sequence_length)
+
+    def _make_rows(
+        self, start: Start, frozen: "_Frozen", share: tuple[int, int]
+    ) -> Iterator[tuple[int, Row]]:
+        """The numbered rows of a share, the same however the work is shared."""
+        masked = self.objective == "masked"
+        if self.settings.text == "self":
+            numbered = self._sampled(start, frozen, share, masked)
+        else:
+            of_domain = start.domain(self.settings.text, self._sequences())
+            numbered = (
+                (i, s) for i, s in enumerate(of_domain) if i // BLOCK % share[1] == share[0]
+            )
+        masking = self.recipe.data.masking
+        for number, sequence in numbered:
+            rng = np.random.default_rng((self.recipe.seed, STREAM, number))
+            yield number, example(sequence, start.tokenizer, masked, rng, masking, False)
+
+    def _sampled(
+        self, start: Start, frozen: "_Frozen", share: tuple[int, int], masked: bool
+    ) -> Iterator[tuple[int, Sequence]]:
+        count, length = self._sequences(), self.recipe.data.sequence_length
+        blocks = tqdm(
+            range(share[0], math.ceil(count / BLOCK), share[1]),
+            desc="the teacher writes the anchor's text",
+            unit="block",
+            leave=False,
+            disable=None if share[0] == 0 else True,
+        )
+        for block in blocks:
+            seed = self.recipe.seed * 1_000_003 + block
+            ids, real = sample_block(frozen.model, start.tokenizer, length, masked, seed)
+            for i, (row, known) in enumerate(zip(ids.numpy(), real.numpy(), strict=True)):
+                number = block * BLOCK + i
+                if number < count:
+                    yield number, _sequence(row, known, masked)
+
+    def _predict(self, frozen: "_Frozen", rows: list[Row]) -> Tensor:
+        device = next(frozen.model.parameters()).device
+        batch = {k: v.to(device) for k, v in collate(rows).items()}
+        inputs, tokens = arrange(batch, frozen.separation, frozen.model)
+        wanted = targets_of(tokens["labels"], self.objective) >= 0
+        with torch.no_grad():
+            return predict(frozen.model, inputs, wanted, frozen.head)
+
+    def _key(self, start: Start, teacher: Teacher) -> str:
+        """Of the text's folder: whatever changes a token or a prediction."""
+        s, d = self.settings, self.recipe.data
+        source = None if s.text == "self" else asdict(d.domains[s.text])
+        vocabulary = start.tokenizer.backend_tokenizer.to_str().encode()
+        content = {
+            "format": FORMAT, "teacher": teacher.identity, "text": s.text, "source": source,
+            "tokens": self._sequences(), "cache": s.cache, "seed": self.recipe.seed,
+            "length": d.sequence_length, "masking": d.masking, "objective": self.objective,
+            "cross_document": d.cross_document, "keep_apart": d.keep_apart,
+            "tokenizer": hashlib.sha256(vocabulary).hexdigest(),
+        }  # fmt: skip
+        text = json.dumps(content, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class _Frozen:
+    """A teacher that is loaded when it is first needed, and goes with the text that it made."""
+
+    def __init__(self, teacher: Teacher, recipe: Recipe):
+        self._teacher, self._recipe = teacher, recipe
+
+    @cached_property
+    def model(self) -> nn.Module:
+        return self._teacher.load()
+
+    @cached_property
+    def head(self) -> PredictedPositions:
+        return PredictedPositions(self.model)
+
+    @cached_property
+    def separation(self) -> Separation:
+        return separation_of(self.model, self._recipe)
+
+
+def _sequence(ids: np.ndarray, real: np.ndarray, masked: bool) -> Sequence:
+    """A sampled row as if it were packed: one document, then padding."""
+    segments = np.where(real, 0, -1).astype(np.int16)
+    words = np.arange(len(ids), dtype=np.int32)
+    if masked:
+        words[[0, -1]] = -1  # the special tokens of the row are not predicted
+    return Sequence(ids.astype(np.int32), words, segments, real, segments)
+
+
+@contextmanager
+def _without_adapter(model: Any) -> Iterator[None]:
+    model.disable_adapters()
+    try:
+        yield
+    finally:
+        model.enable_adapters()

@@ -1,0 +1,124 @@
+"""What a method that keeps or adapts knowledge may do in a run; every part has an empty default."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.model.attention import Separation
+from pipeline.recipe import Recipe
+from pipeline.shard import Shard
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model: the base, or what the stage before published.
+
+    load: gives it in eval mode, whole, on this rank's device. identity: what says that two teachers
+    are the same one (of a folder, what its files hold).
+    """
+
+    load: Callable[[], nn.Module]
+    identity: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a method knows when the run, or a stage of it, begins; the same on all ranks.
+
+    stage: 0 at the run's start, before there is an engine; then from 1.
+    teacher: of "base" or "previous" (from stage 2 on).
+    domain: domain and count -> that many packed sequences of its training text, or fewer.
+    kept: the method's own folder in the run folder. shared: a folder of all runs, for what several
+    of them would make alike.
+    separation: how the engine's model keeps the documents of a row apart (None at stage 0).
+    """
+
+    stage: int
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerFast
+    teacher: Callable[[str], Teacher]
+    domain: Callable[[str, int], Iterable[Any]]
+    kept: Path
+    shared: Path
+    separation: Separation | None = None
+    engine: Any = None
+
+
+class Method:
+    """One method of a run, made from its part of the recipe.
+
+    It may look at or change a step at four places, in this order: the losses of the new text
+    (`weigh`), micro-batches of its own behind those of the new text (`batches`, `loss`), the
+    reduced gradient's shards before the mask (`edit`), and the weights behind the optimizer's
+    update (`after_step`). Magnitudes are recorded on the new text only; the mask is applied to the
+    sum of all gradients.
+
+    name: its key in the recipe, and in the log that of its loss.
+    needs: what it takes beside the new text: "task labels", "old data", "old weights" (Table 1).
+    weight: of its loss beside that of the new text.
+    """
+
+    name = ""
+    needs: tuple[str, ...] = ()
+    weight = 1.0
+
+    def begin(self, start: Start) -> None:
+        """Once, before the engine is built: while a whole model still fits. All ranks call it."""
+
+    def prepare(self, start: Start) -> None:
+        """Before a stage's first step, with the engine as the stage finds it. All ranks call it."""
+
+    def micro_batches(self) -> int:
+        """How many micro-batches it adds to every step of the stage; on every rank alike."""
+        return 0
+
+    def batches(self, step: int) -> Sequence[Any]:
+        """This rank's micro-batches of step 1...: `micro_batches()` of them."""
+        return ()
+
+    def predictions(self, batch: Any) -> int:
+        """How many predictions a micro-batch's loss is summed over."""
+        raise NotImplementedError
+
+    def loss(self, engine: Any, head: Any, batch: Any) -> Tensor:
+        """The sum over a micro-batch's predictions, in nats. Where the engine shards weights, all
+        ranks do the same forwards.
+
+        head: `PredictedPositions` of the engine's model, or None.
+        """
+        raise NotImplementedError
+
+    def weigh(self, losses: Tensor, logits: Tensor, targets: Tensor, inputs: dict) -> Tensor:
+        """What is minimised in place of the new text's cross-entropies.
+
+        Args:
+            losses: nats, fp32 [predicted]; logits: [predicted, vocabulary]; targets [predicted].
+            inputs: of the forward that gave the logits.
+        """
+        return losses
+
+    def edit(self, shards: Any, step: int, lr: float) -> None:
+        """Change the reduced gradient of a step in place (`shards.gradient_shards(names)`), before
+        the mask and the clipping."""
+
+    def after_step(self, engine: Any, step: int, steps: int) -> None:
+        """Behind the optimizer's update of step 1...steps; all ranks call it."""
+
+    def finish(self, engine: Any, stage: int) -> None:
+        """Behind a stage's last step, before it is published; all ranks call it."""
+
+    def state_shards(self) -> Iterator[Shard]:
+        """Live local tensors that belong to weights, for a checkpoint within a stage; a name is a
+        weight's, with a prefix where there are several kinds."""
+        return iter(())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What else a checkpoint within a stage keeps; small, JSON-able, the same on all ranks."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """After `prepare`, to go on behind the step that `state` is of."""

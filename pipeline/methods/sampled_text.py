@@ -1,0 +1,102 @@
+"""Text that a language model writes by itself, from nothing (arXiv 2605.26097, 2505.13811)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.errors import UserError
+
+BLOCK = 64  # sequences that are drawn together, from a seed of their own
+FILLED_AT_ONCE = 1 / 8  # of the masked positions, in a random order
+ROUNDS = 4  # then so many times, drawn anew ...
+REDRAWN = 1 / 4  # ... this share of the positions
+
+
+def start_of_text(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The token from which a causal model writes a text of its own.
+
+    Raises:
+        UserError: there is none.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):  # GPT-2 has one for both
+        if token is not None:
+            return token
+    raise UserError(
+        "anchor.text: self needs a token from which the model begins a text, and this tokenizer "
+        "has neither bos nor eos; name a domain instead (anchor.text=DOMAIN)"
+    )
+
+
+@torch.no_grad()
+def sample_block(
+    model: nn.Module, tokenizer: PreTrainedTokenizerFast, length: int, masked: bool, seed: int
+) -> tuple[Tensor, Tensor]:
+    """BLOCK sequences drawn at temperature 1, the same for a seed wherever they are drawn.
+
+    Returns (int64 [BLOCK, length] on the CPU; bool [BLOCK, length], True on real tokens): a causal
+    model ends some texts early.
+    """
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        ids = (_sample_masked if masked else _sample_causal)(model, tokenizer, length, device)
+    ids = ids.cpu()
+    if masked:
+        return ids, torch.ones_like(ids, dtype=torch.bool)
+    end = (ids[:, 1:] == tokenizer.eos_token_id).long()
+    behind = end.cumsum(1) - end > 0  # the first end of text is real
+    real = torch.cat([torch.ones(len(ids), 1, dtype=torch.bool), ~behind], dim=1)
+    return ids, real
+
+
+def _sample_causal(
+    model: Any, tokenizer: PreTrainedTokenizerFast, length: int, device: torch.device
+) -> Tensor:
+    start = torch.full((BLOCK, 1), start_of_text(tokenizer), device=device)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    drawn = model.generate(
+        start,
+        attention_mask=torch.ones_like(start),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,  # the model's own generation settings may say otherwise
+        max_length=length,
+        min_length=0,
+        pad_token_id=pad,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return torch.nn.functional.pad(drawn, (0, length - drawn.shape[1]), value=pad)
+
+
+def _sample_masked(
+    model: Any, tokenizer: PreTrainedTokenizerFast, length: int, device: torch.device
+) -> Tensor:
+    """All positions masked and filled in a random order, an eighth at a time; then some rounds in
+    which a quarter is masked and drawn anew."""
+    ids = torch.full((BLOCK, length), tokenizer.mask_token_id, device=device)
+    ids[:, 0], ids[:, -1] = tokenizer.cls_token_id, tokenizer.sep_token_id
+    special = torch.tensor(tokenizer.all_special_ids, device=device)
+    inner = length - 2
+    order = torch.rand(BLOCK, inner).argsort(1).to(device) + 1
+    share = -(-inner // round(1 / FILLED_AT_ONCE))
+    for start in range(0, inner, share):
+        _fill(model, ids, order[:, start : start + share], special)
+    for _ in range(ROUNDS):
+        places = torch.rand(BLOCK, inner).argsort(1)[:, : max(1, round(REDRAWN * inner))]
+        places = places.to(device) + 1
+        ids.scatter_(1, places, tokenizer.mask_token_id)
+        _fill(model, ids, places, special)
+    return ids
+
+
+def _fill(model: Any, ids: Tensor, places: Tensor, special: Tensor) -> None:
+    """Draw the tokens at `places` [BLOCK, n] from the model's predictions, in place."""
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    wanted = logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1])).float()
+    wanted[..., special] = float("-inf")
+    drawn = torch.multinomial(wanted.softmax(-1).flatten(0, 1).cpu(), 1).view(places.shape)
+    ids.scatter_(1, places, drawn.to(ids.device))

@@ -1,0 +1,90 @@
+"""The methods of a run: which ones its recipe names, and what they are told of the run."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.checkpoint import is_published, read_manifest, sha256
+from pipeline.data.heldout import training_sequences
+from pipeline.data.prepare import prepared_root
+from pipeline.methods.anchor import Anchor
+from pipeline.methods.method import Method, Start, Teacher
+from pipeline.model.attention import Separation
+from pipeline.model.load import load_for_evaluation
+from pipeline.ranks import on_rank0
+from pipeline.recipe import Recipe
+from pipeline.run.data import RunData
+
+
+def methods_of(recipe: Recipe) -> list[Method]:
+    """In the order in which they act on a step."""
+    found: list[Method] = []
+    if recipe.anchor is not None:
+        found.append(Anchor(recipe))
+    return found
+
+
+def run_start(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, data: RunData, folder: Path, base: str
+) -> Start:
+    """folder: of the run. base: the checkpoint that stage 0 measures."""
+
+    def domain(name: str, count: int) -> Iterable[Any]:
+        assert data.prepared is not None  # `anchor_problems`
+        return training_sequences(recipe, data.prepared[name].train, tokenizer, count)
+
+    def teacher(which: str) -> Teacher:
+        assert which == "base", "there is no stage before the run"
+        return teacher_at(recipe, base)
+
+    return Start(0, recipe, tokenizer, teacher, domain, folder / "kept", prepared_root(recipe))
+
+
+def stage_start(
+    begun: Start, stage: int, before: str, separation: Separation | None, engine: Any
+) -> Start:
+    """begun: of `run_start`. before: the checkpoint from which the stage starts."""
+
+    def teacher(which: str) -> Teacher:
+        return teacher_at(begun.recipe, before) if which == "previous" else begun.teacher(which)
+
+    return replace(begun, stage=stage, teacher=teacher, separation=separation, engine=engine)
+
+
+def teacher_at(recipe: Recipe, checkpoint: str) -> Teacher:
+    """A published folder, or the pretrained model where it is, as a frozen model."""
+    m, cuda = recipe.model, torch.cuda.is_available()
+    dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
+    revision = m.revision if checkpoint == m.path else None
+
+    def load() -> nn.Module:
+        device = f"cuda:{torch.cuda.current_device()}" if cuda else "cpu"
+        net = load_for_evaluation(
+            checkpoint, m.objective, m.attention, revision, dtype, device, m.lora
+        )
+        return net.requires_grad_(False)
+
+    identity = on_rank0(partial(_identity, checkpoint, revision))
+    quantize = m.lora.quantize if m.lora else "none"
+    return Teacher(load, {**identity, "quantize": quantize, "dtype": str(dtype)})
+
+
+def _identity(checkpoint: str, revision: str | None) -> dict[str, Any]:
+    """What a checkpoint holds: the hashes of its manifest, or of the files themselves."""
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        return {"model": checkpoint, "revision": revision}
+    if is_published(folder):
+        files = read_manifest(folder)["files"]
+    else:
+        files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file()}
+    text = json.dumps(files, sort_keys=True)
+    return {"content": hashlib.sha256(text.encode()).hexdigest()}

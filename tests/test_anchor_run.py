@@ -1,0 +1,47 @@
+"""Runs with an anchor: where its text comes from, and what is refused."""
+
+import json
+
+import pytest
+
+from pipeline.engine.config import resolve_engine_config
+from pipeline.errors import UserError
+from pipeline.run.recipe_file import load_recipe
+from pipeline.run.run import run_recipe
+from tests.test_run import tiny_recipe
+
+
+def run(recipe, overrides, folder):
+    """The KL of every step of a run in this process, and the folders of anchor text."""
+    fixed = [f"data.prepared={folder / 'prepared'}", "optimizer={lr: 1.0e-2, schedule: constant}"]
+    dropout = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    fixed += [f"model.config.{key}=0" for key in dropout]
+    whole = load_recipe(recipe, [*fixed, *overrides])
+    config = resolve_engine_config("ds_configs/zero0.json", whole, 1, "cpu")
+    nothing = lambda *_: None  # noqa: E731
+    run_recipe(whole, config, folder / "runs", nothing, nothing, nothing)
+    lines = (folder / "runs" / whole.name / "log.jsonl").read_text().splitlines()
+    steps = [e["methods"]["anchor"] for e in map(json.loads, lines) if e["event"] == "step"]
+    return steps, sorted((folder / "prepared").glob("anchor-*"))
+
+
+def test_an_anchor_in_a_run(tmp_path):
+    """The teacher's own text and a domain's; the base or the stage before; text is shared by runs
+    that would make the same."""
+    recipe = tiny_recipe(tmp_path)
+    small = "anchor={tokens: 300, fraction: 0.5, cache: 64"
+    steps, texts = run(recipe, ["name=one", f"{small}}}"], tmp_path)
+    assert len(texts) == 1
+    assert abs(steps[0]) < 1e-5 < steps[-1]  # the KL to the model that it was
+    free, texts = run(recipe, ["name=two", f"{small}, weight: 1.0e-6}}"], tmp_path)
+    assert len(texts) == 1
+    assert steps[-1] < free[-1]  # of the same text
+    previous, texts = run(recipe, ["name=three", f"{small}, teacher: previous}}"], tmp_path)
+    assert len(texts) == 2  # of the base the same, of stage 1 another
+    assert abs(previous[12]) < 1e-5 < previous[11]
+    only_a = "stages=[{domain: a, steps: 3}]"
+    assert run(recipe, ["name=four", f"{small}, text: b}}", only_a], tmp_path)[0]
+    with pytest.raises(UserError, match=r"anchor\.text: a stage trains on 'b'"):
+        load_recipe(recipe, [f"{small}, text: b}}"])
+    with pytest.raises(UserError, match="less than one sequence a step"):
+        load_recipe(recipe, ["anchor={fraction: 0.1}"])
