@@ -182,7 +182,7 @@ class Anchor:
     """Stay close to a frozen teacher on text that it wrote itself (docs/methods.md)."""
 
     text: str = "self"  # sampled from the teacher; or a domain, which no stage may train on
-    fraction: float = 0.125  # of the batch: so many sequences a step beside it
+    fraction: float = 0.25  # of the batch: so many sequences a step beside it
     weight: float = 1.0  # of the KL beside the loss of the new text
     teacher: Literal["base", "previous"] = "base"  # previous: what the stage before published
     cache: int = 64  # likeliest tokens of each position that are kept; 0: ask the teacher each step

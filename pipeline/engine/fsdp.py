@@ -147,7 +147,8 @@ class FsdpEngine:
             model = model.bfloat16()
         for name in find_blocks(model):
             self._shard(model.get_submodule(name), reshard_after_forward=True)
-        return self._shard(model, reshard_after_forward=True)
+        sharded: Any = self._shard(model, reshard_after_forward=True)
+        return sharded
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Set the named weights; every rank gives the same whole tensors (any dtype, device)."""

@@ -249,9 +249,10 @@ def mixture_problems(r: Recipe, index: int) -> list[str]:
 
 def anchor_problems(r: Recipe) -> list[str]:
     """What is wrong with the recipe's `anchor`."""
-    a, found = r.anchor, []
+    a = r.anchor
     if a is None:
-        return found
+        return []
+    found: list[str] = []
     if a.text != "self":
         replayed = [s.replay for s in r.stages if isinstance(s.replay, dict)]
         trained = {n for names in [*(s.domains for s in r.stages), *replayed] for n in names}

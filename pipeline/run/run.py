@@ -231,9 +231,9 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
     engine = _engine_with(run, before)
     _require_space(run, engine)
     assert run.begun is not None  # by `run_recipe`
-    start = stage_start(run.begun, stage, before, run.separation, engine)
+    begun = stage_start(run.begun, stage, before, run.separation, engine)
     for method in run.methods:
-        method.prepare(start)
+        method.prepare(begun)
     engine.start_stage(sum(method.micro_batches() for method in run.methods))
     run.holds = None
     torch.manual_seed(recipe.stage_seed(stage) * 100_003 + rank())
