@@ -9,7 +9,9 @@ CRITERIA = {
     "weight": "weight magnitude",
     "gradient": "gradient magnitude",
 }
-FREE = ("mask", "optimizer", "seed", "name")
+METHODS = ("anchor",)
+"""The recipe's keys of methods beside the mask; where one is set, its key is part of the label."""
+FREE = ("mask", "optimizer", "seed", "name", *METHODS)
 """What compared runs may differ in; with the adapter, the learning rate of single stages, and how
 and how often (not on what) the evaluation ran."""
 ALSO_FREE = (
@@ -28,7 +30,7 @@ NAMED = (
 
 
 def methods_of(runs: list[Run]) -> list[str]:
-    """Each run's method, without learning rate and seed: `ft`, `lora`, `migu T=0.7`,
+    """Each run's method, without learning rate and seed: `ft`, `lora`, `migu T=0.7`, `anchor`,
     `lora, migu T=0.7`, ..., followed by whatever else of their training the runs may and do differ
     in."""
     recipes = [flat(run.recipe) for run in runs]
@@ -39,6 +41,8 @@ def methods_of(runs: list[Run]) -> list[str]:
     for key in sorted({key for recipe in recipes for key in recipe}):
         among = masked if key.startswith("mask.") else recipes
         among = adapted if key.startswith("model.lora") else among
+        if key.split(".")[0] in METHODS:
+            among = [r for r in recipes if key.split(".")[0] in methods_in(r)]
         if not _is_free(key) or key in NAMED or _how_evaluated(key):
             continue
         if len({repr(r.get(key)) for r in among}) > 1:
@@ -49,14 +53,21 @@ def methods_of(runs: list[Run]) -> list[str]:
         criterion = str(recipe.get("mask.criterion", "output"))
         threshold = recipe.get("mask.threshold", 0.7)
         selected = f"{CRITERIA.get(criterion, criterion)} T={threshold:g}" if is_masked else ""
-        name = ", ".join(filter(None, (adapter_of(recipe), selected))) or "ft"
+        parts = (adapter_of(recipe), *methods_in(recipe), selected)
+        name = ", ".join(filter(None, parts)) or "ft"
         extra = [
-            f"{key.split('.', 1)[1]} {_plain(recipe[key])}"
+            f"{key.split('.', 1)[-1]} {_plain(recipe[key])}"
             for key in telling
             if recipe.get(key) is not None and (is_masked or not key.startswith("mask."))
+            if key not in METHODS
         ]
         methods.append(", ".join([name, *extra]))
     return methods
+
+
+def methods_in(recipe: dict) -> list[str]:
+    """Of a flat recipe: the keys of the methods that it uses."""
+    return [m for m in METHODS if any(k.startswith(f"{m}.") for k in recipe) or recipe.get(m)]
 
 
 def adapter_of(recipe: dict) -> str:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from eval.analysis import labels
+from eval.analysis.at_equal_learning import DRAWS, AtEqualLearning
 from eval.analysis.curves import POINT_DEFINITIONS
 from eval.analysis.load import Run, load_run
 from eval.analysis.matrix import DEFINITIONS, equal_learning
@@ -23,6 +24,7 @@ from eval.report.compared_runs import (
     TASKS,
     Row,
     machine_of,
+    method_table,
     rows_of_runs,
     settings_of,
     why_not_equal,
@@ -45,6 +47,8 @@ class Comparison:
     reach: list[float] | None
     pairs: list[Pair]
     readings: list[Reading]
+    at_equal_learning: AtEqualLearning | None
+    step_ratios: dict[str, float]  # by method: the median step's time over the reference's
     headline: str
     verdict: list[str]
     noise: str  # what "noise" means here
@@ -108,6 +112,7 @@ def compare(run_dirs: Sequence[Path | str]) -> Comparison:
                 reading.difference = noise.reading(own, other, value)
             readings.append(reading)
     unfinished = any(not run.finished for run in runs)
+    table, ratios = method_table(rows)
     return Comparison(
         rows=rows,
         settings=settings,
@@ -115,6 +120,8 @@ def compare(run_dirs: Sequence[Path | str]) -> Comparison:
         reach=read["range"],
         pairs=told,
         readings=readings,
+        at_equal_learning=table,
+        step_ratios=ratios,
         headline=verdict.headline(settings, told, readings, [r.name for r in runs if r.damage]),
         verdict=verdict.sentences(settings, told, readings, level, unfinished),
         noise=verdict.about_noise(
@@ -171,6 +178,7 @@ def write_comparison(run_dirs: Sequence[Path | str], out_dir: Path | str) -> Pat
         colours=colours,
         repeated=len(settings) < len(rows),
         compared=COMPARED,
+        draws=DRAWS,
         shown_tasks=[key for key in TASKS if any(getattr(row, key) for row in rows)],
         task_names=TASKS,
         task_notes=_task_notes(comparison),
@@ -314,6 +322,8 @@ def _as_json(comparison: Comparison) -> dict:
         "equal_learning": {"level": comparison.level, "range": comparison.reach},
         "pairs": [asdict(pair) for pair in comparison.pairs],
         "between_learning_rates": [asdict(reading) for reading in comparison.readings],
+        "at_equal_learning": comparison.at_equal_learning and asdict(comparison.at_equal_learning),
+        "step_ratios": comparison.step_ratios,
         "task_differences": [
             {"first": a, "second": b, "tasks": {task: asdict(d) for task, d in found.items()}}
             for a, b, found in comparison.task_differences

@@ -4,6 +4,7 @@ import statistics
 from dataclasses import dataclass
 
 from eval.analysis import labels
+from eval.analysis.at_equal_learning import AtEqualLearning, at_equal_learning
 from eval.analysis.curves import Place, curve_of, learning_points
 from eval.analysis.load import Run
 from eval.analysis.matrix import Curve, complete
@@ -124,6 +125,28 @@ def settings_of(rows: list[Row]) -> list[Setting]:
                     setting.spread[key] = statistics.stdev(values)
         settings.append(setting)
     return settings
+
+
+def method_table(rows: list[Row]) -> tuple[AtEqualLearning | None, dict[str, float]]:
+    """Every method over its learning rates and seeds against fine-tuning (or else the first one),
+    and its median step's time over the reference's on the same machine."""
+    ends: dict[str, dict[int, dict[float, Place]]] = {}
+    seconds: dict[str, list[float]] = {}
+    for row in rows:
+        if row.learned is None or row.forgotten is None or not row.run.finished:
+            continue
+        seed = int(row.run.recipe.get("seed") or 0)
+        rate = labels.learning_rate(row.run)
+        ends.setdefault(row.method, {}).setdefault(seed, {})[rate] = (row.learned, row.forgotten)
+        if (mine := _step_seconds(row.run)) and machine_of(row.run) == machine_of(rows[0].run):
+            seconds.setdefault(row.method, []).append(mine)
+    plain = [m for m in ends if m in ("ft", "lora", "qlora")]
+    reference = (plain or list(ends) or [""])[0]
+    found = at_equal_learning(ends, reference)
+    if found is None or reference not in seconds:
+        return found, {}
+    base = statistics.median(seconds[reference])
+    return found, {m: statistics.median(s) / base for m, s in seconds.items()}
 
 
 def why_not_equal(row: Row, level: float | None) -> str:

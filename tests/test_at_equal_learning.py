@@ -1,0 +1,61 @@
+"""Methods over learning rates and seeds, read at equal learning."""
+
+import numpy as np
+import pytest
+
+from eval.analysis.at_equal_learning import at_equal_learning, read_at
+
+
+def ends(curve, seeds=3, noise=0.0):
+    """By seed, runs at rates 1, 2, ...: noise shifts what each seed forgets."""
+    return {
+        seed: {float(i + 1): (x, y * (1 + noise * (seed - 1))) for i, (x, y) in enumerate(curve)}
+        for seed in range(seeds)
+    }
+
+
+PLAIN = [(0.2, 0.1), (0.6, 0.5), (0.8, 1.0)]
+
+
+def test_read_linearly_between_rates_and_on_beyond_them():
+    curve = np.array(PLAIN)
+    assert read_at(curve, 0.4) == pytest.approx(0.3)
+    assert read_at(curve, 0.7) == pytest.approx(0.75)
+    assert read_at(curve, 0.9) == pytest.approx(1.25)
+    # A rate that learns less and forgets more is no part of the curve.
+    assert read_at(np.array([*PLAIN, (0.7, 2.0)]), 0.75) == pytest.approx(0.875)
+
+
+def test_ratios_at_the_level_that_all_reach():
+    half = [(x, y / 2) for x, y in PLAIN]
+    slow = [(0.1, 0.1), (0.6, 0.5)]
+    found = at_equal_learning({"ft": ends(PLAIN), "half": ends(half), "slow": ends(slow)}, "ft")
+    assert (found.level, found.lowest) == pytest.approx((0.6, 0.2))
+    by_name = {m.method: m for m in found.methods}
+    assert by_name["ft"].ratio is None
+    assert by_name["half"].ratio == pytest.approx(0.5)
+    assert by_name["half"].interval == pytest.approx((0.5, 0.5))
+    assert by_name["half"].over_range == pytest.approx(0.5)
+    assert by_name["slow"].ratio == pytest.approx(1.0)
+    assert by_name["slow"].over_range > 1
+    assert (*by_name["half"].most, by_name["half"].rate) == pytest.approx((0.8, 0.5, 3.0))
+
+
+def test_the_interval_is_of_the_seeds_and_pairs_them():
+    half = [(x, y / 2) for x, y in PLAIN]
+    alike = at_equal_learning({"ft": ends(PLAIN, noise=0.2), "half": ends(half, noise=0.2)}, "ft")
+    assert alike.methods[1].interval == pytest.approx((0.5, 0.5))
+    other = at_equal_learning({"ft": ends(PLAIN), "half": ends(half, noise=0.2)}, "ft")
+    low, high = other.methods[1].interval
+    assert 0.39 < low < 0.5 < high < 0.61
+
+
+def test_what_cannot_be_read_is_none():
+    apart = [(1.0, 0.1), (2.0, 0.2)]
+    assert at_equal_learning({"ft": ends(PLAIN), "apart": ends(apart)}, "ft") is None
+    assert at_equal_learning({"ft": ends(PLAIN[:1]), "other": ends(PLAIN)}, "ft") is None
+    assert at_equal_learning({"ft": ends(PLAIN)}, "ft") is None
+    one = at_equal_learning({"ft": ends(PLAIN, 1), "other": ends(PLAIN, 1)}, "ft")
+    assert one.methods[1].interval is None
+    shared = {"ft": ends(PLAIN, 2), "other": {5: ends(PLAIN, 1)[0]}}
+    assert at_equal_learning(shared, "ft") is None
