@@ -13,7 +13,7 @@ from pipeline import checkpoint
 from pipeline.checkpoint import publish, read_manifest, verify
 from pipeline.errors import UserError, advice
 from pipeline.progress import EventLog
-from pipeline.run import folder as run_folder
+from pipeline.run import lock
 from pipeline.run.folder import open_run, stage_folder
 from pipeline.run.recipe_file import load_recipe
 
@@ -69,7 +69,7 @@ def test_the_advice_fits_the_error(tmp_path, monkeypatch, code, help_):
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.EACCES])
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys, code):
-    monkeypatch.setattr(run_folder.FileLock, "acquire", raises(code))
+    monkeypatch.setattr(lock.FileLock, "acquire", raises(code))
     recipe = load_recipe(recipe_file(tmp_path))
     if code == errno.EACCES:
         with (

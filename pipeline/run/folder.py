@@ -1,6 +1,5 @@
 """The folder of a run: who may write it, and what it says about itself (docs/runs.md)."""
 
-import errno
 import hashlib
 import json
 import os
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import BaseFileLock, FileLock, Timeout
 from omegaconf import OmegaConf
 from transformers import PretrainedConfig
 
@@ -23,9 +21,11 @@ from pipeline.engine.config import describe, precision_of
 from pipeline.errors import UserError, advice
 from pipeline.migu.targets import count_rows, find_targets
 from pipeline.model.load import empty_model
-from pipeline.progress import now, say
+from pipeline.progress import now
 from pipeline.ranks import on_rank0, rank, world_size
 from pipeline.recipe import Recipe
+from pipeline.redact import redacted
+from pipeline.run.lock import FolderLock
 
 MASTERS = "masters"  # beside the newest checkpoint: its trained weights in fp32
 LONGEST = 120  # letters of a stage's name in its folder's
@@ -62,7 +62,7 @@ def open_run(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Ite
     Raises:
         UserError: another process holds the folder, or it is another recipe's.
     """
-    lock = FileLock(folder / ".lock")
+    lock = FolderLock(folder)
     on_rank0(lambda: _claim(folder, lock, recipe, engine_config))
     try:
         yield
@@ -71,13 +71,23 @@ def open_run(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Ite
             lock.release()
 
 
-def _claim(folder: Path, lock: FileLock, recipe: Recipe, engine_config: dict[str, Any]) -> None:
+def _claim(folder: Path, lock: FolderLock, recipe: Recipe, engine_config: dict[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         help_ = advice(error) or "Choose another with --runs or name=..."
         raise UserError(f"cannot make the run folder {folder}: {error}. {help_}.") from None
-    _acquire(folder, lock)
+    lock.acquire()
+    try:
+        _fill(folder, recipe, engine_config)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _fill(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> None:
+    """Write what the run is. Raises UserError: the folder is another recipe's, or read-only."""
+    _require_writable(folder)
     stored = folder / "recipe.yaml"
     if not (folder / "stages").exists():  # nothing measured yet: an attempt that failed early
         for leftover in ("tokenizer", "heldout"):
@@ -85,7 +95,6 @@ def _claim(folder: Path, lock: FileLock, recipe: Recipe, engine_config: dict[str
     elif stored.is_file():
         different = _differences(OmegaConf.load(stored), OmegaConf.create(recipe.to_yaml()))
         if different:
-            lock.release()
             raise UserError(
                 f"{folder} holds a run of another recipe ({'; '.join(different)}). Give this run a "
                 "name of its own (name=...), or delete the old one with --restart."
@@ -95,7 +104,20 @@ def _claim(folder: Path, lock: FileLock, recipe: Recipe, engine_config: dict[str
         ("fsdp.json" if recipe.engine.kind == "fsdp" else "ds_config.json", engine_config),
         ("environment.json", _environment(engine_config)),
     ):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (folder / name).write_text(json.dumps(redacted(content), indent=2) + "\n", encoding="utf-8")
+
+
+def _require_writable(folder: Path) -> None:
+    """Raises UserError where a file cannot be written into the folder or what it has of the run."""
+    for place in (folder, folder / "stages", folder / "report"):
+        probe = place / ".writable"
+        try:
+            if place.is_dir():
+                probe.write_bytes(b"1")
+                probe.unlink()
+        except OSError as error:
+            help_ = advice(error) or "Choose another folder with --runs"
+            raise UserError(f"cannot write into {place}: {error}. {help_}.") from None
 
 
 def restart(runs: Path, recipe: Recipe) -> None:
@@ -105,34 +127,14 @@ def restart(runs: Path, recipe: Recipe) -> None:
         return
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"--restart: {folder} is not a run folder; delete it by hand")
-    lock = FileLock(folder / ".lock")
-    _acquire(folder, lock)
+    lock = FolderLock(folder)
+    lock.acquire()
     try:
         shutil.rmtree(folder)
     except OSError as error:
         raise UserError(f"--restart: cannot delete {folder}: {error}") from None
     finally:
         lock.release()
-
-
-def _acquire(folder: Path, lock: BaseFileLock) -> None:
-    """Raises UserError where another process has the lock, or nobody may have one."""
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"{folder} is in use by another process. Wait for it, or give this run a name of its "
-            "own (name=...)."
-        ) from None
-    except (OSError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
-            help_ = advice(error) or "Choose another folder with --runs"
-            raise UserError(f"cannot lock {folder}: {error}. {help_}.") from None
-        say(f"{folder}: this file system has no locks ({error}); start no second run there")
-
-
-# What file systems say that have no locks; filelock makes a NotImplementedError of ENOSYS.
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
 
 
 def _differences(old: Any, new: Any) -> list[str]:
