@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pipeline.redact import redact, redacted
+
 
 def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -16,7 +18,7 @@ def now() -> str:
 
 def say(text: str) -> None:
     """A line for the user; standard output is theirs, not the libraries'."""
-    tqdm.write(text, file=sys.stdout)
+    tqdm.write(redact(text), file=sys.stdout)
     sys.stdout.flush()
 
 
@@ -43,7 +45,8 @@ class EventLog:
 
     def write(self, event: str, **values: Any) -> None:
         self.step = values["step"] if event == "step" else 0
-        self._file.write(json.dumps({"event": event, **values, "time": now()}) + "\n")
+        record = redacted({"event": event, **values, "time": now()})
+        self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 import pydantic
 from omegaconf import OmegaConf
 
+from pipeline.redact import redacted
+
 
 @dataclass
 class Lora:
@@ -284,7 +286,8 @@ class Recipe:
         return self.evaluate.domains or list(self.data.domains)
 
     def to_yaml(self) -> str:
-        return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(self)))
+        """As a file, without passwords and tokens."""
+        return OmegaConf.to_yaml(OmegaConf.create(redacted(dataclasses.asdict(self))))
 
 
 # Of optimizers with 8-bit moments under `update: gradient`: said of recipes and by `attach`.

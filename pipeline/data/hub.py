@@ -5,6 +5,7 @@ readers, so that the same rules hold as for local files. Other kinds are streame
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from pipeline.data.bad_lines import BadLines
@@ -12,6 +13,7 @@ from pipeline.data.formats.fields import Fields
 from pipeline.data.formats.raw import kind_by_name
 from pipeline.data.instruct import Document
 from pipeline.errors import UserError
+from pipeline.network import retried
 from pipeline.recipe import Domain
 
 
@@ -26,8 +28,11 @@ def hub_files(domain: Domain, split: str) -> list[str] | None:
     import datasets
 
     try:
-        builder = datasets.load_dataset_builder(
-            str(domain.hub), domain.hub_config, revision=domain.revision
+        builder = retried(
+            f"data set {domain.hub}",
+            lambda: datasets.load_dataset_builder(
+                str(domain.hub), domain.hub_config, revision=domain.revision
+            ),
         )
     except Exception as error:  # many kinds: no network, no such name, config, revision
         raise _not_opened(domain, split, error) from None
@@ -87,19 +92,19 @@ def stream_hub(
 
 def _opened(domain: Domain, split: str) -> tuple[Any, list[str]]:
     """A split as `datasets.IterableDataset`, and its columns."""
-    import datasets
-
     try:
-        rows = datasets.load_dataset(
-            str(domain.hub),
-            domain.hub_config,
-            split=split,
-            revision=domain.revision,
-            streaming=True,
-        )
-        return rows, rows.column_names or list(next(iter(rows), {}))
+        return retried(f"data set {domain.hub}", partial(_open, domain, split))
     except Exception as error:
         raise _not_opened(domain, split, error) from None
+
+
+def _open(domain: Domain, split: str) -> tuple[Any, list[str]]:
+    import datasets
+
+    rows = datasets.load_dataset(
+        str(domain.hub), domain.hub_config, split=split, revision=domain.revision, streaming=True
+    )
+    return rows, rows.column_names or list(next(iter(rows), {}))
 
 
 def _not_opened(domain: Domain, split: str, error: Exception) -> UserError:

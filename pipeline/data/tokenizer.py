@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.data import sentencepiece_bpe
 from pipeline.errors import UserError
+from pipeline.network import retried
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -47,10 +48,13 @@ def load_tokenizer(path_or_id: str, revision: str | None = None) -> "PreTrainedT
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder) if folder.is_dir() else path_or_id,
-            revision=revision,
-            trust_remote_code=False,
+        tokenizer = retried(
+            f"tokenizer {path_or_id}",
+            lambda: AutoTokenizer.from_pretrained(
+                str(folder) if folder.is_dir() else path_or_id,
+                revision=revision,
+                trust_remote_code=False,
+            ),
         )
     except Exception as error:  # OSError, ValueError, KeyError, and those of the tokenizers library
         if folder.is_dir():

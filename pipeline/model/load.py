@@ -20,7 +20,8 @@ from pipeline.model.lora import (
     quantized_loading,
 )
 from pipeline.model.positions import longest_input
-from pipeline.model.weights import check_weights, load_pretrained
+from pipeline.model.weights import check_weights, load_pretrained, why
+from pipeline.network import retried
 from pipeline.recipe import Lora, Model, Recipe
 
 FLASH = "flash_attention_2"  # needs a GPU to be built with
@@ -54,9 +55,14 @@ def load_config(model: Model, vocab_size: int | None = None) -> PretrainedConfig
             )
         try:
             source = local_weights(str(model.path))
-            config = AutoConfig.from_pretrained(source, revision=model.revision)
+            config = retried(
+                f"model {source}",
+                lambda: AutoConfig.from_pretrained(
+                    source, revision=model.revision, trust_remote_code=False
+                ),
+            )
         except (OSError, ValueError) as error:
-            raise UserError(f"model.path: cannot load {model.path!r}: {error}") from None
+            raise UserError(f"model.path: cannot load {model.path!r}: {why(error)}") from None
     for key, value in model.overrides.items():
         if not hasattr(config, key):
             raise UserError(f"model.overrides.{key}: {type(config).__name__} has no such attribute")
@@ -142,7 +148,9 @@ def build_model(
             if quantized := quantized_loading(model.lora):
                 kwargs |= quantized
             elif keep_dtype:
-                config.dtype = AutoConfig.from_pretrained(source, revision=revision).dtype
+                config.dtype = AutoConfig.from_pretrained(
+                    source, revision=revision, trust_remote_code=False
+                ).dtype
                 kwargs["dtype"] = "auto"
             initialize = seed if checkpoint is None and model.initialize_missing else None
             kwargs |= {"config": config, "revision": revision}

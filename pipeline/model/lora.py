@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import UserError
 from pipeline.model.blocks import block_linears
-from pipeline.model.weights import reading, require_whole
+from pipeline.model.weights import reading, require_safetensors, require_whole
 from pipeline.recipe import Lora
 
 ADAPTER = "adapter_config.json"
@@ -111,6 +111,7 @@ def load_adapter(net: Any, adapter: str | Path) -> None:
     _peft()
     net.requires_grad_(False)
     base, revision = base_of(adapter)
+    require_safetensors(adapter)
     with reading(adapter):
         info = net.load_adapter(
             str(adapter),

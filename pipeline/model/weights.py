@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.errors import UserError
+from pipeline.network import retried
 
 POINTER = b"version https://git-lfs"
 SHOWN = 6  # names in a message
@@ -35,12 +36,18 @@ def load_pretrained(
             has weights of another shape than its config.json says; a file is damaged or the
             pointer that Git LFS leaves in its place; no such model.
     """
-    with reading(source), torch.random.fork_rng(devices=[]):
+    require_safetensors(source)
+
+    def load() -> Any:
         if initialize is not None:
             torch.manual_seed(initialize)
-        net, info = auto.from_pretrained(
-            str(source), output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+        return auto.from_pretrained(
+            str(source), output_loading_info=True, ignore_mismatched_sizes=True,
+            use_safetensors=True, trust_remote_code=False, **options,
+        )  # fmt: skip
+
+    with reading(source), torch.random.fork_rng(devices=[]):
+        net, info = retried(f"model {source}", load)
     if initialize is None:
         require_whole(source, net, info["missing_keys"], info["mismatched_keys"])
         return net
@@ -116,6 +123,39 @@ def _damaged(source: str | Path, error: Exception) -> str:
     return f"cannot load {source}: its safetensors are damaged ({error}); download them again"
 
 
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def require_safetensors(source: str | Path) -> None:
+    """Raises UserError for a folder that has its weights as pickles only: reading one runs what
+    its author put there."""
+    folder = Path(source)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
+        if pickles:
+            raise UserError(
+                f"model: {source} has no safetensors, only pickles ({_some(pickles)}), which can "
+                "run code as they are read. Take a checkpoint in safetensors, or convert this one "
+                "where you trust it (save_pretrained writes safetensors)"
+            )
+
+
+def why(error: Exception) -> str:
+    """transformers' message, with what to do instead of its advice where that is not followed."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return (
+            "it comes with Python code of its own, which is never run here; take a model that "
+            "transformers knows by itself"
+        )
+    if "safetensors" in text and isinstance(error, OSError):
+        return (
+            "it has no safetensors, and pickles, which can run code, are not read; take a revision "
+            "or a checkpoint that has them"
+        )
+    return text
+
+
 def _some(items: list[str], separator: str = ", ") -> str:
     more = f"{separator}and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
     return separator.join(items[:SHOWN]) + more
@@ -137,7 +177,7 @@ def reading(source: str | Path) -> Iterator[None]:
     except SafetensorError as error:
         raise UserError(f"model: {_damaged(source, error)}") from None
     except (OSError, ValueError, ImportError, RuntimeError, EOFError, UnpicklingError) as error:
-        raise UserError(f"model: cannot load {source}: {error}") from None
+        raise UserError(f"model: cannot load {source}: {why(error)}") from None
     finally:
         for logger in loggers:
             logger.disabled = False

@@ -4,10 +4,12 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from pipeline.errors import TrainingStopped, UserError, advice
+from pipeline.redact import redact
 from pipeline.run.surroundings import read_and_write_utf8, use_caches_that_exist
 
 
@@ -65,6 +67,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     """
     read_and_write_utf8()
     use_caches_that_exist()
+    sys.excepthook = _show_traceback
     try:
         main()
     except UserError as error:
@@ -85,6 +88,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     sys.exit(0)
 
 
+def _show_traceback(*error: Any) -> None:
+    print(redact("".join(traceback.format_exception(*error))), file=sys.stderr, end="", flush=True)
+
+
 # How gloo and NCCL say, in a collective, that another rank is not there any more.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process")
 
@@ -101,5 +108,5 @@ def _leave(error: Exception | None, message: str, code: int) -> NoReturn:
         # Where rank 0 and the ranks before this one fail alike, the launcher ends this one first.
         time.sleep(3 + 2 * int(os.environ.get("LOCAL_RANK", 0)))
         message = f"rank {rank}: {message}"
-    print(message, file=sys.stderr, flush=True)
+    print(redact(message), file=sys.stderr, flush=True)
     sys.exit(code)

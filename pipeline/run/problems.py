@@ -21,6 +21,14 @@ def recipe_problems(r: Recipe) -> list[str]:
             found.append(message)
 
     m, d, k, o, t = r.model, r.data, r.mask, r.optimizer, r.train
+    need(
+        0 < len(r.name.encode()) <= 200
+        and r.name.isprintable()
+        and not r.name.startswith((".", "-"))
+        and not set(r.name) & {"/", "\\"},
+        f"name: {r.name!r} names the run's folder: at most 200 letters, no '/' and no '.' before "
+        "them",
+    )
     need((m.path is None) != (m.config is None), "model: give exactly one of `path` and `config`")
     need(
         not (m.path is None and m.tokenizer is None and m.train_tokenizer is None),

@@ -27,6 +27,7 @@ from pipeline.recipe import (
     Stage,
 )
 from pipeline.run.problems import near, recipe_problems
+from pipeline.yaml_file import read_yaml
 
 RECIPES = Path(__file__).resolve().parents[2] / "launch" / "recipes"
 
@@ -42,7 +43,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = _find_recipe(path)
     try:
-        config = OmegaConf.load(path)
+        config: Any = OmegaConf.create(read_yaml(path))
+    except UserError:
+        raise
     except Exception as error:  # every YAML error is the user's
         if "key type" in str(error):
             raise UserError(f"{path}: {one_line(error)}. {NOT_TEXT}") from None
@@ -61,7 +64,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             problems.append(f"{override!r}, on the command line: {one_line(error)}")
     try:
         data = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, RecursionError) as error:
         raise _all(path, [*problems, one_line(error)]) from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: a recipe is a mapping with the keys {_keys(Recipe)}")

@@ -32,6 +32,7 @@ from pipeline.model.load import empty_model, load_config
 from pipeline.progress import say
 from pipeline.run.problems import near
 from pipeline.run.recipe_file import RECIPES, load_recipe
+from pipeline.yaml_file import read_yaml
 
 SWEEPS = RECIPES / "sweeps"
 OVERHEAD = 2_000_000_000  # bytes of a process beside its model: libraries, evaluation
@@ -85,7 +86,7 @@ def load_sweep(name: str) -> Sweep | None:
     for path in (Path(name), SWEEPS / f"{name}.yaml"):
         if not path.is_file():
             continue
-        content = OmegaConf.to_container(OmegaConf.load(path))
+        content = OmegaConf.to_container(OmegaConf.create(read_yaml(path)))
         if not isinstance(content, dict) or "recipe" not in content:
             return None
         try:

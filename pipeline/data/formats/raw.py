@@ -5,15 +5,16 @@ of Git LFS, an HTML page where rows should be, another archive) is an error that
 """
 
 import codecs
+import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, BinaryIO, Literal, cast
 
 from pipeline.data.bad_lines import BadLines
 from pipeline.errors import UserError
+from pipeline.network import RemoteFile
 
 Rows = Literal["jsonl", "text", "parquet"]
 KINDS: dict[str, Rows] = {
@@ -27,6 +28,9 @@ SUFFIXES = tuple(
     for kind in KINDS
     for archive in (("",) if kind == ".parquet" else ("", ".gz", ".zst"))
 )
+# An archive that gives more than BOMB bytes, and BOMB_RATIO times what was read of it, is no text.
+BOMB, BOMB_RATIO = 1 << 28, 200
+LONGEST_LINE = 1 << 28  # bytes; a longer one is no row
 HEAD = 4096  # bytes that tell what a file is
 LONGEST_WINDOW = 1 << 31  # bytes; `zstd --long=31` is the longest there is
 LFS = b"version https://git-lfs.github.com/spec/"
@@ -142,9 +146,7 @@ def open_file(path: str) -> BinaryIO:
     """A local file, or one behind an address that fsspec knows (hf://...). Raises UserError."""
     try:
         if "://" in path:
-            import fsspec
-
-            return cast(BinaryIO, fsspec.open(path, "rb").open())
+            return cast(BinaryIO, io.BufferedReader(RemoteFile(path), 1 << 20))
         return open(path, "rb")
     except Exception as error:  # OSError, and those of the file systems
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
@@ -179,29 +181,66 @@ def chunks(path: str, layout: Layout) -> Iterator[bytes]:
 
 
 def _decompressed(file: BinaryIO, compression: str | None) -> Iterator[bytes]:
-    new: Callable[[], Any]
+    """Pieces of a few MB at most, however much an archive holds.
+
+    Raises:
+        Damage: the archive is damaged, or ends too early.
+        UserError: it is a bomb.
+    """
     if compression is None:
         while chunk := file.read(1 << 20):
             yield chunk
         return
-    if compression == "gzip":
-        new = partial(zlib.decompressobj, wbits=31)
-    else:
-        import zstandard
+    took = gave = 0
+    for piece, consumed in (_gunzipped if compression == "gzip" else _unzstd)(file):
+        took, gave = took + consumed, gave + len(piece)
+        if gave > BOMB and gave > BOMB_RATIO * took:
+            raise UserError(
+                f"{getattr(file, 'name', 'an archive')}: {took:,} bytes of it unpack to "
+                f"{gave:,}: no text is so uniform; not read further"
+            )
+        yield piece
 
-        new = zstandard.ZstdDecompressor(max_window_size=LONGEST_WINDOW).decompressobj
-    decoder = None
+
+def _gunzipped(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """(a piece of the content, how many bytes of the archive were taken for it)."""
+    decoder: Any = None
     while chunk := file.read(1 << 16):
-        while chunk:  # an archive may hold several members or frames
+        while chunk:  # an archive may hold several members
             if decoder is None or decoder.eof:
                 if not chunk.strip(b"\0"):  # padding, as gzip allows behind the last one
                     break
+                decoder = zlib.decompressobj(wbits=31)
+            try:
+                piece = decoder.decompress(chunk, 1 << 20)
+            except zlib.error as error:
+                raise Damage(f"damaged archive: {error}") from None
+            rest = decoder.unused_data if decoder.eof else decoder.unconsumed_tail
+            yield piece, len(chunk) - len(rest)
+            chunk = rest
+    if decoder is not None and not decoder.eof:
+        raise Damage("truncated archive")
+
+
+def _unzstd(file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """As `_gunzipped`; the library has no bound but what it is given, so it is given little."""
+    import zstandard
+
+    new = zstandard.ZstdDecompressor(max_window_size=LONGEST_WINDOW).decompressobj
+    decoder: Any = None
+    while chunk := file.read(1 << 12):
+        while chunk:  # several frames
+            if decoder is None or decoder.eof:
+                if not chunk.strip(b"\0"):
+                    break
                 decoder = new()
             try:
-                yield decoder.decompress(chunk)
-            except Exception as error:  # zlib.error, zstandard.ZstdError
+                piece = decoder.decompress(chunk)
+            except zstandard.ZstdError as error:
                 raise Damage(f"damaged archive: {error}") from None
-            chunk = decoder.unused_data if decoder.eof else b""
+            rest = decoder.unused_data if decoder.eof else b""
+            yield piece, len(chunk) - len(rest)
+            chunk = rest
     if decoder is not None and not decoder.eof:
         raise Damage("truncated archive")
 
@@ -219,7 +258,7 @@ def _recoded(pieces: Iterator[bytes], encoding: str) -> Iterator[bytes]:
 
 def lines(path: str, layout: Layout, bad: BadLines) -> Iterator[tuple[int, bytes]]:
     """Numbered lines; what stands behind damage is given up and counted as one bad line."""
-    number, rest = 0, [b""]
+    number, rest, waiting = 0, [b""], 0
     try:
         for chunk in chunks(path, layout):
             *complete, tail = chunk.split(b"\n")
@@ -227,6 +266,12 @@ def lines(path: str, layout: Layout, bad: BadLines) -> Iterator[tuple[int, bytes
                 complete[0] = b"".join(rest) + complete[0]
                 rest = []
             rest.append(tail)  # a list, so that one long line costs linear time
+            waiting = len(tail) if complete else waiting + len(tail)
+            if waiting > LONGEST_LINE:
+                raise UserError(
+                    f"{path}:{number + len(complete) + 1}: a line of more than {waiting:,} bytes "
+                    "is no row; split it"
+                )
             for line in complete:
                 number += 1
                 yield number, line
