@@ -1,4 +1,4 @@
-# make demo    four small continual-pretraining runs and the page that compares them
+# make demo    five small continual-pretraining runs and the page that compares them
 # make test    the tests
 # make lint    ruff and mypy
 # make smollm2 a real pretrained model of 98 MB, for the default of launch/instruct.py
@@ -13,10 +13,11 @@ SHELL := /bin/bash -o pipefail
 INSTALLED := $(VENV)/.installed
 
 # The runs to compare with: not through the launcher, one thread each, side by side.
-COMPARED := demo_ft demo_ft_half_lr demo_random
+COMPARED := demo_ft demo_ft_half_lr demo_random demo_anchor
 demo_ft: OPTIONS := mask.enabled=false
 demo_ft_half_lr: OPTIONS := mask.enabled=false optimizer.lr=5.0e-4
 demo_random: OPTIONS := mask.criterion=random
+demo_anchor: OPTIONS := mask.enabled=false anchor.tokens=64k
 
 .PHONY: install demo test lint smollm2 clean $(COMPARED)
 
@@ -29,12 +30,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(INSTALLED)
-	$(MAKE) --no-print-directory -j3 $(COMPARED)
+	$(MAKE) --no-print-directory -j2 $(COMPARED)
 	$(BIN)/deepspeed launch/cpt.py --config ds_configs/zero2.json --runs $(RUNS)
 	$(BIN)/python launch/report.py $(addprefix $(RUNS)/,$(COMPARED)) $(RUNS)/demo \
 		--out $(RUNS)/demo_comparison
 
-# Through cat, so that three runs print lines instead of drawing three bars over each other.
+# Through cat, so that the runs print lines instead of drawing bars over each other.
 $(COMPARED): $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python launch/cpt.py --config ds_configs/zero2.json --runs $(RUNS) \
 		name=$@ $(OPTIONS) 2>&1 | cat

@@ -183,7 +183,10 @@ class Mask:
 class Anchor:
     """Stay close to a frozen teacher on text that it wrote itself (docs/methods.md)."""
 
-    text: str = "self"  # sampled from the teacher; or a domain, which no stage may train on
+    # self: sampled from the teacher; a domain, which no stage may train on; random: tokens without
+    # any sense (a control)
+    text: str = "self"
+    loss: Literal["kl", "cross_entropy"] = "kl"  # cross_entropy: learn the text itself (a control)
     fraction: float = 0.25  # of the batch: so many sequences a step beside it
     weight: float = 1.0  # of the KL beside the loss of the new text
     teacher: Literal["base", "previous"] = "base"  # previous: what the stage before published

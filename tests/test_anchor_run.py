@@ -41,6 +41,12 @@ def test_an_anchor_in_a_run(tmp_path):
     assert abs(previous[12]) < 1e-5 < previous[11]
     only_a = "stages=[{domain: a, steps: 3}]"
     assert run(recipe, ["name=four", f"{small}, text: b}}", only_a], tmp_path)[0]
+    # Controls: text without sense, and its own loss in place of the KL, which starts far from 0.
+    assert (
+        abs(run(recipe, ["name=five", f"{small}, text: random}}", only_a], tmp_path)[0][0]) < 1e-5
+    )
+    learnt = "anchor={tokens: 300, fraction: 0.5, loss: cross_entropy}"
+    assert run(recipe, ["name=six", learnt, only_a], tmp_path)[0][0] > 4
     with pytest.raises(UserError, match=r"anchor\.text: a stage trains on 'b'"):
         load_recipe(recipe, [f"{small}, text: b}}"])
     with pytest.raises(UserError, match="less than one sequence a step"):

@@ -232,6 +232,7 @@ KEYS: dict[str, str | Change] = {
     ),
     "Mask.from_stage": "test_the_engine_measures_what_the_published_checkpoint_has",
     "Anchor.text": "test_an_anchor_in_a_run",
+    "Anchor.loss": "test_an_anchor_in_a_run",
     "Anchor.fraction": Change("anchor.fraction=1.0", extra_rows, ANCHOR),
     "Anchor.weight": "test_an_anchor_without_weight_is_none_bit_for_bit",
     "Anchor.teacher": "test_an_anchor_in_a_run",

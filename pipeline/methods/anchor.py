@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from pipeline.data.batches import example
@@ -27,7 +28,7 @@ from pipeline.data.sequences import Sequence
 from pipeline.methods.anchor_text import AnchorText, Row, make_text
 from pipeline.methods.divergence import summed_kl, summed_kl_top_k
 from pipeline.methods.method import Method, Start, Teacher
-from pipeline.methods.sampled_text import BLOCK, sample_block
+from pipeline.methods.sampled_text import BLOCK, random_block, sample_block
 from pipeline.model.attention import Separation, arrange, separation_of, targets_of
 from pipeline.model.load import PredictedPositions, predict
 from pipeline.ranks import rank, world_size
@@ -75,7 +76,8 @@ class Anchor(Method):
         teacher = start.teacher("base" if first else "previous")
         if self.settings.teacher == "previous":
             self._text = self._make_text(start, teacher)
-        if not self.settings.cache and self.recipe.model.lora is None:
+        live = self.settings.loss == "kl" and not self.settings.cache
+        if live and self.recipe.model.lora is None:
             self._copy = start.engine.frozen(teacher.load())
 
     def micro_batches(self) -> int:
@@ -103,11 +105,19 @@ class Anchor(Method):
         waiting = {k: v.to(engine.device) for k, v in batch.batch.items()}
         inputs, tokens = arrange(waiting, self._separation, engine.module)
         wanted = targets_of(tokens["labels"], self.objective) >= 0
+        if self.settings.loss == "cross_entropy":
+            logits = predict(engine.forward, inputs, wanted, head).float()
+            targets = targets_of(tokens["labels"], self.objective)[wanted]
+            return F.cross_entropy(logits, targets, reduction="sum")
         if batch.cached is not None:
             logits = predict(engine.forward, inputs, wanted, head)
             return summed_kl_top_k(logits, *(t.to(logits.device) for t in batch.cached))
         theirs = self._live(engine, head, inputs, wanted)
         return summed_kl(predict(engine.forward, inputs, wanted, head), theirs)
+
+    @property
+    def _caches(self) -> bool:
+        return self.settings.loss == "kl" and self.settings.cache > 0
 
     @cached_property
     def _rows_per_rank(self) -> int:
@@ -125,7 +135,7 @@ class Anchor(Method):
         for _ in range(len(places) - len(real)):
             ids, labels, segments = rows[0] if rows else self._text.rows([0])[0]
             rows.append((ids, np.full_like(labels, IGNORED), segments))
-        cached = self._text.predictions(real) if self.settings.cache else None
+        cached = self._text.predictions(real) if self._caches else None
         return AnchorBatch(collate(rows), cached)
 
     def _live(
@@ -140,7 +150,7 @@ class Anchor(Method):
 
     def _make_text(self, start: Start, teacher: Teacher) -> AnchorText:
         frozen = _Frozen(teacher, self.recipe)
-        cached = partial(self._predict, frozen) if self.settings.cache else None
+        cached = partial(self._predict, frozen) if self._caches else None
         info = {
             "teacher": teacher.identity, "settings": asdict(self.settings),
             "objective": self.objective, "sequences": self._sequences(),
@@ -157,7 +167,7 @@ class Anchor(Method):
     ) -> Iterator[tuple[int, Row]]:
         """The numbered rows of a share, the same however the work is shared."""
         masked = self.objective == "masked"
-        if self.settings.text == "self":
+        if self.settings.text in ("self", "random"):
             numbered = self._sampled(start, frozen, share, masked)
         else:
             of_domain = start.domain(self.settings.text, self._sequences())
@@ -175,14 +185,17 @@ class Anchor(Method):
         count, length = self._sequences(), self.recipe.data.sequence_length
         blocks = tqdm(
             range(share[0], math.ceil(count / BLOCK), share[1]),
-            desc="the teacher writes the anchor's text",
+            desc="the anchor's text",
             unit="block",
             leave=False,
             disable=None if share[0] == 0 else True,
         )
         for block in blocks:
             seed = self.recipe.seed * 1_000_003 + block
-            ids, real = sample_block(frozen.model, start.tokenizer, length, masked, seed)
+            if self.settings.text == "self":
+                ids, real = sample_block(frozen.model, start.tokenizer, length, masked, seed)
+            else:
+                ids, real = random_block(start.tokenizer, length, masked, seed)
             for i, (row, known) in enumerate(zip(ids.numpy(), real.numpy(), strict=True)):
                 number = block * BLOCK + i
                 if number < count:
@@ -199,12 +212,13 @@ class Anchor(Method):
     def _key(self, start: Start, teacher: Teacher) -> str:
         """Of the text's folder: whatever changes a token or a prediction."""
         s, d = self.settings, self.recipe.data
-        source = None if s.text == "self" else asdict(d.domains[s.text])
+        source = asdict(d.domains[s.text]) if s.text in d.domains else None
         vocabulary = start.tokenizer.backend_tokenizer.to_str().encode()
         content = {
             "format": FORMAT, "teacher": teacher.identity, "text": s.text, "source": source,
-            "tokens": self._sequences(), "cache": s.cache, "seed": self.recipe.seed,
-            "length": d.sequence_length, "masking": d.masking, "objective": self.objective,
+            "tokens": self._sequences(), "cache": s.cache if self._caches else 0,
+            "seed": self.recipe.seed, "length": d.sequence_length, "masking": d.masking,
+            "objective": self.objective,
             "cross_document": d.cross_document, "keep_apart": d.keep_apart,
             "tokenizer": hashlib.sha256(vocabulary).hexdigest(),
         }  # fmt: skip

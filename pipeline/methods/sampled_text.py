@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.data.tokenizer import vocabulary_size
 from pipeline.errors import UserError
 
 BLOCK = 64  # sequences that are drawn together, from a seed of their own
@@ -51,6 +52,36 @@ def sample_block(
     return ids, real
 
 
+def random_block(
+    tokenizer: PreTrainedTokenizerFast, length: int, masked: bool, seed: int
+) -> tuple[Tensor, Tensor]:
+    """As `sample_block`, of tokens that are drawn uniformly: text without sense."""
+    special = set(tokenizer.all_special_ids)
+    plain = torch.tensor([i for i in range(vocabulary_size(tokenizer)) if i not in special])
+    generator = torch.Generator().manual_seed(seed)
+    ids = plain[torch.randint(len(plain), (BLOCK, length), generator=generator)]
+    if masked:
+        ids[:, 0], ids[:, -1] = _ends(tokenizer)
+    else:
+        ids[:, 0] = start_of_text(tokenizer)
+    return ids, torch.ones_like(ids, dtype=torch.bool)
+
+
+def _ends(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
+    """The tokens around a masked model's text.
+
+    Raises:
+        UserError: there are none.
+    """
+    ends = tokenizer.cls_token_id, tokenizer.sep_token_id
+    if None in ends:
+        raise UserError(
+            "anchor.text: self needs the tokens that begin and end a text of a masked model, and "
+            "this tokenizer lacks cls or sep; name a domain instead (anchor.text=DOMAIN)"
+        )
+    return ends
+
+
 def _sample_causal(
     model: Any, tokenizer: PreTrainedTokenizerFast, length: int, device: torch.device
 ) -> Tensor:
@@ -78,7 +109,7 @@ def _sample_masked(
     """All positions masked and filled in a random order, an eighth at a time; then some rounds in
     which a quarter is masked and drawn anew."""
     ids = torch.full((BLOCK, length), tokenizer.mask_token_id, device=device)
-    ids[:, 0], ids[:, -1] = tokenizer.cls_token_id, tokenizer.sep_token_id
+    ids[:, 0], ids[:, -1] = _ends(tokenizer)
     special = torch.tensor(tokenizer.all_special_ids, device=device)
     inner = length - 2
     order = torch.rand(BLOCK, inner).argsort(1).to(device) + 1

@@ -29,7 +29,7 @@ def open_corpora(
         UserError: a domain's files changed since the run began, by name; what `prepare` refuses.
     """
     trained = [n for i in range(len(recipe.stages)) for n in domains_of(recipe, i + 1)]
-    anchor = [recipe.anchor.text] if recipe.anchor and recipe.anchor.text != "self" else []
+    anchor = [n for n in recipe.data.domains if recipe.anchor and n == recipe.anchor.text]
     names = list(dict.fromkeys([*trained, *recipe.heldout_domains(), *anchor]))
     known = _known(folder)
     for name in names:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.data.reader import check_domain
-from pipeline.recipe import EIGHT_BIT_DRIFT, Evaluation, HumanEval, Recipe, mask_problems
+from pipeline.recipe import EIGHT_BIT_DRIFT, Anchor, Evaluation, HumanEval, Recipe, mask_problems
 from pipeline.run.unused_keys import unused_keys
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a domain or a benchmark: it names files
@@ -261,13 +261,13 @@ def anchor_problems(r: Recipe) -> list[str]:
     if a is None:
         return []
     found: list[str] = []
-    if a.text != "self":
+    if a.text not in ("self", "random"):
         replayed = [s.replay for s in r.stages if isinstance(s.replay, dict)]
         trained = {n for names in [*(s.domains for s in r.stages), *replayed] for n in names}
         if a.text not in r.data.domains:
             found.append(
-                f"anchor.text: {a.text!r} is neither 'self' nor in data.domains"
-                f"{near(a.text, [*r.data.domains, 'self'])}"
+                f"anchor.text: {a.text!r} is neither 'self' nor 'random' nor in data.domains"
+                f"{near(a.text, [*r.data.domains, 'self', 'random'])}"
             )
         elif a.text in trained:
             found.append(
@@ -288,6 +288,11 @@ def anchor_problems(r: Recipe) -> list[str]:
         found.append("anchor.weight: must be at least 0")
     if a.cache < 0:
         found.append("anchor.cache: must be at least 0 (0 asks the teacher at every step)")
+    for name in ("self", "random"):
+        if name in r.data.domains:
+            found.append(f"data.domains.{name}: the name means something else beside an anchor")
+    if a.loss == "cross_entropy" and a.cache != Anchor.cache:
+        found.append("anchor.cache: has no effect on the cross-entropy of the text; remove it")
     if a.tokens < r.data.sequence_length:
         found.append(f"anchor.tokens: {a.tokens} is less than a sequence")
     return found
