@@ -53,15 +53,13 @@ def at_equal_learning(
 
     Args:
         ends: by method and seed. A learning rate counts that all seeds of the method have; a seed
-            that all methods have.
+            that the reference has too.
 
     Returns None where the reference has one rate only, or no level is common to all.
     """
-    shared = set.intersection(*(set(runs) for runs in ends.values())) if ends else set()
-    seeds = sorted(shared)
-    if not seeds:
-        return None
-    curves = {m: _curves(runs, seeds) for m, runs in ends.items()}
+    theirs = ends.get(reference, {})
+    seeds = {m: sorted(set(runs) & set(theirs)) for m, runs in ends.items()}
+    curves = {m: _curves(ends[m], mine) for m, mine in seeds.items() if mine}
     curves = {m: c for m, c in curves.items() if c.shape[1] > 1}
     if reference not in curves or len(curves) < 2:
         return None
@@ -70,36 +68,34 @@ def at_equal_learning(
     lowest = float(max(c[:, 0].min() for c in means.values()))
     if lowest >= level or level <= 0:
         return None
-    drawn = np.random.default_rng(0).integers(len(seeds), size=(DRAWS, len(seeds)))
-    against = [read_at(curves[reference][rows].mean(axis=0), level) for rows in drawn]
     levels = np.linspace(max(lowest, 1e-3 * level), level, STEPS)
     found = []
     for method, curve in curves.items():
-        most = int(means[method][:, 0].argmax())
-        forgotten = read_at(means[method], level)
+        mean, mine = means[method], seeds[method]
+        most = int(mean[:, 0].argmax())
         ratio = over_range = interval = None
         if method != reference:
-            theirs = read_at(means[reference], level)
-            ratio = forgotten / theirs if theirs > 0 else None
-            mine = sum(read_at(means[method], x) for x in levels)
-            whole = sum(read_at(means[reference], x) for x in levels)
-            over_range = mine / whole if whole > 0 else None
-            if len(seeds) > 1 and ratio is not None:
-                draws = [
-                    read_at(curve[rows].mean(axis=0), level) / base
-                    for rows, base in zip(drawn, against, strict=True)
-                    if base > 0
-                ]
-                low, high = np.quantile(draws, [0.025, 0.975])
-                interval = (float(low), float(high))
-        rates = _rates(ends[method], seeds)
+            other = _curves(theirs, mine)
+            ratio = _ratio(curve, other, [level])
+            over_range = _ratio(curve, other, levels.tolist())
+            if len(mine) > 1 and ratio is not None:
+                drawn = np.random.default_rng(0).integers(len(mine), size=(DRAWS, len(mine)))
+                draws = [_ratio(curve[rows], other[rows], [level]) for rows in drawn]
+                known = [d for d in draws if d is not None]
+                interval = (float(np.quantile(known, 0.025)), float(np.quantile(known, 0.975)))
         found.append(
             Level(
-                method, len(seeds), (float(means[method][most, 0]), float(means[method][most, 1])),
-                rates[most], forgotten, ratio, interval, over_range,
+                method, len(mine), (float(mean[most, 0]), float(mean[most, 1])),
+                _rates(ends[method], mine)[most], read_at(mean, level), ratio, interval, over_range,
             )
         )  # fmt: skip
     return AtEqualLearning(reference, level, lowest, found)
+
+
+def _ratio(curve: np.ndarray, other: np.ndarray, levels: Sequence[float]) -> float | None:
+    """Of what two methods forget, [seeds, rates, 2] each, summed over the levels."""
+    mine, theirs = (sum(read_at(c.mean(axis=0), x) for x in levels) for c in (curve, other))
+    return mine / theirs if theirs > 0 else None
 
 
 def read_at(curve: np.ndarray, level: float) -> float:
