@@ -98,7 +98,7 @@ def train_stage(
             engine.backward(minimized.sum() * scale, last=i == parts)
             loss_sum += losses.detach().sum()
         mean_loss = total(loss_sum.item(), engine.device) / max(predicted, 1)
-        method_losses = _extra_backwards(engine, head, extras)
+        method_losses = extra_backwards(engine, head, extras)
         domain_losses = by_domain.reduce() if by_domain is not None else None
         where = f"stage {stage} ({name}), step {step}: the loss is {mean_loss}"
         lr = learning_rate(recipe.optimizer, peak_lr, step, steps)
@@ -171,7 +171,7 @@ def _predictions(
     return predict(engine.forward, inputs, targets >= 0, head).float()
 
 
-def _extra_backwards(
+def extra_backwards(
     engine: Any, head: PredictedPositions | None, extras: list[tuple[Method, Any]]
 ) -> dict[str, float]:
     """The micro-batches that methods add, behind those of the new text; each method's mean loss
