@@ -3,6 +3,11 @@
 import json
 
 import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.engine.config import resolve_engine_config
 from pipeline.errors import UserError
@@ -15,7 +20,8 @@ def run(recipe, overrides, folder):
     """The KL of every step of a run in this process, and the folders of anchor text."""
     fixed = [f"data.prepared={folder / 'prepared'}", "optimizer={lr: 1.0e-2, schedule: constant}"]
     dropout = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-    fixed += [f"model.config.{key}=0" for key in dropout]
+    if not any("lora" in o for o in overrides):
+        fixed += [f"model.config.{key}=0" for key in dropout]
     whole = load_recipe(recipe, [*fixed, *overrides])
     config = resolve_engine_config("ds_configs/zero0.json", whole, 1, "cpu")
     nothing = lambda *_: None  # noqa: E731
@@ -23,6 +29,40 @@ def run(recipe, overrides, folder):
     lines = (folder / "runs" / whole.name / "log.jsonl").read_text().splitlines()
     steps = [e["methods"]["anchor"] for e in map(json.loads, lines) if e["event"] == "step"]
     return steps, sorted((folder / "prepared").glob("anchor-*"))
+
+
+@pytest.mark.parametrize("quantize", ["none", "4bit"])
+def test_with_lora_the_live_teacher_is_the_model_without_its_adapter(tmp_path, quantize):
+    """It needs no copy, and its KL is that of the cached predictions of all tokens."""
+    recipe = tiny_recipe(tmp_path)
+    model = "model={path: base, objective: causal, lora: {r: 4, dropout: 0, quantize: QUANTIZE}}"
+    base = build_base(tmp_path / "base")
+    lora = [model.replace("base", str(base)).replace("QUANTIZE", quantize)]
+    lora += ["stages=[{domain: a, steps: 4}]", "mask={threshold: 0.5}"]
+    live, cached = (
+        run(recipe, [*lora, f"name={name}", f"anchor={{tokens: 300, fraction: 0.5, cache: {k}}}"],
+            tmp_path)[0]
+        for name, k in (("live", 0), ("cached", 300))
+    )  # fmt: skip
+    assert live[-1] > 1e-4
+    assert cached == pytest.approx(live, rel=1e-3, abs=1e-6)
+
+
+def build_base(folder):
+    """A causal model and its tokenizer in a folder."""
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    letters = sorted(ByteLevel.alphabet())
+    backend = Tokenizer(BPE({letter: i for i, letter in enumerate(letters)}, []))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def test_an_anchor_in_a_run(tmp_path):
@@ -42,9 +82,8 @@ def test_an_anchor_in_a_run(tmp_path):
     only_a = "stages=[{domain: a, steps: 3}]"
     assert run(recipe, ["name=four", f"{small}, text: b}}", only_a], tmp_path)[0]
     # Controls: text without sense, and its own loss in place of the KL, which starts far from 0.
-    assert (
-        abs(run(recipe, ["name=five", f"{small}, text: random}}", only_a], tmp_path)[0][0]) < 1e-5
-    )
+    steps, _ = run(recipe, ["name=five", f"{small}, text: random}}", only_a], tmp_path)
+    assert abs(steps[0]) < 1e-5
     learnt = "anchor={tokens: 300, fraction: 0.5, loss: cross_entropy}"
     assert run(recipe, ["name=six", learnt, only_a], tmp_path)[0][0] > 4
     with pytest.raises(UserError, match=r"anchor\.text: a stage trains on 'b'"):
