@@ -16,7 +16,8 @@ from pipeline.errors import UserError
 from pipeline.recipe import Lora, Recipe
 
 PRECISIONS = ("bf16", "fp16")
-DEFAULT_DS_CONFIG = str(Path(__file__).resolve().parents[2] / "ds_configs" / "zero2.json")
+DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+DEFAULT_DS_CONFIG = str(DS_CONFIGS / "zero2.json")
 
 
 def resolve_engine_config(
@@ -43,16 +44,21 @@ def resolve_engine_config(
 
 
 def load_ds_config(path: str | Path) -> dict[str, Any]:
-    """Read a DeepSpeed JSON file.
+    """Read a DeepSpeed JSON file: a path, or the name of one of this project's (zero3,
+    ds_configs/zero3.json), which is found from any folder.
 
     Raises:
         UserError: no such file, or not a JSON object.
     """
+    own = DS_CONFIGS / f"{str(path).removeprefix('ds_configs/').removesuffix('.json')}.json"
+    if not Path(path).exists() and own.parent == DS_CONFIGS and own.exists():
+        path = own
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         here = sorted(p.name for p in Path(path).parent.glob("*.json"))
-        near = f"; the folder has {', '.join(here)}" if here else ""
+        own_names = ", ".join(sorted(p.stem for p in DS_CONFIGS.glob("*.json")))
+        near = f"; the folder has {', '.join(here)}" if here else f"; by name: {own_names}"
         raise UserError(f"--config {path}: no such file{near}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: {error}") from None
