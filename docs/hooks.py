@@ -20,6 +20,15 @@ error. [recipes.md](recipes.md) describes the recipes that are here.
 """
 
 
+def on_config(config):
+    """Pages that the navigation does not place come at its end."""
+    placed = str(config.nav)
+    rest = [p.name for p in sorted((ROOT / "docs").glob("*.md")) if p.name not in placed]
+    if rest:
+        config.nav.append({"More": rest})
+    return config
+
+
 def on_files(files, config):
     from pipeline.run.recipe_keys import markdown
 
