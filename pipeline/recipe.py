@@ -24,6 +24,7 @@ class Lora:
     dropout: float = 0.05
     targets: list[str] | None = None  # module name suffixes; default: every linear of the blocks
     quantize: Literal["none", "4bit", "8bit"] = "none"  # the frozen weights (QLoRA)
+    incremental: bool = False  # a new adapter a stage, beside the frozen earlier ones (IncLoRA)
 
 
 @dataclass
@@ -195,6 +196,35 @@ class Anchor:
 
 
 @dataclass
+class OLora:
+    """Hold a stage's adapter orthogonal to the earlier ones; with model.lora.incremental."""
+
+    weight: float = 0.5  # of the sum of |A_earlier A_new^T|
+
+
+@dataclass
+class L2ToStart:
+    """Decay toward the weights that were there at the start (L2-SP)."""
+
+    weight: float = 0.01
+    start: Literal["base", "stage"] = "base"  # of the run, or of each stage
+
+
+@dataclass
+class Half:
+    """Train a random half of every block's matrices a stage (HFT); it has no settings."""
+
+
+@dataclass
+class SourceColumns:
+    """Freeze the columns of the weights that source text uses most (SSU)."""
+
+    text: str = "self"  # written by the base; or a domain
+    share: float = 0.5  # of the columns
+    sequences: int = 512  # of source text
+
+
+@dataclass
 class Optimizer:
     """AdamW; the schedule restarts with every stage."""
 
@@ -274,7 +304,11 @@ class Recipe:
     data: Data
     stages: list[Stage]
     mask: Mask = field(default_factory=Mask)
-    anchor: Anchor | None = None  # {}: with the defaults
+    anchor: Anchor | None = None  # {}: with the defaults; so are the ones below
+    olora: OLora | None = None
+    l2_to_start: L2ToStart | None = None
+    hft: Half | None = None
+    ssu: SourceColumns | None = None
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
     engine: Engine = field(default_factory=Engine)
@@ -319,7 +353,8 @@ def mask_problems(mask: Mask) -> list[str]:
 
 # Whoever validates one of them refuses unknown keys: `run/recipe_file.py`, `pipeline.attach`.
 for _cls in (
-    Lora, Model, Instruction, Domain, Data, Stage, Mask, Anchor, Optimizer, Train, Engine,
+    Lora, Model, Instruction, Domain, Data, Stage, Mask, Anchor, OLora,
+    L2ToStart, Half, SourceColumns, Optimizer, Train, Engine,
     Benchmark, HumanEval, Evaluation, Recipe,
 ):  # fmt: skip
     _cls.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # type: ignore[union-attr]

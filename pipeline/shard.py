@@ -74,6 +74,15 @@ class Shard:
             at += size
 
 
+def overlap(first: Shard, second: Shard) -> tuple[slice, slice]:
+    """Where two pieces of one weight hold the same elements, in the tensor of each: a rank may have
+    a whole gradient, but a part of the weights that it updates."""
+    start = max(first.start, second.start)
+    size = max(0, min(s.start + s.tensor.numel() for s in (first, second)) - start)
+    at = start - first.start, start - second.start
+    return slice(at[0], at[0] + size), slice(at[1], at[1] + size)
+
+
 class ParameterShards:
     """The shards of a model whose parameters and gradients are where torch keeps them: whole
     tensors, or DTensors of FSDP2 whose local rows are this rank's shard."""

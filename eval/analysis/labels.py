@@ -9,7 +9,7 @@ CRITERIA = {
     "weight": "weight magnitude",
     "gradient": "gradient magnitude",
 }
-METHODS = ("anchor",)
+METHODS = ("anchor", "olora", "l2_to_start", "hft", "ssu")
 """The recipe's keys of methods beside the mask; where one is set, its key is part of the label."""
 FREE = ("mask", "optimizer", "seed", "name", *METHODS)
 """What compared runs may differ in; with the adapter, the learning rate of single stages, and how
@@ -67,7 +67,11 @@ def methods_of(runs: list[Run]) -> list[str]:
 
 def methods_in(recipe: dict) -> list[str]:
     """Of a flat recipe: the keys of the methods that it uses."""
-    return [m for m in METHODS if any(k.startswith(f"{m}.") for k in recipe) or recipe.get(m)]
+    return [
+        m
+        for m in METHODS
+        if any(k.startswith(f"{m}.") for k in recipe) or recipe.get(m) is not None
+    ]
 
 
 def adapter_of(recipe: dict) -> str:

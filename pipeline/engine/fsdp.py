@@ -1,6 +1,6 @@
 """The FSDP2 engine: PyTorch's own `fully_shard`, with HSDP as replicas of the sharded model."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
@@ -157,10 +157,13 @@ class FsdpEngine:
                 shard.fill(whole)
         self.shards.masters_changed()
 
-    def full_weights(self, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """Every (`trained`) parameter whole, in fp32, one at a time; all ranks call it."""
+    def full_weights(
+        self, trained: bool = False, names: Container[str] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Every (`trained`, or named) parameter whole, in fp32, one at a time; all ranks call
+        it."""
         for name, p in self._parameters.items():
-            if p.requires_grad or not trained:
+            if (p.requires_grad or not trained) and (names is None or name in names):
                 yield name, p.detach().full_tensor()
 
     def save(self, folder: Path) -> None:

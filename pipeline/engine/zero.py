@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -205,12 +205,14 @@ class ZeroEngine:
                 shard.fill(whole)
         self.shards.masters_changed()
 
-    def full_weights(self, trained: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """Every (`trained`) parameter whole, in the optimizer's fp32, one at a time; all ranks call
-        it."""
+    def full_weights(
+        self, trained: bool = False, names: Container[str] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Every (`trained`, or named) parameter whole, in the optimizer's fp32, one at a time; all
+        ranks call it."""
         masters = self.shards.stage0_masters()
         for name, p in self._parameters.items():
-            if trained and not p.requires_grad:
+            if (trained and not p.requires_grad) or (names is not None and name not in names):
                 continue
             full = masters.get(id(p))
             if full is None and p.requires_grad:

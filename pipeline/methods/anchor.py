@@ -61,7 +61,8 @@ class Anchor(Method):
         self._text: AnchorText | None = None
         self._separation: Separation | None = None
         self._stage = 0
-        # Where nothing is cached: a frozen copy. None with LoRA: the adapter is switched off.
+        # Where nothing is cached: a frozen copy. None where the teacher is the model without its
+        # adapter, which is switched off.
         self._copy: Any = None
 
     def begin(self, start: Start) -> None:
@@ -77,7 +78,7 @@ class Anchor(Method):
         if self.settings.teacher == "previous":
             self._text = self._make_text(start, teacher)
         live = self.settings.loss == "kl" and not self.settings.cache
-        if live and self.recipe.model.lora is None:
+        if live and (self.recipe.model.lora is None or not first):
             self._copy = start.engine.frozen(teacher.load())
 
     def micro_batches(self) -> int:

@@ -13,6 +13,7 @@ from pipeline.errors import UserError
 from pipeline.model.gguf import local_weights
 from pipeline.model.lora import (
     add_adapter,
+    add_beside,
     base_of,
     compute_in_input_dtype,
     is_adapter,
@@ -155,7 +156,10 @@ def build_model(
             initialize = seed if checkpoint is None and model.initialize_missing else None
             kwargs |= {"config": config, "revision": revision}
             net = load_pretrained(auto, source, initialize, **kwargs)
-            if adapter is not None:
+            if adapter is not None and model.lora is not None and model.lora.incremental:
+                causal = model.objective == "causal"
+                add_beside(net, adapter, model.lora, causal, seed)
+            elif adapter is not None:
                 load_adapter(net, adapter)
             elif model.lora is not None:
                 causal = model.objective == "causal"

@@ -8,11 +8,14 @@ where an adapter is used: with bitsandbytes it takes seconds.
 import json
 import logging
 import os
+import warnings
+from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -22,6 +25,7 @@ from pipeline.model.weights import reading, require_safetensors, require_whole
 from pipeline.recipe import Lora
 
 ADAPTER = "adapter_config.json"
+EARLIER = "earlier"  # the name of the frozen adapters of the stages before, as one
 
 
 def is_adapter(folder: str | Path | None) -> bool:
@@ -102,7 +106,49 @@ def add_adapter(
     settings.target_modules = sorted(settings.target_modules)  # type: ignore[arg-type]
 
 
-def load_adapter(net: Any, adapter: str | Path) -> None:
+def add_beside(net: Any, adapter: str | Path, lora: Lora, causal: bool, seed: int) -> None:
+    """Load what the stages before have published, frozen, and add a new adapter to be trained
+    beside it: the layer's output is the sum of both (IncLoRA)."""
+    load_adapter(net, adapter, EARLIER)
+    earlier = net.peft_config[EARLIER]
+    base, revision = earlier.base_model_name_or_path, earlier.revision
+    with warnings.catch_warnings():  # that there is an adapter already
+        warnings.simplefilter("ignore", UserWarning)
+        add_adapter(net, lora, base, revision, causal, seed * 1009 + earlier.r)
+    net.set_adapter([EARLIER, "default"])
+    for name, p in net.named_parameters():
+        p.requires_grad_(".lora_" in name and ".default." in name)
+
+
+def one_adapter(
+    net: Any, weights: Iterable[tuple[str, Tensor]]
+) -> tuple[Any, Iterator[tuple[str, Tensor]]]:
+    """(configuration, weights) of the adapter that changes the model as the earlier ones and the
+    new one do together: their A below, their B beside each other.
+
+    weights: of both, by the names of the model's parameters.
+    """
+    earlier, new = net.peft_config[EARLIER], net.peft_config["default"]
+    settings = deepcopy(new)
+    settings.r = earlier.r + new.r
+    settings.lora_alpha = new.lora_alpha * settings.r // new.r  # r is a multiple of a stage's
+    return settings, _joined(weights)
+
+
+def _joined(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    waiting: dict[str, Tensor] = {}
+    for name, weight in weights:
+        earlier = f".{EARLIER}." in name
+        key = name.replace(f".{EARLIER}.", ".default.")
+        if key not in waiting:
+            waiting[key] = weight.clone()
+            continue
+        other = waiting.pop(key)
+        pair = (weight, other) if earlier else (other, weight)
+        yield key, torch.cat(pair, dim=0 if ".lora_A." in key else 1)
+
+
+def load_adapter(net: Any, adapter: str | Path, name: str = "default") -> None:
     """Load a published adapter into its base model, to be trained on.
 
     Raises:
@@ -115,12 +161,13 @@ def load_adapter(net: Any, adapter: str | Path) -> None:
     with reading(adapter):
         info = net.load_adapter(
             str(adapter),
+            adapter_name=name,
             is_trainable=True,
             adapter_kwargs={"revision": None},
             ignore_mismatched_sizes=True,
         )
     require_whole(adapter, net, info.missing_keys, info.mismatched_keys)
-    settings = net.peft_config["default"]
+    settings = net.peft_config[name]
     settings.base_model_name_or_path, settings.revision = base, revision
     settings.target_modules = sorted(settings.target_modules)
 

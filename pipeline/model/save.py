@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from pipeline.model.blocks import find_blocks
+from pipeline.model.lora import EARLIER, one_adapter
 
 SHARD_BYTES = 2_000_000_000
 
@@ -38,6 +39,16 @@ def save_model(
 
     Memory: the weights of one block and one file of at most `shard_bytes`, or one larger weight.
     """
+    if has_adapter(module) and EARLIER in module.peft_config:
+        settings, joined = one_adapter(module, weights)
+        settings.inference_mode = True
+        settings.save_pretrained(folder)
+        named = {
+            f"base_model.model.{n.replace('.default.', '.')}": w.to("cpu", dtype).contiguous()
+            for n, w in joined
+        }
+        save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        return
     if has_adapter(module):
         module.save_pretrained(folder, state_dict={n: w.to("cpu", dtype) for n, w in weights})
         return
@@ -45,6 +56,11 @@ def save_model(
     module.config.dtype = dtype  # of the file; transformers names the module's
     module.config.save_pretrained(folder)
     save_tensors(_as_in_files(module, weights, dtype), folder, "model", shard_bytes)
+
+
+def adapter_names(module: Any) -> list[str]:
+    """The parameters of a model's adapters, also of those that are frozen."""
+    return [n for n, _ in module.named_parameters() if ".lora_" in n]
 
 
 def has_adapter(module: Any) -> bool:

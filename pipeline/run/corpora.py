@@ -21,7 +21,7 @@ FILE = "corpora.json"
 def open_corpora(
     recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: Path
 ) -> dict[str, Prepared]:
-    """Every domain that the run reads, measures or is anchored to, prepared where it is not yet.
+    """Every domain that the run reads, measures or keeps by a method, prepared where it is not yet.
 
     All ranks call it. What was read is written into the run folder (`corpora.json`).
 
@@ -29,8 +29,9 @@ def open_corpora(
         UserError: a domain's files changed since the run began, by name; what `prepare` refuses.
     """
     trained = [n for i in range(len(recipe.stages)) for n in domains_of(recipe, i + 1)]
-    anchor = [n for n in recipe.data.domains if recipe.anchor and n == recipe.anchor.text]
-    names = list(dict.fromkeys([*trained, *recipe.heldout_domains(), *anchor]))
+    texts = {method.text for method in (recipe.anchor, recipe.ssu) if method is not None}
+    kept = [n for n in recipe.data.domains if n in texts]
+    names = list(dict.fromkeys([*trained, *recipe.heldout_domains(), *kept]))
     known = _known(folder)
     for name in names:
         if name in known:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,11 @@ from pipeline.checkpoint import is_published, read_manifest, sha256
 from pipeline.data.heldout import training_sequences
 from pipeline.data.prepare import prepared_root
 from pipeline.methods.anchor import Anchor
+from pipeline.methods.half import Half
+from pipeline.methods.l2_to_start import L2ToStart
 from pipeline.methods.method import Method, Start, Teacher
+from pipeline.methods.olora import OLora
+from pipeline.methods.source_columns import SourceColumns
 from pipeline.model.attention import Separation
 from pipeline.model.load import load_for_evaluation
 from pipeline.ranks import on_rank0
@@ -26,10 +30,14 @@ from pipeline.run.data import RunData
 
 def methods_of(recipe: Recipe) -> list[Method]:
     """In the order in which they act on a step."""
-    found: list[Method] = []
-    if recipe.anchor is not None:
-        found.append(Anchor(recipe))
-    return found
+    chosen: list[tuple[Any, Callable[[Recipe], Method]]] = [
+        (recipe.anchor, Anchor),
+        (recipe.olora, OLora),
+        (recipe.l2_to_start, L2ToStart),
+        (recipe.hft, Half),
+        (recipe.ssu, SourceColumns),
+    ]
+    return [method(recipe) for settings, method in chosen if settings is not None]
 
 
 def run_start(

@@ -144,6 +144,7 @@ def recipe_problems(r: Recipe) -> list[str]:
             "model.objective=causal",
         )
     found += anchor_problems(r)
+    found += method_problems(r)
     found += mask_problems(k)
     if k.enabled:
         need(
@@ -295,6 +296,60 @@ def anchor_problems(r: Recipe) -> list[str]:
         found.append("anchor.cache: has no effect on the cross-entropy of the text; remove it")
     if a.tokens < r.data.sequence_length:
         found.append(f"anchor.tokens: {a.tokens} is less than a sequence")
+    return found
+
+
+def method_problems(r: Recipe) -> list[str]:
+    """What is wrong with the other methods of a recipe, and what does not go together."""
+    found: list[str] = []
+
+    def need(condition: bool, message: str) -> None:
+        if not condition:
+            found.append(message)
+
+    lora = r.model.lora
+    if r.olora is not None:
+        need(
+            lora is not None and lora.incremental,
+            "olora: holds each stage's adapter orthogonal to the earlier ones; set "
+            "model.lora.incremental=true",
+        )
+        need(r.olora.weight > 0, "olora.weight: must be positive")
+    for name in ("hft", "ssu"):
+        if getattr(r, name) is not None:
+            need(
+                lora is None,
+                f"{name}: chooses among the model's own weights, which LoRA freezes; remove one",
+            )
+            need(
+                r.optimizer.weight_decay == 0,
+                f"{name}: optimizer.weight_decay would move the weights that are to stay; set it "
+                "to 0",
+            )
+            need(
+                r.optimizer.name == "adamw",
+                f"{name}: optimizer.name={r.optimizer.name} {EIGHT_BIT_DRIFT.split(';')[0]}",
+            )
+    if r.l2_to_start is not None:
+        need(r.l2_to_start.weight > 0, "l2_to_start.weight: must be positive")
+        need(
+            lora is None or r.l2_to_start.start == "stage",
+            "l2_to_start.start: an adapter has no weights in the base; set start=stage",
+        )
+    if r.ssu is not None:
+        known = [*r.data.domains, "self"]
+        need(
+            r.ssu.text in known,
+            f"ssu.text: {r.ssu.text!r} is neither 'self' nor in data.domains"
+            f"{near(r.ssu.text, known)}",
+        )
+        need(0 < r.ssu.share < 1, f"ssu.share: {r.ssu.share} is outside (0, 1)")
+        need(r.ssu.sequences >= 1, "ssu.sequences: must be at least 1")
+    scaled = [n for n in ("olora", "l2_to_start") if getattr(r, n) is not None]
+    need(
+        not scaled or r.train.precision != "fp16",
+        f"{(scaled or [''])[0]}: adds to the gradient, which fp16 has scaled by then; use bf16",
+    )
     return found
 
 

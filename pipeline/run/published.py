@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.checkpoint import is_published, publish, verify
 from pipeline.errors import UserError
-from pipeline.model.save import has_adapter, save_model, save_tensors
+from pipeline.model.save import adapter_names, has_adapter, save_model, save_tensors
 from pipeline.progress import now
 from pipeline.ranks import on_rank0, rank
 
@@ -34,7 +34,8 @@ def publish_model(
         save_model(engine.module, weights, folder, dtype)
         tokenizer.save_pretrained(folder)
 
-    weights = engine.full_weights(trained=has_adapter(engine.module))
+    adapter = adapter_names(engine.module) if has_adapter(engine.module) else None
+    weights = engine.full_weights(names=adapter)
     _publish(target, write, weights, {**info, "published": now()})
 
 

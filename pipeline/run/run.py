@@ -111,7 +111,13 @@ class Run:
 
     @property
     def keeps_masters(self) -> bool:
-        return self.recipe.train.publish_dtype != "float32"
+        return self.recipe.train.publish_dtype != "float32" and not self.adds_adapters
+
+    @property
+    def adds_adapters(self) -> bool:
+        """Whether every stage trains an adapter of its own, beside what is published."""
+        lora = self.recipe.model.lora
+        return lora is not None and lora.incremental
 
 
 def run_recipe(
@@ -228,6 +234,8 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
     before = str(run.checkpoint(stage - 1)) if stage > 1 else _base_checkpoint(run)
     if run.keeps_masters and stage > 1 and run.holds != before:
         check_masters(run.masters(stage - 1))
+    if run.adds_adapters:
+        _close_engine(run)
     engine = _engine_with(run, before)
     _require_space(run, engine)
     assert run.begun is not None  # by `run_recipe`

@@ -23,8 +23,7 @@ def unused_keys(r: Recipe) -> list[str]:
     replayed = [s.replay for s in r.stages if isinstance(s.replay, dict)]
     used = {name for names in [*(s.domains for s in r.stages), *replayed] for name in names}
     used |= set(r.heldout_domains())
-    if r.anchor is not None:
-        used.add(r.anchor.text)
+    used |= {method.text for method in (r.anchor, r.ssu) if method is not None}
     for name, domain in d.domains.items():
         where = f"data.domains.{name}"
         unused(name not in used, where, "where no stage trains on it and nothing measures it")

@@ -1,0 +1,116 @@
+"""SSU, source-shielded updates (arXiv 2512.04844): the columns of each weight that the source text
+uses most are frozen.
+
+A column's score is sum_i |W_ij| times the norm of the input feature j over source text, which the
+base wrote itself or which is a domain; the share with the largest scores gets no gradient. AdamW
+begins anew with every stage, so it does not move them.
+"""
+
+import json
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.data.mlm import collate
+from pipeline.methods.method import Method, Start
+from pipeline.methods.sampled_text import BLOCK, sample_block
+from pipeline.model.attention import arrange, separation_of
+from pipeline.model.blocks import block_linears
+from pipeline.ranks import on_rank0
+from pipeline.recipe import Recipe
+
+BATCH = 16  # sequences
+
+
+class SourceColumns(Method):
+    """The recipe's `ssu`."""
+
+    name = "ssu"
+    needs = ("old weights",)
+
+    def __init__(self, recipe: Recipe):
+        assert recipe.ssu is not None
+        self.settings, self._recipe = recipe.ssu, recipe
+        self._keep: dict[str, tuple[Tensor, int]] = {}  # by weight: bool [inputs]; its dimension
+
+    def begin(self, start: Start) -> None:
+        found = on_rank0(partial(self._choose, start))
+        self._keep = {n: (torch.tensor(keep), dim) for n, (keep, dim) in found.items()}
+
+    def edit(self, shards: Any, step: int, lr: float) -> None:
+        for shard in shards.gradient_shards(list(self._keep)):
+            keep, dim = self._keep[shard.name]
+            shard.mask(keep.to(shard.tensor.device), dim)
+
+    def _choose(self, start: Start) -> dict[str, tuple[list[bool], int]]:
+        """Once; the choice is kept in the run folder."""
+        kept = start.kept / self.name / "columns.json"
+        if kept.is_file():
+            return {n: (k, d) for n, (k, d) in json.loads(kept.read_text("utf-8")).items()}
+        net = start.teacher("base").load()
+        norms = input_norms(net, self._batches(start, net))
+        found = {}
+        for name, norm in norms.items():
+            module: Any = net.get_submodule(name)
+            dim = 0 if isinstance(module, Conv1D) else 1  # of the inputs
+            scores = module.weight.detach().float().abs().sum(1 - dim) * norm
+            frozen = scores.argsort(descending=True)[: int(self.settings.share * len(scores))]
+            keep = torch.ones(len(scores), dtype=torch.bool).index_fill(0, frozen.cpu(), False)
+            found[f"{name}.weight"] = keep.tolist(), dim
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(found), "utf-8")
+        return found
+
+    def _batches(self, start: Start, net: Any) -> Iterable[tuple[dict[str, Any], Tensor | None]]:
+        """(inputs of the model's forward, which of their tokens are real), of the source text."""
+        recipe, length = self._recipe, self._recipe.data.sequence_length
+        device = next(net.parameters()).device
+        masked = recipe.model.objective == "masked"
+        separation = separation_of(net, recipe)
+        rows: list[Any] = []
+        if self.settings.text == "self":
+            for block in range(-(-self.settings.sequences // BLOCK)):
+                seed = recipe.seed * 1_000_003 + block
+                ids, real = sample_block(net, start.tokenizer, length, masked, seed)
+                segments = torch.where(real, 0, -1)
+                rows += [
+                    tuple(t.numpy() for t in (i, i, s)) for i, s in zip(ids, segments, strict=True)
+                ]
+        else:
+            for s in start.domain(self.settings.text, self.settings.sequences):
+                rows.append((s.ids.astype("int64"), s.ids.astype("int64"), s.segments))
+        rows = rows[: self.settings.sequences]
+        for first in range(0, len(rows), BATCH):
+            batch = {k: v.to(device) for k, v in collate(rows[first : first + BATCH]).items()}
+            inputs, tokens = arrange(batch, separation, net)
+            yield inputs, tokens.get("real")
+
+
+@torch.no_grad()
+def input_norms(
+    net: Any, batches: Iterable[tuple[dict[str, Any], Tensor | None]]
+) -> dict[str, Tensor]:
+    """By linear of the blocks: the L2 norm of each input feature over all real tokens, fp32."""
+    sums: dict[str, Tensor] = {}
+    real_now: list[Tensor | None] = [None]
+
+    def observe(name: str, _module: nn.Module, inputs: tuple) -> None:
+        x = inputs[0].detach().flatten(0, -2).float()
+        if real_now[0] is not None and real_now[0].numel() == len(x):
+            x = x * real_now[0].reshape(-1, 1)
+        sums[name] = sums.get(name, 0) + x.square().sum(0)
+
+    hooks = [
+        module.register_forward_pre_hook(partial(observe, name))
+        for name, module in block_linears(net, False)
+    ]
+    for inputs, real in batches:
+        real_now[0] = real
+        net.base_model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return {name: total.sqrt().cpu() for name, total in sums.items()}
