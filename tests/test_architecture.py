@@ -23,7 +23,7 @@ ROOMS = {
         "data": {""},
         "model": {"", "data"},
         "migu": {"", "model"},
-        "methods": {"", "data", "model"},
+        "methods": {"", "data", "model", "migu"},
         "engine": {"", "data", "model", "migu"},
         "run": {"", "data", "model", "migu", "methods", "engine"},
     },

@@ -29,7 +29,7 @@ from tests.spawn import run_ranks
 from tests.test_anchor import BUILDS
 from tests.test_anchor_run import build_base
 from tests.test_parity import recipe_for
-from tests.test_run import tiny_recipe
+from tests.test_run import ROOT, tiny_recipe
 
 KINDS = ("zero0", "zero2", "zero3", "fsdp")
 
@@ -170,6 +170,25 @@ def test_what_a_method_freezes_does_not_move_and_all_else_does():
     first, second = halves[0][0], halves[1][0]
     assert first != second  # another half in another stage
     assert len(first) == len(second) == 2 * (2 + 1)  # of 4 and 3 matrices in each of 2 blocks
+
+
+def example_of_the_docs():
+    """Whether embeddings moved in the first and in the second half of a stage."""
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    names = {}
+    exec(text.split("```python\n")[-1].split("```")[0], names)
+    recipe = recipe_for("llama", 2)
+    recipe.optimizer.weight_decay = 0.0
+    moved = []
+    for length in (6, 4):  # of the stage, whose first 3 steps are done
+        recipe.stages[0].steps = length
+        changed = moved_by("zero2", names["LateEmbeddings"](recipe), recipe, 1)
+        moved.append(bool(changed["model.embed_tokens.weight"].any()))
+    return moved
+
+
+def test_the_example_of_the_docs_does_what_it_says():
+    assert run_ranks(example_of_the_docs, 1)[0] == [False, True]
 
 
 def test_input_norms_are_those_of_the_real_tokens():
