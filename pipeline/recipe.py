@@ -313,6 +313,7 @@ class Recipe:
     train: Train = field(default_factory=Train)
     engine: Engine = field(default_factory=Engine)
     evaluate: Evaluation = field(default_factory=Evaluation)
+    start_from: Literal["previous", "base"] = "previous"  # what each stage starts from
     seed: int = 0
 
     def stage_seed(self, stage: int) -> int:

@@ -144,6 +144,7 @@ KEYS: dict[str, str | Change] = {
     "Recipe.data": Change(FILE + "max_documents=20", documents),
     "Recipe.stages": Change("stages=[{domain: a, steps: 3, lr: 0.5}]", schedule),
     "Recipe.anchor": Change("anchor={fraction: 0.5}", extra_rows),
+    "Recipe.start_from": "test_every_stage_may_start_from_the_base",
     "Recipe.olora": "test_penalties_add_their_gradient_to_every_engines_pieces",
     "Recipe.l2_to_start": "test_penalties_add_their_gradient_to_every_engines_pieces",
     "Recipe.hft": "test_what_a_method_freezes_does_not_move_and_all_else_does",

@@ -230,6 +230,17 @@ def test_incremental_adapters_stay_as_they_were(tmp_path):
         assert added.any()
 
 
+def test_every_stage_may_start_from_the_base(tmp_path):
+    """A stage that cannot move ends with the base's weights, not with those of stage 1."""
+    stages = "stages=[{domain: a, steps: 4}, {domain: b, steps: 4, lr: 1.0e-30}]"
+    first, second = run(tmp_path, [stages, "start_from=base", "train.publish_dtype=bfloat16"])
+    base = tmp_path / "runs/tiny/stages/00_base/checkpoint"
+    one, two, zero = (load_file(f / "model.safetensors") for f in (first, second, base))
+    far = {n: float((one[n] - w.bfloat16()).abs().max()) for n, w in zero.items()}
+    assert max(far.values()) > 1e-3
+    assert all(float((two[n] - w.bfloat16()).abs().max()) < 1e-20 for n, w in zero.items())
+
+
 def test_source_columns_in_a_run(tmp_path):
     """The share of the columns that the base's own text, or a domain's, uses most stays."""
     (tmp_path / "self").mkdir(), (tmp_path / "b").mkdir()

@@ -11,7 +11,7 @@ CRITERIA = {
 }
 METHODS = ("anchor", "olora", "l2_to_start", "hft", "ssu")
 """The recipe's keys of methods beside the mask; where one is set, its key is part of the label."""
-FREE = ("mask", "optimizer", "seed", "name", *METHODS)
+FREE = ("mask", "optimizer", "seed", "name", "start_from", *METHODS)
 """What compared runs may differ in; with the adapter, the learning rate of single stages, and how
 and how often (not on what) the evaluation ran."""
 ALSO_FREE = (
@@ -24,7 +24,7 @@ ALSO_FREE = (
 )
 NAMED = (
     "mask.enabled", "mask.threshold", "mask.criterion", "optimizer.lr", "seed", "name",
-    "model.lora", "model.lora.quantize",
+    "model.lora", "model.lora.quantize", "start_from",
 )  # fmt: skip
 """What is in the label, or beside it, anyway."""
 
@@ -53,7 +53,8 @@ def methods_of(runs: list[Run]) -> list[str]:
         criterion = str(recipe.get("mask.criterion", "output"))
         threshold = recipe.get("mask.threshold", 0.7)
         selected = f"{CRITERIA.get(criterion, criterion)} T={threshold:g}" if is_masked else ""
-        parts = (adapter_of(recipe), *methods_in(recipe), selected)
+        alone = "each from the base" if recipe.get("start_from") == "base" else ""
+        parts = (adapter_of(recipe), *methods_in(recipe), selected, alone)
         name = ", ".join(filter(None, parts)) or "ft"
         extra = [
             f"{key.split('.', 1)[-1]} {_plain(recipe[key])}"

@@ -231,8 +231,9 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
     for line in plan.describe(recipe.data.sequence_length):
         _tell(f"{s.name}: {line}")
     on_rank0(partial(_clear_within, run, stage))
-    before = str(run.checkpoint(stage - 1)) if stage > 1 else _base_checkpoint(run)
-    if run.keeps_masters and stage > 1 and run.holds != before:
+    goes_on = stage > 1 and recipe.start_from == "previous"
+    before = str(run.checkpoint(stage - 1)) if goes_on else _base_checkpoint(run)
+    if run.keeps_masters and goes_on and run.holds != before:
         check_masters(run.masters(stage - 1))
     if run.adds_adapters:
         _close_engine(run)

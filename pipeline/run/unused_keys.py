@@ -33,6 +33,7 @@ def unused_keys(r: Recipe) -> list[str]:
         "optimizer.lr",
         "where every stage has its own",
     )
+    unused(r.start_from != "previous" and len(r.stages) < 2, "start_from", "with one stage")
     if not r.mask.enabled:
         for field in dataclasses.fields(Mask):
             # The overlap of the kept rows is measured of dense runs too.
