@@ -16,4 +16,4 @@ set -a
 # shellcheck source=environment
 . launch/cluster/environment
 set +a
-exec python3 launch/report.py due --root "${1:-runs/}"
+exec python3 launch/report.py due --root "${1:-runs/}" --budget 3h
