@@ -68,9 +68,15 @@ def known_keys() -> set[str]:
     return {key.name for key in recipe_keys()}
 
 
+@cache
+def free_keys() -> set[str]:
+    """Those that hold what has no keys of its own here, as model.config."""
+    held = {key.name for key in recipe_keys() if key.type.startswith(("mapping", "list"))}
+    return held - {key.rpartition(".")[0] for key in known_keys()}
+
+
 def is_key(name: str) -> bool:
     """Whether a dotted name is a key, or lies within a mapping whose keys are anything."""
-    free = {key.name for key in recipe_keys() if key.type.startswith(("mapping", "list"))}
     name = re.sub(r"\[\d*\]", "[]", name)
     for mapping in ("data.domains", "evaluate.benchmarks"):
         name = re.sub(rf"^{re.escape(mapping)}\.[\w+-]+", f"{mapping}.<name>", name)
@@ -79,8 +85,7 @@ def is_key(name: str) -> bool:
     parents = [name.rpartition(".")[0]]
     while parents[-1]:
         parents.append(parents[-1].rpartition(".")[0])
-    classes = {key.rpartition(".")[0] for key in known_keys()}
-    return any(p in free - classes for p in parents if p)
+    return any(p in free_keys() for p in parents if p)
 
 
 def commands(page: Path) -> list[list[str]]:
