@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+# What takes a rank seconds to import: done once, by the server that the ranks are forked from.
+PRELOADED = ["pipeline.run.run", "tests.reference"]
 SILENCE = 600  # seconds without a report of any rank, after which they hang
 
 
@@ -45,11 +47,14 @@ def _run(
     function: Callable[..., Any], world_size: int, args: tuple
 ) -> tuple[dict[int, Any], list[str]]:
     """The results by rank, and what went wrong on which rank."""
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     reports = context.Queue()
     port = free_port()
+    # As they are now, not as they were when the server began.
+    here = os.getcwd(), dict(os.environ)
     ranks = [
-        context.Process(target=_rank, args=(r, world_size, port, reports, function, args))
+        context.Process(target=_rank, args=(r, world_size, port, reports, here, function, args))
         for r in range(world_size)
     ]
     for p in ranks:
@@ -84,7 +89,11 @@ def _run(
     return results, [f"rank {r} failed:\n{failures[r]}" for r in sorted(failures)]
 
 
-def _rank(rank, world_size, port, reports, function, args):
+def _rank(rank, world_size, port, reports, here, function, args):
+    folder, environment = here
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
