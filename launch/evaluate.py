@@ -1,9 +1,11 @@
-"""Measure any checkpoint: held-out loss, lm-eval's benchmarks, HumanEval.
+"""Measure any checkpoint: held-out loss, lm-eval's benchmarks, HumanEval, end tasks.
 
   python launch/evaluate.py --checkpoint runs/code/stages/01_code/checkpoint \\
       --tasks hellaswag arc_challenge winogrande humaneval --limit 100
   python launch/evaluate.py --checkpoint runs/demo/stages/01_math/checkpoint \\
       --tasks heldout --heldout runs/demo/heldout
+  python launch/evaluate.py --checkpoint runs/das/stages/06_camera/checkpoint \\
+      --end-tasks restaurant acl_arc --end-task-files data/end_tasks --output results
 """
 
 import os
@@ -47,7 +49,7 @@ def main() -> None:
             "`heldout` folder of a run"
         )
     objective = objective_of(args.heldout)
-    if objective == "masked" and kinds != ["heldout"]:
+    if objective == "masked" and {"benchmarks", "humaneval"} & set(kinds):
         raise UserError(
             "--tasks: benchmarks and HumanEval need a causal model: a masked LM such as RoBERTa "
             "gives text no likelihood, and its scores would mean nothing"
@@ -66,14 +68,18 @@ def main() -> None:
     seed = recipe.seed if recipe else 0
     if share:
         folder, shared = args.output, (share[0], share[1])
-        failed = measure_share(checkpoint, kinds, settings, args.heldout, folder, shared, seed)
+        failed = measure_share(
+            checkpoint, kinds, settings, args.heldout, folder, shared, seed, args.end_tasks
+        )
     else:
         check(settings)
         with tempfile.TemporaryDirectory() as temporary:
             folder = args.output or Path(temporary)
             folder.mkdir(parents=True, exist_ok=True)
             info = {"checkpoint": args.checkpoint}
-            measure_share(checkpoint, kinds, settings, args.heldout, folder, (0, 1), seed)
+            measure_share(
+                checkpoint, kinds, settings, args.heldout, folder, (0, 1), seed, args.end_tasks
+            )
             threshold = Mask.threshold if args.threshold is None else args.threshold
             failed = merge(folder, kinds, 1, settings, args.heldout, threshold, info)
             measured = [k for k in kinds if not any(f.startswith(k) for f in failed)]
@@ -95,9 +101,9 @@ def _parser() -> argparse.ArgumentParser:
         "--tasks",
         nargs="+",
         metavar="TASK",
-        help="heldout, humaneval, benchmarks (those of the recipe), or names of the recipe's "
-        "benchmarks or of lm-eval's log-likelihood tasks (default: what the recipe measures; "
-        "without a recipe, heldout)",
+        help="heldout, humaneval, end_tasks, benchmarks (those of the recipe), or names of the "
+        "recipe's benchmarks or of lm-eval's log-likelihood tasks (default: what the recipe "
+        "measures; without a recipe, heldout)",
     )
     add(
         "--recipe",
@@ -113,6 +119,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder with <task>/*.jsonl[.gz] to read instead of the hub (docs/benchmarks.md)",
     )
+    add(
+        "--end-tasks",
+        nargs="+",
+        metavar="NAME",
+        help="fine-tune on these alone: of the recipe, or restaurant, phone, camera, acl_arc, "
+        "scierc, chemprot",
+    )
+    add("--end-task-files", metavar="DIR", help="folder with <name>/{train,dev,test}.jsonl[.gz]")
+    add("--seeds", type=int, nargs="+", metavar="N", help="of the end tasks (default: five)")
     add("--samples", type=int, metavar="N", help="HumanEval completions beside the greedy one")
     add("--max-new-tokens", type=int, metavar="N", help="of a HumanEval completion (default: 512)")
     add("--sandbox", choices=("auto", "bubblewrap", "landlock", "unsafe"), help="for HumanEval")
@@ -131,8 +146,8 @@ def _parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="DIR",
-        help="write eval.json, benchmarks.json, humaneval.json and what belongs to them here "
-        "(default: print the numbers only)",
+        help="write eval.json, benchmarks.json, humaneval.json, end_tasks.json and what belongs to "
+        "them here; end tasks that lie there are not done again (default: print the numbers only)",
     )
     add("--share", metavar="R/N", help=argparse.SUPPRESS)  # a rank's part, written to --output
     return parser
@@ -152,8 +167,11 @@ def _settings(args: argparse.Namespace, recipe: Any) -> tuple[Any, list[str]]:
         tasks = ["heldout"] if args.heldout or not recipe else []
         tasks += ["benchmarks"] * bool(settings.benchmarks)
         tasks += ["humaneval"] * bool(settings.humaneval)
+        tasks += ["end_tasks"] * bool(settings.end_tasks)
+    if args.end_tasks and "end_tasks" not in tasks:
+        tasks = ["end_tasks"] if args.tasks is None and not recipe else [*tasks, "end_tasks"]
     known = settings.benchmarks
-    named = [t for t in tasks if t not in ("heldout", "humaneval", "benchmarks")]
+    named = [t for t in tasks if t not in KINDS]
     if "benchmarks" in tasks:
         if not known:
             raise UserError("--tasks benchmarks: no recipe lists any; name them, e.g. hellaswag")
@@ -176,13 +194,14 @@ def _settings(args: argparse.Namespace, recipe: Any) -> tuple[Any, list[str]]:
         settings,
         benchmarks=benchmarks,
         humaneval=humaneval,
+        end_tasks=_end_tasks(args, settings.end_tasks) if "end_tasks" in tasks else None,
         batch_size=args.batch_size or settings.batch_size,
         benchmark_files=args.benchmark_files or settings.benchmark_files,
         overlap=settings.overlap and not args.no_overlap,
         precision=args.precision or settings.precision,
     )
     kinds = ["heldout"] * ("heldout" in tasks) + ["benchmarks"] * bool(benchmarks)
-    kinds += ["humaneval"] * bool(humaneval)
+    kinds += ["humaneval"] * bool(humaneval) + ["end_tasks"] * bool(settings.end_tasks)
     problems = evaluation_problems(settings) + _without_effect(args, kinds)
     if args.threshold is not None and not 0 <= args.threshold < 1:
         problems += [f"--threshold {args.threshold}: must be at least 0 and below 1"]
@@ -191,6 +210,24 @@ def _settings(args: argparse.Namespace, recipe: Any) -> tuple[Any, list[str]]:
     return settings, kinds
 
 
+def _end_tasks(args: argparse.Namespace, known: Any) -> Any:
+    """The recipe's end tasks, or those that the command line names."""
+    from dataclasses import replace
+
+    from pipeline.errors import UserError
+    from pipeline.recipe import EndTask, EndTasks
+
+    settings = known or EndTasks(tasks={n: EndTask() for n in args.end_tasks or []})
+    if missing := [n for n in args.end_tasks or [] if n not in settings.tasks]:
+        raise UserError(
+            f"--end-tasks {' '.join(missing)}: not in evaluate.end_tasks.tasks of the recipe, "
+            f"which has {', '.join(settings.tasks)}"
+        )
+    given = {"files": args.end_task_files, "seeds": args.seeds}
+    return replace(settings, **{k: v for k, v in given.items() if v is not None})
+
+
+KINDS = ("heldout", "humaneval", "benchmarks", "end_tasks")
 # What only some measurements read.
 READ_BY = {
     "limit": ("benchmarks", "humaneval"),
@@ -201,6 +238,9 @@ READ_BY = {
     "sandbox": ("humaneval",),
     "no_overlap": ("heldout",),
     "threshold": ("heldout",),
+    "end_tasks": ("end_tasks",),
+    "end_task_files": ("end_tasks",),
+    "seeds": ("end_tasks",),
 }
 
 

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 import pydantic
 from omegaconf import OmegaConf
 
+from pipeline.end_task_settings import EndTask, EndTasks
+from pipeline.method_settings import Das, DerPlusPlus, Distill, Ewc
 from pipeline.redact import redacted
 
 
@@ -293,6 +295,7 @@ class Evaluation:
     # skip: where the hub cannot be reached, say so on the page and go on
     unreachable: Literal["fail", "skip"] = "fail"
     humaneval: HumanEval | None = None  # {}: with the defaults
+    end_tasks: EndTasks | None = None  # fine-tune copies of the checkpoints on tasks
     # of the weights that benchmarks and HumanEval run on; the held-out loss has the engine's
     precision: Literal["fp32", "bf16"] = "fp32"
 
@@ -309,6 +312,10 @@ class Recipe:
     l2_to_start: L2ToStart | None = None
     hft: Half | None = None
     ssu: SourceColumns | None = None
+    das: Das | None = None
+    kd: Distill | None = None
+    ewc: Ewc | None = None
+    derpp: DerPlusPlus | None = None
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
     engine: Engine = field(default_factory=Engine)
@@ -322,6 +329,21 @@ class Recipe:
 
     def heldout_domains(self) -> list[str]:
         return self.evaluate.domains or list(self.data.domains)
+
+    def end_tasks_after(self, stage: int) -> list[str]:
+        """The end tasks that the checkpoint of a stage is fine-tuned on (0: before training)."""
+        settings = self.evaluate.end_tasks
+        if settings is None:
+            return []
+        if stage == len(self.stages) or settings.after == "every":
+            return list(settings.tasks)
+        if stage == 0 or settings.after == "last":
+            return []
+        return [n for n, t in settings.tasks.items() if self.stage_of(t.domain or n) == stage]
+
+    def stage_of(self, domain: str) -> int:
+        """The stage that first trains on a domain, 0 for none."""
+        return next((i for i, s in enumerate(self.stages, start=1) if domain in s.domains), 0)
 
     def to_yaml(self) -> str:
         """As a file, without passwords and tokens."""
@@ -355,7 +377,7 @@ def mask_problems(mask: Mask) -> list[str]:
 # Whoever validates one of them refuses unknown keys: `run/recipe_file.py`, `pipeline.attach`.
 for _cls in (
     Lora, Model, Instruction, Domain, Data, Stage, Mask, Anchor, OLora,
-    L2ToStart, Half, SourceColumns, Optimizer, Train, Engine,
-    Benchmark, HumanEval, Evaluation, Recipe,
+    L2ToStart, Half, SourceColumns, Das, Distill, Ewc, DerPlusPlus, Optimizer, Train, Engine,
+    Benchmark, HumanEval, EndTask, EndTasks, Evaluation, Recipe,
 ):  # fmt: skip
     _cls.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # type: ignore[union-attr]

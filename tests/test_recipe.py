@@ -1,5 +1,6 @@
 """Mistakes in a recipe, a DeepSpeed JSON or an override are reported together, before any work."""
 
+import gzip
 import json
 
 import pytest
@@ -41,6 +42,12 @@ def das(tmp_path, monkeypatch):
         (tmp_path / "absa/post_train").mkdir(parents=True, exist_ok=True)
         (tmp_path / f"absa/post_train/{name}.txt").write_text("a document\n")
     monkeypatch.setenv("MIGU_DAS", str(tmp_path))
+    for name in ("restaurant", "acl", "ai", "phone", "pubmed", "camera"):
+        folder = tmp_path / "das/domains" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for side in ("train", "val"):
+            (folder / f"{side}.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    monkeypatch.setenv("MIGU_DATA", str(tmp_path))
 
 
 def test_every_recipe_of_the_project_is_valid_and_in_the_docs(das):
@@ -59,6 +66,9 @@ def test_the_two_recipes_of_the_benchmark_differ_in_their_corpora_only(das):
         r.name, r.data.domains = "", {}
     assert hub == files
     assert hub.data.sequence_length == 164
+    small = load_recipe("roberta_das_small")
+    assert [s.domain for s in small.stages] == [s.domain for s in hub.stages]
+    assert list(small.evaluate.end_tasks.tasks) == list(hub.evaluate.end_tasks.tasks)
 
 
 def test_missing_corpora_of_the_benchmark_are_named(tmp_path, monkeypatch):

@@ -9,7 +9,9 @@ CRITERIA = {
     "weight": "weight magnitude",
     "gradient": "gradient magnitude",
 }
-METHODS = ("anchor", "olora", "l2_to_start", "hft", "ssu")
+METHODS = (
+    "anchor", "olora", "l2_to_start", "hft", "ssu", "das", "kd", "ewc", "derpp",
+)  # fmt: skip
 """The recipe's keys of methods beside the mask; where one is set, its key is part of the label."""
 FREE = ("mask", "optimizer", "seed", "name", "start_from", *METHODS)
 """What compared runs may differ in; with the adapter, the learning rate of single stages, and how
@@ -19,6 +21,8 @@ ALSO_FREE = (
     "evaluate.overlap",
     "evaluate.unreachable",
     "evaluate.humaneval.sandbox",
+    "evaluate.end_tasks.files",
+    "evaluate.end_tasks.processes",
     "train.micro_batch_size",
     "train.publish_dtype",
 )

@@ -1,4 +1,4 @@
-"""Everything that is measured of one checkpoint: held-out loss, benchmarks, HumanEval.
+"""Everything that is measured of one checkpoint: held-out loss, benchmarks, HumanEval, end tasks.
 
 `launch/evaluate.py` runs `measure_share` once per rank, each in a process of its own and on its
 share of the work; `merge` puts the shares together. A part that fails leaves the others whole.
@@ -24,7 +24,7 @@ from pipeline.model.load import load_for_evaluation
 from pipeline.recipe import Evaluation, Lora
 from pipeline.run.run import RESULTS
 
-SUFFIXES = {"heldout": "npz", "benchmarks": "json", "humaneval": "jsonl"}
+SUFFIXES = {"heldout": "npz", "benchmarks": "json", "humaneval": "jsonl", "end_tasks": "json"}
 
 
 @dataclass
@@ -62,7 +62,8 @@ def check(settings: Evaluation) -> None:
     """Whether this machine can do what the recipe asks for, before any training.
 
     Raises:
-        UserError: no sandbox for generated programs, an unknown benchmark, unusable local files.
+        UserError: no sandbox for generated programs, an unknown benchmark, unusable local files or
+            rows of an end task.
     """
     # Imported where they are used: lm-eval takes seconds, and a masked LM needs none of this.
     if settings.humaneval:
@@ -75,6 +76,10 @@ def check(settings: Evaluation) -> None:
         from eval.measure import benchmark_sources
 
         benchmark_sources.check(settings.benchmarks, settings.benchmark_files)
+    if settings.end_tasks:
+        from eval.measure import end_tasks
+
+        end_tasks.check(settings.end_tasks)
 
 
 def part(folder: Path, kind: str, rank: int) -> Path:
@@ -95,8 +100,12 @@ def measure_share(
     folder: Path,
     share: tuple[int, int],
     seed: int = 0,
+    end_tasks_now: list[str] | None = None,
 ) -> list[str]:
-    """Measure a share of each kind and write it into `folder`; the reasons of those that failed."""
+    """Measure a share of each kind and write it into `folder`; the reasons of those that failed.
+
+    end_tasks_now: of the settings' end tasks; default: all.
+    """
     disable_progress_bar()
     failed = []
     for kind in kinds:
@@ -123,6 +132,19 @@ def measure_share(
                     share,
                     settings.batch_size,
                 )
+            elif kind == "end_tasks":
+                from eval.measure import end_tasks
+
+                assert settings.end_tasks is not None
+                source = end_tasks.Source(
+                    checkpoint.path,
+                    checkpoint.revision,
+                    checkpoint.tokenizer_path,
+                    checkpoint.attention,
+                    checkpoint.device,
+                )
+                now = list(settings.end_tasks.tasks) if end_tasks_now is None else end_tasks_now
+                end_tasks.evaluate_share(source, settings.end_tasks, now, output, share)
             else:
                 from eval.measure import humaneval
 
@@ -170,6 +192,10 @@ def merge(
             from eval.measure import benchmarks
 
             benchmarks.merge_shares(parts, output, described)
+        elif kind == "end_tasks":
+            from eval.measure import end_tasks
+
+            end_tasks.merge_shares(parts, output, info)
         else:
             from eval.measure import humaneval
 

@@ -113,6 +113,8 @@ def _arguments(
         "--attention": recipe.model.attention,
     }
     given = [x for name, value in arguments.items() if value for x in (name, value)]
+    if "end_tasks" in kinds:
+        given += ["--end-tasks", *recipe.end_tasks_after(task.stage)]
     return [*given, "--tasks", *kinds]
 
 

@@ -30,6 +30,7 @@ from eval.report.compared_runs import (
     why_not_equal,
 )
 from eval.report.drawing import COLOURS, colours_of
+from eval.report.end_tasks import end_tasks_of
 from eval.report.page import marked, render, write_folder
 from eval.report.tasks import TaskDifference
 from pipeline.errors import UserError
@@ -170,6 +171,7 @@ def write_comparison(run_dirs: Sequence[Path | str], out_dir: Path | str) -> Pat
         named = {str(row.number): row.run for row in rows}
         learning = {str(row.number): row.learning for row in rows}
         figures |= tuning.figures(named, learning, colours, labels)
+    end_tasks = end_tasks_of({s.name: [rows[i].run for i in s.runs] for s in settings})
     page = render(
         "compare.html.j2",
         title="Comparison: " + ", ".join(row.run.name for row in rows),
@@ -184,6 +186,7 @@ def write_comparison(run_dirs: Sequence[Path | str], out_dir: Path | str) -> Pat
         task_notes=_task_notes(comparison),
         how_measured=tasks.how_measured(*(row.run for row in rows)),
         difference_columns=_difference_columns(comparison),
+        end_tasks=end_tasks,
         detailed=detailed,
         difference=verdict.difference,
         figures=marked(figures),
@@ -192,7 +195,10 @@ def write_comparison(run_dirs: Sequence[Path | str], out_dir: Path | str) -> Pat
         }
         | (POINT_DEFINITIONS if detailed else {}),
     )
-    return write_folder(Path(out_dir), page, _as_json(comparison), figures)
+    found = _as_json(comparison)
+    if end_tasks:
+        found["end_tasks"] = end_tasks.numbers
+    return write_folder(Path(out_dir), page, found, figures)
 
 
 def terminal_summary(comparison: Comparison) -> str:

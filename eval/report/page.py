@@ -17,6 +17,7 @@ from eval.analysis.points import stage_lengths
 from eval.analysis.text import number, percent, short_float, signed, signed_percent
 from eval.report import cells, run_plots, tasks, tuning
 from eval.report.drawing import colours_of
+from eval.report.end_tasks import end_tasks_of
 
 NAMES = {
     "acc": "ACC (mean final loss)",
@@ -60,6 +61,9 @@ def write_report(run_dir: Path | str) -> Path:
         figures |= tuning.figures({"run": run}, {"run": learning}, colours, {})
 
     numbers = run_numbers(run, learning)
+    if end_tasks := end_tasks_of({run.name: [run]}):
+        numbers["end_tasks"] = end_tasks.numbers
+        numbers["warnings"] += end_tasks.warnings
     overlaps = cells.overlaps(run)
     numbers["overlap_off_diagonal_mean"] = {
         kind: {str(overlap.stage): overlap.mean for overlap in shown}
@@ -76,6 +80,7 @@ def write_report(run_dir: Path | str) -> Path:
         losses=cells.losses(run),
         figures=marked(figures),
         points=tasks.tables(run) if detailed else [],
+        end_tasks=end_tasks,
         point_definitions=POINT_DEFINITIONS,
         unit=stage_lengths(run.recipe["stages"])[0],
         how_measured=tasks.how_measured(run),

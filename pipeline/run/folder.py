@@ -36,6 +36,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "num
 FREE = {
     "train.micro_batch_size", "evaluate.batch_size", "evaluate.benchmark_files",
     "evaluate.unreachable", "evaluate.humaneval.batch_size", "evaluate.humaneval.sandbox",
+    "evaluate.end_tasks.files", "evaluate.end_tasks.processes",
 }  # fmt: skip
 
 

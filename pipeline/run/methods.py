@@ -16,6 +16,10 @@ from pipeline.checkpoint import is_published, read_manifest, sha256
 from pipeline.data.heldout import training_sequences
 from pipeline.data.prepare import prepared_root
 from pipeline.methods.anchor import Anchor
+from pipeline.methods.das import Das
+from pipeline.methods.derpp import DerPlusPlus
+from pipeline.methods.distill import Distill
+from pipeline.methods.ewc import Ewc
 from pipeline.methods.half import Half
 from pipeline.methods.l2_to_start import L2ToStart
 from pipeline.methods.method import Method, Start, Teacher
@@ -33,9 +37,13 @@ def methods_of(recipe: Recipe) -> list[Method]:
     chosen: list[tuple[Any, Callable[[Recipe], Method]]] = [
         (recipe.anchor, Anchor),
         (recipe.olora, OLora),
+        (recipe.kd, Distill),
+        (recipe.derpp, DerPlusPlus),
+        (recipe.ewc, Ewc),  # reads the gradient before the ones below change it
         (recipe.l2_to_start, L2ToStart),
         (recipe.hft, Half),
         (recipe.ssu, SourceColumns),
+        (recipe.das, Das),
     ]
     return [method(recipe) for settings, method in chosen if settings is not None]
 

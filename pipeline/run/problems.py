@@ -6,7 +6,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.data.reader import check_domain
-from pipeline.recipe import EIGHT_BIT_DRIFT, Anchor, Evaluation, HumanEval, Recipe, mask_problems
+from pipeline.recipe import (
+    EIGHT_BIT_DRIFT,
+    Anchor,
+    Evaluation,
+    HumanEval,
+    Recipe,
+    mask_problems,
+)
+from pipeline.run.baseline_problems import baseline_problems
+from pipeline.run.end_task_problems import end_task_problems
 from pipeline.run.unused_keys import unused_keys
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a domain or a benchmark: it names files
@@ -144,7 +153,18 @@ def recipe_problems(r: Recipe) -> list[str]:
             "model.objective=causal",
         )
     found += anchor_problems(r)
-    found += method_problems(r)
+    found += method_problems(r) + baseline_problems(r)
+    tasks = r.evaluate.end_tasks
+    for name, task in tasks.tasks.items() if tasks else ():
+        where = f"evaluate.end_tasks.tasks.{name}.domain"
+        need(
+            task.domain is None or task.domain in d.domains,
+            f"{where}: {task.domain!r} is not in data.domains{near(str(task.domain), d.domains)}",
+        )
+    need(
+        not (tasks and tasks.score == "likelihood" and m.objective != "causal"),
+        "evaluate.end_tasks.score: likelihood needs a causal model; remove it for a classifier",
+    )
     found += mask_problems(k)
     if k.enabled:
         need(
@@ -378,6 +398,8 @@ def evaluation_problems(e: Evaluation) -> list[str]:
         e.benchmark_files is None or Path(e.benchmark_files).is_dir(),
         f"evaluate.benchmark_files: no such folder: {e.benchmark_files}",
     )
+    if e.end_tasks:
+        found += end_task_problems(e.end_tasks)
     if h:
         where = "evaluate.humaneval"
         need(h.limit is None or h.limit >= 1, f"{where}.limit: must be at least 1")

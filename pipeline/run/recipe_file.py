@@ -14,10 +14,13 @@ from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
 from pipeline.errors import UserError
+from pipeline.method_settings import Das, DerPlusPlus, Distill, Ewc
 from pipeline.recipe import (
     Benchmark,
     Data,
     Domain,
+    EndTask,
+    EndTasks,
     Evaluation,
     HumanEval,
     Instruction,
@@ -179,7 +182,7 @@ def _dataclass_at(loc: list[Any]) -> type | None:
     for part in loc:
         if isinstance(part, int):
             continue
-        if owner in (Data, Evaluation) and part in _NAMED:
+        if owner in (Data, Evaluation, EndTasks) and part in _NAMED:
             owner = dict
             entry = _NAMED[part]
         elif owner is dict:
@@ -191,9 +194,10 @@ def _dataclass_at(loc: list[Any]) -> type | None:
 
 
 # What the entries of a mapping are, and what a key holds whose type is not a plain dataclass.
-_NAMED: dict[str, type] = {"domains": Domain, "benchmarks": Benchmark}
+_NAMED: dict[str, type] = {"domains": Domain, "benchmarks": Benchmark, "tasks": EndTask}
 _OPTIONAL: dict[str, type] = {
     "stages": Stage, "lora": Lora, "instruction": Instruction, "humaneval": HumanEval,
+    "end_tasks": EndTasks, "das": Das, "kd": Distill, "ewc": Ewc, "derpp": DerPlusPlus,
 }  # fmt: skip
 
 

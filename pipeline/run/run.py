@@ -49,7 +49,10 @@ from pipeline.run.train import train_stage
 Engine = ZeroEngine | FsdpEngine
 
 
-RESULTS = {"heldout": "eval.json", "benchmarks": "benchmarks.json", "humaneval": "humaneval.json"}
+RESULTS = {
+    "heldout": "eval.json", "benchmarks": "benchmarks.json", "humaneval": "humaneval.json",
+    "end_tasks": "end_tasks.json",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Evaluation:
             "heldout": True,
             "benchmarks": bool(recipe.evaluate.benchmarks),
             "humaneval": recipe.evaluate.humaneval is not None,
+            "end_tasks": self.step is None and bool(recipe.end_tasks_after(self.stage)),
         }
         return [k for k, yes in wanted.items() if yes and not (self.folder / RESULTS[k]).is_file()]
 

@@ -1,0 +1,124 @@
+"""What methods add to the wall time of continual pretraining (the paper's Table 10): the training
+loop itself, on random masked text, under fine-tuning, MIGU, DAS and distillation in turn.
+
+    python benchmarks/method_time.py --hidden 768 --layers 2 --batch 8 --length 164
+
+Prints the median step of each, and its ratio to that of fine-tuning.
+"""
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import RobertaConfig, RobertaForMaskedLM
+
+from pipeline.engine.config import resolve_ds_config
+from pipeline.engine.distributed import start_distributed
+from pipeline.engine.zero import ZeroEngine
+from pipeline.method_settings import Das as DasSettings
+from pipeline.method_settings import Distill as DistillSettings
+from pipeline.methods.das import Das
+from pipeline.methods.distill import Distill
+from pipeline.methods.importance import gates_of
+from pipeline.methods.method import Method, Start, Teacher
+from pipeline.migu.gradient_mask import GradientMask
+from pipeline.recipe import Recipe
+from pipeline.run.recipe_file import load_recipe
+from pipeline.run.train import train_stage
+
+METHODS = ("ft", "migu", "kd", "das")
+
+
+class Seconds:
+    """A log that keeps how long the steps took."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+
+    def write(self, _event: str, **values: Any) -> None:
+        self.steps.append(values["seconds"])
+
+
+def model_of(args: argparse.Namespace) -> RobertaForMaskedLM:
+    torch.manual_seed(0)
+    return RobertaForMaskedLM(
+        RobertaConfig(
+            vocab_size=args.vocabulary,
+            hidden_size=args.hidden,
+            num_hidden_layers=args.layers,
+            num_attention_heads=max(1, args.hidden // 64),
+            intermediate_size=4 * args.hidden,
+            max_position_embeddings=args.length + 2,
+        )
+    ).train()
+
+
+def batches(args: argparse.Namespace) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """15 % of the tokens are predicted."""
+    while True:
+        ids = torch.randint(5, args.vocabulary, (args.batch, args.length))
+        labels = ids.masked_fill(torch.rand(ids.shape) > 0.15, -100)
+        yield [{"input_ids": ids, "labels": labels}]
+
+
+def measure(name: str, recipe: Recipe, args: argparse.Namespace) -> float:
+    """The median seconds of a step."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = resolve_ds_config({"zero_optimization": {"stage": args.zero}}, recipe, 1, device)
+    engine = ZeroEngine(model_of(args), config, recipe.optimizer)
+    mask = GradientMask(engine.module, recipe.mask, seed=0) if name == "migu" else None
+    methods: list[Method] = []
+    if name == "kd":
+        kd = Distill(replace(recipe, kd=DistillSettings()))
+        frozen = model_of(args)
+        nowhere = Path(".")
+        tokenizer: Any = None
+        kd.prepare(
+            Start(1, recipe, tokenizer, lambda _: Teacher(lambda: frozen, {}), lambda *_: (),
+                  nowhere, nowhere, None, engine)
+        )  # fmt: skip
+        methods = [kd]
+    if name == "das":
+        das = Das(replace(recipe, das=DasSettings()))
+        das._engine = engine
+        das._use({gate.key: torch.rand(gate.size) for gate in gates_of(engine.module)})
+        methods = [das]
+    engine.start_stage(sum(method.micro_batches() for method in methods))
+    log: Any = Seconds()
+    train_stage(engine, mask, batches(args), recipe, 1, args.steps, log, methods=methods)
+    engine.close()
+    return statistics.median(log.steps[2:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--zero", type=int, default=2, help="ZeRO stage")
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--batch", type=int, default=8, help="sequences")
+    parser.add_argument("--length", type=int, default=164, help="tokens")
+    parser.add_argument("--steps", type=int, default=12, help="of a method in a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    start_distributed()
+    recipe = load_recipe("demo", [f"train.batch_size={args.batch}"])
+    seconds: dict[str, list[float]] = {name: [] for name in args.methods}
+    for _ in range(args.rounds):  # in turn: what else the machine does falls on all of them
+        for name in args.methods:
+            seconds[name].append(measure(name, recipe, args))
+    first = statistics.median(seconds[args.methods[0]])
+    for name, found in seconds.items():
+        median = statistics.median(found)
+        print(f"{name}: step {median * 1000:.1f} ms, {median / first - 1:+.1%}")
+
+
+if __name__ == "__main__":
+    main()

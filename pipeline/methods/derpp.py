@@ -1,0 +1,143 @@
+"""DER++: replay a few old sequences with what the model made of them (Buzzega et al. 2020,
+arXiv 2004.07211).
+
+After a stage some sequences of its domain are kept, with the model's last hidden states at their
+predicted positions (for the logits, as in ContinualLM's code: a vocabulary of them is large). Each
+step of a later stage minimises, beside the new text's loss, beta times the loss on kept sequences
+plus alpha times the squared distance to the kept hidden states.
+"""
+
+import math
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.data.batches import example
+from pipeline.data.mlm import IGNORED, collate
+from pipeline.methods.method import Method, Start
+from pipeline.model.attention import Separation, arrange, separation_of, targets_of
+from pipeline.model.load import PredictedPositions, predict
+from pipeline.ranks import on_rank0, rank, world_size
+from pipeline.recipe import Recipe
+
+ROWS = 16  # of a batch of the buffer's making
+STREAM = 13  # of the seeds that are drawn from the recipe's
+
+
+class DerPlusPlus(Method):
+    """The recipe's `derpp`. The buffer is input_ids, labels, segments [sequences, length] and
+    hidden fp32 [sequences, length, hidden], zero where nothing is predicted."""
+
+    name = "derpp"
+    needs = ("old data",)
+
+    def __init__(self, recipe: Recipe):
+        assert recipe.derpp is not None
+        self.settings, self.recipe = recipe.derpp, recipe
+        self.objective = recipe.model.objective
+        self.rows = max(1, round(self.settings.fraction * recipe.train.batch_size))  # of a step
+        self._buffer: dict[str, Tensor] = {}
+        self._separation: Separation | None = None
+        self._stage = 0
+
+    def prepare(self, start: Start) -> None:
+        self._stage, self._separation = start.stage, start.separation
+        if start.stage == 1:
+            return
+        path = start.kept / f"derpp/stage-{start.stage - 1:02d}.safetensors"
+        if not on_rank0(path.is_file):
+            on_rank0(partial(self._keep, start, path))
+        found = on_rank0(
+            lambda: [
+                load_file(path.with_name(f"stage-{s:02d}.safetensors"))
+                for s in range(1, start.stage)
+            ]
+        )
+        self._buffer = {key: torch.cat([f[key] for f in found]) for key in found[0]}
+
+    def micro_batches(self) -> int:
+        return math.ceil(self._per_rank / self._size) if self._stage > 1 else 0
+
+    def batches(self, step: int) -> list[dict[str, Tensor]]:
+        if self._stage == 1:
+            return []
+        rng = np.random.default_rng((self.recipe.stage_seed(self._stage), STREAM, step))
+        kept = len(self._buffer["labels"])
+        places = rng.choice(kept, self.rows, replace=self.rows > kept)
+        mine = places[rank() :: world_size()]
+        batch = {k: v[mine] for k, v in self._buffer.items()}
+        if short := self._per_rank - len(mine):  # all ranks have as many rows
+            more = {k: v[places[:short]].clone() for k, v in self._buffer.items()}
+            more["labels"].fill_(IGNORED)
+            batch = {k: torch.cat([v, more[k]]) for k, v in batch.items()}
+        pieces = range(0, self._per_rank, self._size)
+        return [_with_padding({k: v[i : i + self._size] for k, v in batch.items()}) for i in pieces]
+
+    def predictions(self, batch: dict[str, Tensor]) -> int:
+        return int((batch["labels"] != IGNORED).sum())
+
+    def loss(
+        self, engine: Any, head: PredictedPositions | None, batch: dict[str, Tensor]
+    ) -> Tensor:
+        waiting = {k: v.to(engine.device) for k, v in batch.items() if k != "hidden"}
+        inputs, tokens = arrange(waiting, self._separation, engine.module)
+        targets = targets_of(tokens["labels"], self.objective)
+        seen: list[Tensor] = []
+        body = engine.module.base_model
+        hook = body.register_forward_hook(lambda _m, _i, output: seen.append(output[0]))
+        try:
+            logits = predict(engine.forward, inputs, targets >= 0, head)
+        finally:
+            hook.remove()
+        right = F.cross_entropy(logits.float(), targets[targets >= 0], reduction="sum")
+        # In the order of the labels, which `arrange` keeps.
+        old = batch["hidden"][batch["labels"] != IGNORED].to(engine.device)
+        now = seen[0][tokens["labels"] != IGNORED].float()
+        distance = ((now - old) ** 2).mean(-1).sum()
+        return self.settings.beta * right + self.settings.alpha * distance
+
+    @property
+    def _per_rank(self) -> int:
+        return math.ceil(self.rows / world_size())
+
+    @property
+    def _size(self) -> int:
+        return min(self.recipe.train.micro_batch_size or self._per_rank, self._per_rank)
+
+    def _keep(self, start: Start, path: Any) -> None:
+        """Write what is kept of the stage before."""
+        net: Any = start.teacher("previous").load()
+        separation, r = separation_of(net, self.recipe), self.recipe
+        domains = r.stages[start.stage - 2].domains
+        each = max(1, self.settings.sequences // len(domains))
+        sequences = (s for n in domains for s in islice(start.domain(n, each), each))
+        masked, device = self.objective == "masked", next(net.parameters()).device
+        found: list[dict[str, Tensor]] = []
+        while block := list(islice(sequences, ROWS)):
+            rng = np.random.default_rng((r.seed, STREAM, start.stage, len(found)))
+            rows = [example(s, start.tokenizer, masked, rng, r.data.masking, False) for s in block]
+            batch = collate(rows)
+            inputs, tokens = arrange({k: v.to(device) for k, v in batch.items()}, separation, net)
+            with torch.no_grad():
+                hidden = net.base_model(**inputs)[0].float()
+            kept = torch.zeros(*batch["labels"].shape, hidden.shape[-1])
+            wanted = batch["labels"] != IGNORED
+            kept[wanted] = hidden[tokens["labels"] != IGNORED].cpu()
+            batch.pop("real", None)
+            found.append({**batch, "hidden": kept})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        save_file({k: torch.cat([f[k] for f in found]) for k in found[0]}, temporary)
+        temporary.replace(path)
+
+
+def _with_padding(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As `collate` makes it: `real` only where there is padding."""
+    real = batch["segments"] >= 0
+    return batch if real.all() else {**batch, "real": real}

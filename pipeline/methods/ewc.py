@@ -1,0 +1,117 @@
+"""Elastic weight consolidation (Kirkpatrick et al. 2017, arXiv 1612.00796).
+
+The Fisher information of a stage is that of its own steps: the mean over them of the squared
+gradient, times the batch size, as in ContinualLM's code; over stages it is averaged. From the
+second stage on every gradient gets weight * Fisher * (weights - those at the start of the stage),
+which is the gradient of the penalty. All of it is done on the pieces that the engine has.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline.methods.method import Method, Start
+from pipeline.ranks import meet, on_rank0, rank
+from pipeline.recipe import Recipe
+from pipeline.shard import Shard
+
+
+class Ewc(Method):
+    """The recipe's `ewc`."""
+
+    name = "ewc"
+    needs = ("task labels",)
+
+    def __init__(self, recipe: Recipe):
+        assert recipe.ewc is not None
+        self.factor, self.batch_size = recipe.ewc.weight, recipe.train.batch_size
+        self._names: list[str] = []
+        self._fisher: dict[str, Shard] = {}  # of the stages before
+        self._sums: dict[str, Shard] = {}  # of this one
+        self._old: dict[str, Shard] = {}
+        self._stages, self._steps = 0, 0
+        self._folder: Any = None
+
+    @torch.no_grad()
+    def prepare(self, start: Start) -> None:
+        net, shards = start.engine.module, start.engine.shards
+        self._names = [n for n, p in net.named_parameters() if p.requires_grad]
+        self._old = {s.name: _like(s, s.tensor.clone()) for s in shards.master_shards(self._names)}
+        self._sums = {n: _like(s, torch.zeros_like(s.tensor)) for n, s in self._old.items()}
+        self._folder, self._stages, self._steps = start.kept / "ewc", start.stage - 1, 0
+        self._fisher = {n: _like(s, torch.zeros_like(s.tensor)) for n, s in self._old.items()}
+        if self._stages:
+            _read(self._folder / f"stage-{self._stages:02d}", self._fisher)
+
+    @torch.no_grad()
+    def edit(self, shards: Any, step: int, lr: float) -> None:
+        self._steps += 1
+        now = {s.name: s for s in shards.master_shards(self._names)} if self._stages else {}
+        for gradient in shards.gradient_shards(self._names):
+            if gradient.name not in self._sums:
+                continue
+            total = self._sums[gradient.name]
+            here, there = _overlap(gradient, total)
+            total.tensor[there] += gradient.tensor[here].float() ** 2
+            if self._stages:
+                name = gradient.name
+                moved = now[name].tensor[there] - self._old[name].tensor[there]
+                penalty = self.factor * self._fisher[name].tensor[there] * moved
+                gradient.tensor[here] += penalty.to(gradient.tensor.dtype)
+
+    @torch.no_grad()
+    def finish(self, engine: Any, stage: int) -> None:
+        for name, total in self._sums.items():
+            new = total.tensor * (self.batch_size / max(self._steps, 1))
+            fisher = self._fisher[name].tensor
+            fisher.mul_(self._stages).add_(new).div_(self._stages + 1)
+        folder = self._folder / f"stage-{stage:02d}"
+        on_rank0(partial(folder.mkdir, parents=True, exist_ok=True))
+        pieces = {f"{s.start}:{n}": s.tensor.contiguous() for n, s in self._fisher.items()}
+        save_file(pieces, folder / f"rank-{rank():04d}.safetensors")
+        meet()
+
+    def state_shards(self) -> Iterator[Shard]:
+        for name, total in self._sums.items():
+            yield Shard(f"ewc:{name}", total.tensor, total.start, total.shape)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._steps = int(state["steps"])
+
+
+def _like(shard: Shard, tensor: Tensor) -> Shard:
+    return Shard(shard.name, tensor.float(), shard.start, shard.shape)
+
+
+def _overlap(first: Shard, second: Shard) -> tuple[slice, slice]:
+    """Where the pieces of one weight have the same elements, in each."""
+    start = max(first.start, second.start)
+    ends = [s.start + s.tensor.numel() for s in (first, second)]
+    size = max(0, min(ends) - start)
+    return (
+        slice(start - first.start, start - first.start + size),
+        slice(start - second.start, start - second.start + size),
+    )
+
+
+def _read(folder: Any, shards: dict[str, Shard]) -> None:
+    """Fill shards from the pieces of any number of ranks."""
+    for path in sorted(folder.glob("rank-*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                start, name = key.split(":", 1)
+                if name in shards:
+                    piece = Shard(name, file.get_tensor(key), int(start), shards[name].shape)
+                    here, there = _overlap(piece, shards[name])
+                    if here.stop > here.start:
+                        shards[name].tensor[there] = piece.tensor[here].to(
+                            shards[name].tensor.device
+                        )
