@@ -15,6 +15,7 @@ from pipeline.engine.distributed import start_distributed
 from pipeline.ranks import on_rank0, rank, world_size
 from pipeline.run.dry_run import describe_run
 from pipeline.run.folder import restart
+from pipeline.run.measure import measure_steps
 from pipeline.run.recipe_file import load_recipe
 from pipeline.run.run import run_recipe
 
@@ -29,10 +30,15 @@ def measured_run(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe, args.overrides)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     engine_config = resolve_engine_config(args.config, recipe, world_size(), device)
-    if args.dry_run:
+    if args.dry_run or args.measure:
         if rank() == 0:
             check(recipe.evaluate)
             print(describe_run(recipe, engine_config, world_size()))
+        if args.measure:
+            start_distributed()
+            lines = measure_steps(recipe, engine_config)
+            if rank() == 0:
+                print("\n".join(lines))
         return
     start_distributed()
     on_rank0(lambda: check(recipe.evaluate))

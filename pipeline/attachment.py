@@ -62,10 +62,13 @@ class Attached:
         """
         if self._applied:
             return
-        if self.mask.recorder and self._sums is not None:
-            self.mask.recorder.put(self._sums)
+        self._give_magnitudes()
         self.mask.apply(self._shards, self.steps + 1)
         self._applied = True
+
+    def _give_magnitudes(self) -> None:
+        if self.mask.recorder and self.mask.selects and self._sums is not None:
+            self.mask.recorder.put(self._sums)
 
     def detach(self) -> None:
         """Take every hook away: training is dense again."""
@@ -101,11 +104,23 @@ class Attached:
                 self._forget()
             elif self._sums is not None:
                 self._sums = self._sums * self._gradients_are_not_zero()
+                if self.mask.selected and not self._sums.any():
+                    self._forget()
+        if self.mask.selected and self.mask.recorder:
+            raise UserError(
+                "attach: backward=row_sparse has selected this step's rows from the forward whose "
+                "backward came first, and now there is another one. Run one forward and one "
+                "backward a step, or set backward=previous or backward=dense"
+            )
         if magnitudes is not None:
             self._sums = magnitudes if self._sums is None else self._sums + magnitudes
+        if self.mask.defers:
+            self._give_magnitudes()
+            self.mask.select(self._shards, self.steps + 1)
 
     def _forget(self) -> None:
         self._sums, self._applied, self._had_gradients = None, False, False
+        self.mask.forget()
 
     def _watch(self, parameters: list[nn.Parameter]) -> None:
         """Look at these for gradients that were dropped."""
@@ -185,6 +200,8 @@ def attach(target: Any, optimizer: Any = None, *, seed: int = 0, **settings: Any
         problems.append("mask.enabled: attach with a mask that is off has no effect")
     if mask.from_stage != 1:
         problems.append("mask.from_stage: has no effect here; attach when masking is to begin")
+    if mask.refresh == "stage":
+        problems.append("mask.refresh: what a stage is, is not known here; give a number of steps")
     if problems:
         raise UserError("attach: " + "; ".join(problems))
     trainer = _class("transformers", "Trainer")

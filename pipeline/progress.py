@@ -81,7 +81,16 @@ class StageProgress:
             else None
         )
 
-    def update(self, step: int, tokens: int, loss: float, norm: float, kept: float) -> None:
+    def update(
+        self,
+        step: int,
+        tokens: int,
+        loss: float,
+        norm: float,
+        kept: float,
+        fast: dict[str, float] | None = None,
+    ) -> None:
+        """fast: from `Speed.numbers`, of the step."""
         self._tokens += tokens
         seconds = time.perf_counter() - self._start
         speed = self._tokens / seconds
@@ -91,6 +100,11 @@ class StageProgress:
             "kept": f"{kept:.0%}",
             "tok/s": f"{speed:,.0f}",
         }
+        if fast:
+            numbers["TFLOPS"] = f"{fast['tflops']:.3g}"
+            if "mfu" in fast:
+                numbers["MFU"] = f"{fast['mfu']:.0%}"
+            numbers["GB"] = f"{fast['peak_memory_gb']:.1f}"
         if self._bar is not None:
             self._bar.set_postfix(numbers, refresh=False)
             self._bar.update()

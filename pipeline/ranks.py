@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pipeline import heartbeat
 from pipeline.errors import UserError
@@ -80,11 +81,6 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def total(value: float, device: torch.device) -> float:
-    """Sum of a number over the ranks, in float64; the same bits on every rank."""
-    return totals([value], device)[0]
-
-
 def totals(values: Iterable[float], device: torch.device) -> list[float]:
     """As `total`, of several numbers at once (as many on every rank)."""
     values = list(values)
@@ -93,3 +89,12 @@ def totals(values: Iterable[float], device: torch.device) -> list[float]:
     buffer = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(buffer)
     return buffer.tolist()
+
+
+def summed(value: Tensor, device: torch.device) -> Tensor:
+    """Sum of a tensor over the ranks, on the device, which the host does not wait for; the same
+    bits on every rank."""
+    there = value.to(device, non_blocking=True, copy=True)
+    if world_size() > 1:
+        dist.all_reduce(there)
+    return there

@@ -105,6 +105,12 @@ class Data:
     prefetch: int = 2  # steps that a thread prepares ahead; 0: none
 
 
+def _refresh(value: Any) -> Any:
+    if value == "stage" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError("write a number of steps, from 1 on, or stage")
+
+
 def _number(value: Any) -> Any:
     """2G, 1.5M or 300k as a number; anything else as it is."""
     if not isinstance(value, str):
@@ -180,6 +186,12 @@ class Mask:
     # gradient: AdamW sees zeros (the authors' code); strict: masked rows do not move (Eq. 6)
     update: Literal["gradient", "strict"] = "gradient"
     from_stage: int = 1  # 2: the first stage is dense, as in the authors' code
+    # For how many steps a selection serves; stage: for all, and the other rows are frozen
+    refresh: Annotated[int | str, pydantic.BeforeValidator(_refresh)] = 1
+    calibration: int = 64  # refresh: stage: the first sequences, from which the rows are chosen
+    # row_sparse: masked rows of the weights' gradients are not computed; previous: likewise, with
+    # the rows of the step before (docs/performance.md)
+    backward: Literal["dense", "row_sparse", "previous"] = "dense"
 
 
 @dataclass
@@ -369,8 +381,50 @@ def mask_problems(mask: Mask) -> list[str]:
         found.append(
             f"mask.random_redraw: has no effect with criterion {mask.criterion!r}; remove it"
         )
+    if mask.enabled:
+        found += _refresh_problems(mask)
     if mask.components is not None and not mask.components:
         found.append("mask.components: the list is empty; name components, or leave it out for all")
+    return found
+
+
+def _refresh_problems(mask: Mask) -> list[str]:
+    """What is wrong with when rows are selected, and when the backward knows them."""
+    found = []
+    early = mask.refresh == "stage" or mask.backward == "row_sparse"
+    if mask.criterion == "gradient" and early:
+        found.append(
+            f"mask.{'refresh' if mask.refresh == 'stage' else 'backward'}: the rows would be known "
+            "before there is a gradient to choose them by; choose another mask.criterion"
+        )
+    if mask.criterion == "gradient" and mask.backward == "previous":
+        found.append("mask.backward: previous leaves out the gradients that rank its next rows")
+    if mask.criterion == "random" and mask.random_redraw == "stage" and mask.refresh not in (
+        1, "stage",
+    ):  # fmt: skip
+        found.append("mask.refresh: has no effect on rows that are drawn once a stage; remove it")
+    if mask.criterion in ("random", "weight") and mask.backward == "previous":
+        found.append(
+            f"mask.backward: rows by {mask.criterion} are known before the backward; set row_sparse"
+        )
+    if mask.refresh != "stage":
+        if mask.calibration != Mask.calibration:
+            found.append("mask.calibration: has no effect without mask.refresh=stage; remove it")
+        return found
+    for key in ("backward", "update"):
+        if getattr(mask, key) != getattr(Mask, key):
+            found.append(
+                f"mask.{key}: has no effect with mask.refresh=stage, where masked rows are frozen "
+                "and have no gradient; remove it"
+            )
+    if mask.criterion == "random" and mask.random_redraw == "step":
+        found.append("mask.random_redraw: has no effect with mask.refresh=stage; remove it")
+    if mask.criterion != "output" and mask.calibration != Mask.calibration:
+        found.append(
+            f"mask.calibration: has no effect with criterion {mask.criterion!r}; remove it"
+        )
+    if mask.calibration < 1:
+        found.append("mask.calibration: must be at least 1 sequence")
     return found
 
 

@@ -235,6 +235,13 @@ KEYS: dict[str, str | Change] = {
     "Mask.update": Change(
         "mask.update=strict", step, (*CAUSAL, "optimizer.weight_decay=0.5", "optimizer.lr=0.1")
     ),
+    "Mask.refresh": "test_which_step_selects_the_rows_of_a_step",
+    "Mask.calibration": Change(
+        "mask.calibration=8",
+        lambda r: -(-r.mask.calibration // r.train.batch_size),
+        ("mask.refresh=stage",),
+    ),
+    "Mask.backward": "test_which_step_selects_the_rows_of_a_step",
     "Mask.from_stage": "test_the_engine_measures_what_the_published_checkpoint_has",
     "Anchor.text": "test_an_anchor_in_a_run",
     "Anchor.loss": "test_an_anchor_in_a_run",

@@ -65,8 +65,8 @@ def recipe_for(name: str, batch_size: int) -> Recipe:
 class History(GradientMask):
     """A mask that remembers its selections."""
 
-    def apply(self, engine, step):
-        kept = super().apply(engine, step)
+    def apply(self, engine, step, edited=False):
+        kept = super().apply(engine, step, edited)
         self.history = [*getattr(self, "history", []), self.rows_by_name(self.keep.clone())]
         return kept
 
@@ -80,13 +80,13 @@ def zero_engine(model, recipe, zero_optimization):
 
 def train(
     name, engine, steps, accumulation, precision="fp32", checkpoint=False,
-    weight_decay=WEIGHT_DECAY, update="gradient", build=zero_engine,
+    weight_decay=WEIGHT_DECAY, update="gradient", build=zero_engine, backward="dense",
 ):  # fmt: skip
     """Train on this rank's share of `steps`; returns (weights, kept rows per step)."""
     recipe = recipe_for(name, 2 * world_size() * accumulation)
     recipe.train.precision = precision
     recipe.optimizer.weight_decay = weight_decay
-    recipe.mask.update = update
+    recipe.mask.update, recipe.mask.backward = update, backward
     model = MODELS[name]().train()
     if checkpoint:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -105,13 +105,17 @@ def train_shares(sharded, recipe, steps):
     return weights, history
 
 
-def compare(name, engine, accumulation, checkpoint=False, update="gradient", build=zero_engine):
+def compare(
+    name, engine, accumulation, checkpoint=False, update="gradient", build=zero_engine,
+    backward="dense", count=STEPS,
+):  # fmt: skip
     """(rows selected otherwise, largest weight difference) against the reference."""
-    steps = micro_batches(name, STEPS, world_size() * accumulation)
+    steps = micro_batches(name, count, world_size() * accumulation)
     expected, kept = train_reference(name, steps, strict=update == "strict")
     weights, history = train(
-        name, engine, steps, accumulation, checkpoint=checkpoint, update=update, build=build
-    )
+        name, engine, steps, accumulation, checkpoint=checkpoint, update=update, build=build,
+        backward=backward,
+    )  # fmt: skip
     flips = sum(
         int((rows != masks[n.removesuffix(".weight")]).sum())
         for masks, found in zip(kept, history, strict=True)

@@ -79,7 +79,7 @@ def test_page_of_a_finished_run(tmp_path):
     for key in report["metrics"]:
         assert report["definitions"][key].split(";")[0] in text
     assert f"{report['metrics']['forgotten']:.3f}" in text
-    assert report["time"][0]["mask_percent"] == pytest.approx(100 * 0.004 / 0.224, rel=0.1)
+    assert report["time"][0]["percents"]["mask"] == pytest.approx(100 * 0.004 / 0.224, rel=0.1)
     assert "deepspeed launch/cpt.py" in text
     assert {p.name for p in page.parent.glob("*.svg")} == {"domain_curves.svg", "training_loss.svg"}
 

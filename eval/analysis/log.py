@@ -10,8 +10,10 @@ from eval.analysis.files import Findings, finite
 
 # What a record must hold, and what is a number if it is there (a loss may be NaN).
 NEEDED = {"step": ("stage", "step"), "stage": ("stage",), "stopped": ("stage",)}
+PARTS = ("data", "forward", "backward", "mask", "step")  # of a step: `pipeline/run/speed.py`
 NUMBERS = (
-    "loss", "seconds", "tokens", "steps", "mask_seconds", "publish_seconds", "eval_seconds",
+    "loss", "seconds", "tokens", "steps", "publish_seconds", "eval_seconds",
+    *(f"{part}_seconds" for part in PARTS), "tflops", "mfu", "peak_memory_gb",
 )  # fmt: skip
 
 
@@ -26,7 +28,10 @@ class StageTime:
     tokens: int
     tokens_per_second: float | None
     step_seconds: float | None  # median
-    mask_percent: float | None  # median mask time / median step time
+    percents: dict[str, float]  # median time of each of PARTS / median step time
+    tflops: float | None  # medians over the steps, of a rank
+    mfu: float | None
+    peak_memory_gb: float | None
     seconds: float | None
     publish_seconds: float | None
     eval_seconds: float | None
@@ -139,7 +144,7 @@ def stage_times(stages: list[str], log: Log, measured: int) -> list[StageTime]:
         spent = sum(s["seconds"] for s in timed)
         tokens = sum(s.get("tokens") or 0 for s in timed)
         step_seconds = statistics.median(s["seconds"] for s in timed) if timed else None
-        masking = [s["mask_seconds"] for s in timed if s.get("mask_seconds") is not None]
+        percents = {part: _median(timed, f"{part}_seconds") for part in PARTS}
         times.append(
             StageTime(
                 stage=stage,
@@ -149,12 +154,22 @@ def stage_times(stages: list[str], log: Log, measured: int) -> list[StageTime]:
                 tokens=end.get("tokens") or sum(s.get("tokens") or 0 for s in mine),
                 tokens_per_second=tokens / spent if spent else None,
                 step_seconds=step_seconds,
-                mask_percent=100 * statistics.median(masking) / step_seconds
-                if masking and step_seconds
-                else None,
+                percents={
+                    part: 100 * value / step_seconds
+                    for part, value in percents.items()
+                    if value is not None and step_seconds
+                },
+                tflops=_median(timed, "tflops"),
+                mfu=_median(timed, "mfu"),
+                peak_memory_gb=_median(timed, "peak_memory_gb"),
                 seconds=end.get("seconds"),
                 publish_seconds=end.get("publish_seconds"),
                 eval_seconds=end.get("eval_seconds"),
             )
         )
     return times
+
+
+def _median(steps: list[dict], key: str) -> float | None:
+    values = [s[key] for s in steps if finite(s.get(key)) is not None]
+    return statistics.median(values) if values else None

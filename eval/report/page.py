@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from eval.analysis.curves import POINT_DEFINITIONS
 from eval.analysis.load import Run, StageTime, load_run
+from eval.analysis.log import PARTS
 from eval.analysis.matrix import DEFINITIONS, METRICS, learning_curve
 from eval.analysis.mixtures import domain_shares
 from eval.analysis.points import stage_lengths
@@ -255,7 +256,9 @@ def _time_table(times: list[StageTime]) -> list[dict]:
             f"{time.tokens:,}",
             number(time.tokens_per_second, 0),
             number(None if time.step_seconds is None else 1000 * time.step_seconds, 1),
-            number(time.mask_percent, 1),
+            " / ".join(number(time.percents.get(part), 0) for part in PARTS),
+            number(time.tflops, 2) + ("" if time.mfu is None else f" ({time.mfu:.0%})"),
+            number(time.peak_memory_gb, 1),
             number(time.seconds, 1),
             number(time.publish_seconds, 1),
             number(time.eval_seconds, 1),
@@ -275,7 +278,8 @@ def _time_table(times: list[StageTime]) -> list[dict]:
             number(sum(getattr(t, key) or 0 for t in times), 1)
             for key in ("seconds", "publish_seconds", "eval_seconds")
         ]
-        rows.append({"name": "all", "cells": [*total, "", "", "", *sums], "total": True})
+        cells_of_all = [*total, *[""] * 5, *sums]
+        rows.append({"name": "all", "cells": cells_of_all, "total": True})
     return rows
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.migu.magnitude import MagnitudeRecorder
 from pipeline.migu.mask import select_rows
+from pipeline.migu.row_sparse import RowSparseLinears
 from pipeline.migu.targets import find_targets
 from pipeline.shard import Shard
 
@@ -38,6 +39,10 @@ class GradientMask:
         ...
         mask.apply(engine.shards, step)  # after the last micro-batch, before clipping and the step
         engine.step(lr, hold=partial(mask.hold, engine.shards))
+
+    With `backward: row_sparse` the backwards compute the kept rows only. So where `defers` says it
+    of a step, all its forwards come first, then `mask.select(engine.shards, step)`, then its
+    backwards. With `backward: previous` they have the rows of the step before.
     """
 
     def __init__(self, model: nn.Module, settings: Any, seed: int):
@@ -46,22 +51,52 @@ class GradientMask:
         self.targets = find_targets(model, settings.components, settings.split_fused)
         self.sizes = [t.rows for t in self.targets]
         self.parts = [part for t in self.targets for part in t.parts]
+        self.sparse = (
+            RowSparseLinears(model, self.targets) if settings.backward != "dense" else None
+        )
         self.recorder = (
             MagnitudeRecorder(self.targets, settings.normalize)
             if settings.criterion == "output"
             else None
         )
-        self.keep: Tensor | None = None  # bool [sum of rows], the last step's selection
+        self.keep: Tensor | None = None  # bool [sum of rows], the last step's rows
+        self._kept = 0.0  # their fraction
+        self._coming: tuple[Tensor, float] | None = None  # `backward: previous`: the next step's
+        self._age = 0  # steps since the last selection
+        self._shown = False  # that the backwards leave the other rows out
+        self._signs: Tensor | None = None  # int64 [sum of rows]: random numbers, alike on all ranks
+
+    @property
+    def selects(self) -> bool:
+        """Whether rows are still to be selected in this step; else those that are known serve."""
+        return self.keep is None or self._age >= self.settings.refresh
+
+    @property
+    def defers(self) -> bool:
+        """Whether the backwards of this step wait for `select`."""
+        return self.settings.backward == "row_sparse" and self.selects
+
+    @property
+    def selected(self) -> bool:
+        """Whether `select` was called and `apply` was not yet."""
+        return self.keep is not None and self._age == 0
+
+    def forget(self) -> None:
+        """The step for which rows were selected is dropped: the next one selects anew."""
+        if self.selected:
+            self._age = self.settings.refresh
 
     def recording(
         self, real: Tensor | None = None, decoder: Tensor | None = None
     ) -> AbstractContextManager[None]:
         """To be entered around the forward of a micro-batch; see `MagnitudeRecorder.recording`."""
-        return self.recorder.recording(real, decoder) if self.recorder else nullcontext()
+        if self.recorder is None or not (self.selects or self.selected):
+            return nullcontext()
+        return self.recorder.recording(real, decoder)
 
     @torch.no_grad()
-    def apply(self, shards: ShardedModel, step: int) -> float:
-        """Mask the reduced gradients of this step in place; returns the fraction of kept rows.
+    def select(self, shards: ShardedModel, step: int) -> None:
+        """Select the rows of this step from its forwards.
 
         Of a target that took no part in the step no row is kept.
 
@@ -70,21 +105,75 @@ class GradientMask:
             UserError: a target has a gradient, but no output of it was observed to rank its rows
                 by; on every rank alike.
         """
+        self.keep, self._kept = self._select(shards, step)
+        self._age = 0
+        if self.sparse:
+            self.sparse.keep(self.keep)
+
+    @torch.no_grad()
+    def apply(self, shards: ShardedModel, step: int, edited: bool = False) -> float:
+        """Mask the reduced gradients of this step in place; returns the fraction of kept rows.
+
+        edited: something besides the backwards has written into the gradients.
+
+        Raises:
+            NonFiniteMagnitude, UserError: as `select`, where that is still to be done.
+            UserError: a row-sparse gradient has other rows too.
+        """
+        dense = self.sparse is None
+        if self.defers:
+            raise RuntimeError("backward: row_sparse: `select` was not called before the backward")
+        if self.settings.backward == "previous":
+            dense = self._coming is None
+            self._apply_previous(shards, step)
+        elif self.selects:
+            self.select(shards, step)
+        self._age += 1
+        if dense or edited:
+            rows = self.rows_by_name(self.keep)  # type: ignore[arg-type]
+            for shard in shards.gradient_shards([t.name for t in self.targets]):
+                keep, output_dim = rows[shard.name]
+                shard.mask(keep.to(shard.tensor.device), output_dim)
+        elif not self._shown:
+            self._require_sparse(shards)
+        return self._kept
+
+    def _apply_previous(self, shards: ShardedModel, step: int) -> None:
+        """The rows of this step are those that the last one selected; the first step has its own,
+        and a dense backward."""
+        assert self.sparse is not None
+        selected = None
+        if self.selects:
+            selected, self._age = self._select(shards, step), 0
+        known = self._coming or selected
+        assert known is not None
+        self.keep, self._kept = known
+        if selected is not None:
+            self._coming = selected
+            self.sparse.keep(selected[0])
+
+    def _select(self, shards: ShardedModel, step: int) -> tuple[Tensor, float]:
+        """(keep, the fraction that it keeps). The host waits for the device once."""
         scores = self._scores(shards, step)
-        if not scores.any():
+        keep = select_rows(scores, self.parts, self.settings.threshold, self.settings.rule)
+        seen = self.recorder.observed if self.recorder else torch.ones_like(keep)
+        differs = self._differs(keep)
+        facts = (scores.any(), scores.isfinite().all(), seen.all(), differs.any(), keep.sum())
+        some, finite, all_seen, differ, kept = torch.stack([f.double() for f in facts]).tolist()
+        if not some:
             raise RuntimeError("the mask recorded no forward of this step: nothing to rank rows by")
-        finite = torch.isfinite(scores)
-        if not finite.all():
-            layer = self._layer_of(int((~finite).nonzero()[0]))
+        if not finite:
+            layer = self._layer_of(int((~scores.isfinite()).nonzero()[0]))
             raise NonFiniteMagnitude(f"non-finite {self.settings.criterion} magnitude in {layer}")
-        self.keep = select_rows(scores, self.parts, self.settings.threshold, self.settings.rule)
-        rows = self.rows_by_name(self.keep)
-        for name in self._unobserved(shards):
-            rows[name][0].fill_(False)
-        for shard in shards.gradient_shards([t.name for t in self.targets]):
-            keep, output_dim = rows[shard.name]
-            shard.mask(keep.to(shard.tensor.device), output_dim)
-        return float(self.keep.sum()) / self.keep.numel()
+        if differ:
+            layer = self.targets[int(differs.nonzero()[0])].name
+            raise RuntimeError(f"mask: the ranks have selected other rows of {layer}")
+        if not all_seen:
+            rows = self.rows_by_name(keep)
+            for name in self._unobserved(shards):
+                kept -= int(rows[name][0].sum())
+                rows[name][0].fill_(False)
+        return keep, kept / keep.numel()
 
     @contextmanager
     @torch.no_grad()
@@ -112,6 +201,8 @@ class GradientMask:
     def close(self) -> None:
         if self.recorder:
             self.recorder.close()
+        if self.sparse:
+            self.sparse.close()
 
     def _scores(self, shards: ShardedModel, step: int) -> Tensor:
         criterion = self.settings.criterion
@@ -134,10 +225,11 @@ class GradientMask:
 
     def _unobserved(self, shards: ShardedModel) -> list[str]:
         """Targets without an output in this step: experts that got no token, say."""
-        if self.recorder is None or self.recorder.observed.all():
-            return []
+        assert self.recorder is not None
         seen = self.recorder.observed.tolist()
         names = [t.name for t, yes in zip(self.targets, seen, strict=True) if not yes]
+        if self.settings.backward == "row_sparse":  # no gradient yet: see `_require_sparse`
+            return names
         place = {name: i for i, name in enumerate(names)}
         gradient = torch.zeros(len(names), device=self.recorder.observed.device)
         for shard in shards.gradient_shards(names):
@@ -153,6 +245,36 @@ class GradientMask:
                     "with mask.components, or choose another mask.criterion."
                 )
         return names
+
+    def _differs(self, keep: Tensor) -> Tensor:
+        """bool [targets], alike on every rank: where the ranks have selected other rows."""
+        if not (dist.is_initialized() and dist.get_world_size() > 1):
+            return torch.zeros(len(self.targets), dtype=torch.bool, device=keep.device)
+        if self._signs is None:
+            generator = torch.Generator().manual_seed(0)
+            self._signs = torch.randint(2**40, keep.shape, generator=generator).to(keep.device)
+        sums = torch.stack([p.sum() for p in (self._signs * keep).split(self.sizes)])
+        both = torch.stack([sums, -sums])
+        dist.all_reduce(both, dist.ReduceOp.MAX)
+        return both[0] != -both[1]
+
+    def _require_sparse(self, shards: ShardedModel) -> None:
+        """Shows once that the backwards give the gradient of the kept rows alone."""
+        assert self.keep is not None
+        sums = torch.zeros(self.keep.shape, device=self.keep.device)
+        rows = self.rows_by_name(sums)
+        for shard in shards.gradient_shards([t.name for t in self.targets]):
+            shard.add_magnitudes(*rows[shard.name])
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(sums)
+        others = (sums != 0) & ~self.keep
+        if others.any():
+            layer = self._layer_of(int(others.nonzero()[0]))
+            raise UserError(
+                f"mask.backward: {layer} has a gradient in masked rows too: its weight is used "
+                "elsewhere than in its layer; set mask.backward=dense"
+            )
+        self._shown = True
 
     def _layer_of(self, row: int) -> str:
         for target in self.targets:

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.errors import UserError
 from pipeline.migu.mask import kept_count
 from pipeline.model.blocks import block_linears, is_adapted
+from pipeline.model.split_linear import SplitLinear
 
 # Component -> the names that transformers gives to such a linear, most specific first.
 # A name with a dot is compared with the end of the module's path.
@@ -197,6 +198,9 @@ def _parts(target: Target, config: Any) -> tuple[int, ...]:
 def _targets_of(name: str, module: nn.Module, component: str) -> list[Target]:
     if isinstance(module, Conv1D):
         return [Target(f"{name}.weight", module.weight, module, component, module.nf, 1)]
+    if isinstance(module, SplitLinear):  # to be measured; its masked rows are frozen
+        rows = module.out_features
+        return [Target(f"{name}.weight", module.kept, module, component, rows)]
     if isinstance(module, nn.Linear):
         rows = module.out_features
         return [Target(f"{name}.weight", module.weight, module, component, rows)]

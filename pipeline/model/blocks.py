@@ -9,6 +9,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import UserError
+from pipeline.model.split_linear import SplitLinear
 
 
 def find_blocks(model: nn.Module) -> list[str]:
@@ -40,7 +41,7 @@ def block_linears(model: nn.Module, experts: bool = False) -> Iterator[tuple[str
             adapted += (f"{name}.",)  # what is inside belongs to it
         if _is_router(name, module):
             continue
-        if is_adapted(module) or isinstance(module, (nn.Linear, Conv1D)):
+        if is_adapted(module) or isinstance(module, (nn.Linear, Conv1D, SplitLinear)):
             yield name, module
         elif isinstance(module, nn.Conv1d):  # Mamba's, whose weight is 3-D too
             continue

@@ -44,6 +44,11 @@ def training_parser(description: str, recipe: str, examples: str) -> argparse.Ar
         help="check everything, print what would be done and the memory, and stop",
     )
     parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="also train three steps on random tokens, say how long the run would take, and stop",
+    )
+    parser.add_argument(
         "--restart",
         action="store_true",
         help="delete an earlier run of this name instead of continuing it",

@@ -10,12 +10,12 @@ from pipeline.data.prepare import estimated_tokens, prepared_before
 from pipeline.data.sequences import Frame
 from pipeline.data.stage import StagePlan, domains_of, plan_stage, shares_of
 from pipeline.data.tokenizer import load_tokenizer, vocabulary_size
-from pipeline.engine.config import check_quantized, describe, memory_per_rank, precision_of
+from pipeline.engine.config import check_quantized, describe, precision_of
 from pipeline.migu.targets import count_rows, find_targets
-from pipeline.model.blocks import block_linears
 from pipeline.model.gguf import local_weights
 from pipeline.model.load import check_model, check_pretrained, empty_model, load_config
 from pipeline.recipe import Lora, Recipe
+from pipeline.run.memory import memory_lines, split_as_in_training
 
 
 def describe_run(recipe: Recipe, engine_config: dict[str, Any], ranks: int) -> str:
@@ -51,7 +51,8 @@ def describe_run(recipe: Recipe, engine_config: dict[str, Any], ranks: int) -> s
     lines += _mask_lines(recipe, model)
     lines += _data_lines(recipe, tokenizer)
     lines += _stage_lines(recipe, tokenizer)
-    lines += _memory_lines(model, m.lora, engine_config, ranks, recipe.optimizer.name)
+    split_as_in_training(model, recipe)
+    lines += memory_lines(model, recipe, engine_config, ranks)
     return "\n".join(lines)
 
 
@@ -122,6 +123,12 @@ def _plan(recipe: Recipe, stage: int, tokenizer: Any) -> StagePlan | None:
     return plan_stage(recipe, stage, None, Frame([], [], 0))
 
 
+def planned_steps(recipe: Recipe, stage: int, tokenizer: Any) -> int | None:
+    """None where the length of the stage's corpora is not known yet."""
+    plan = _plan(recipe, stage, tokenizer)
+    return None if plan is None else plan.steps
+
+
 def _about(recipe: Recipe, stage: int, tokenizer: Any) -> str:
     if tokenizer is None:
         return " (steps are known once the tokenizer is trained)"
@@ -131,32 +138,3 @@ def _about(recipe: Recipe, stage: int, tokenizer: Any) -> str:
         return " (steps are known once the data is prepared)"
     own = sum(n or 0 for n in tokens) * (s.epochs or 0) / shares_of(recipe, stage)[0].share
     return f", about {own / recipe.train.batch_size / recipe.data.sequence_length:,.0f} steps"
-
-
-def _frozen_bytes(model: Any, lora: Lora, size: int) -> float:
-    """Of the weights that LoRA freezes; `size`: bytes of one that is not quantized."""
-    bytes_of = {"none": size, "8bit": 1, "4bit": 0.5 + 4 / 64}  # nf4: an fp32 scale per 64
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    linears: list[Any] = [m for _, m in block_linears(model, experts=True)]
-    quantized = sum(getattr(m, "base_layer", m).weight.numel() for m in linears)
-    return (frozen - quantized) * size + quantized * bytes_of[lora.quantize]
-
-
-def _memory_lines(
-    model: Any, lora: Lora | None, engine_config: dict[str, Any], ranks: int, optimizer: str
-) -> list[str]:
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    sizes = memory_per_rank(trained, engine_config, ranks, optimizer)
-    if lora is not None:  # frozen weights take no gradient and no optimizer state
-        size = 4 if precision_of(engine_config) == "fp32" else 2
-        frozen = round(_frozen_bytes(model, lora, size) / size)
-        sizes = {"frozen": memory_per_rank(frozen, engine_config, ranks)["weights"], **sizes}
-    device, host = (sum(s[i] for s in sizes.values()) for i in (0, 1))
-    lines = ["memory per rank (model state; activations and buffers come on top)"]
-    for name, (on_device, on_host) in sizes.items():
-        where = "on the GPU" if on_device else "on the host"
-        lines.append(f"  {name:<10}{(on_device or on_host) / 1e9:9.3f} GB {where}")
-    lines.append(
-        f"  {'total':<10}{device / 1e9:9.3f} GB on the GPU, {host / 1e9:.3f} GB on the host"
-    )
-    return lines

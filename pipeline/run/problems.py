@@ -167,6 +167,18 @@ def recipe_problems(r: Recipe) -> list[str]:
     )
     found += mask_problems(k)
     if k.enabled:
+        for key in ("l2_to_start", "hft", "ssu"):
+            need(
+                k.refresh != "stage" or getattr(r, key) is None,
+                f"mask.refresh: stage splits the weights that {key} works on as wholes; give a "
+                "number of steps, or remove one of the two",
+            )
+        for key, sparse in (("backward", k.backward != "dense"), ("refresh", k.refresh == "stage")):
+            need(
+                m.lora is None or not sparse,
+                f"mask.{key}: {getattr(k, key)} gains nothing with LoRA, whose gradients, masters "
+                "and moments are small; remove it",
+            )
         need(
             1 <= k.from_stage <= max(1, len(r.stages)),
             f"mask.from_stage: {k.from_stage} is not one of the stages 1 to {len(r.stages)}",
@@ -201,7 +213,9 @@ def recipe_problems(r: Recipe) -> list[str]:
         "engine.kind=deepspeed",
     )
     need(
-        not (o.name == "adamw8bit" and k.enabled and k.update == "gradient"),
+        not (
+            o.name == "adamw8bit" and k.enabled and k.update == "gradient" and k.refresh != "stage"
+        ),
         f"optimizer.name: adamw8bit {EIGHT_BIT_DRIFT}",
     )
     need(

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.checkpoint import is_published, publish, verify
 from pipeline.errors import UserError
 from pipeline.model.save import adapter_names, has_adapter, save_model, save_tensors
+from pipeline.model.split_linear import is_split, merge_weights
 from pipeline.progress import now
 from pipeline.ranks import on_rank0, rank
 
@@ -35,7 +36,7 @@ def publish_model(
         tokenizer.save_pretrained(folder)
 
     adapter = adapter_names(engine.module) if has_adapter(engine.module) else None
-    weights = engine.full_weights(names=adapter)
+    weights = merge_weights(engine.module, engine.full_weights(names=adapter))
     _publish(target, write, weights, {**info, "published": now()})
 
 
@@ -45,7 +46,8 @@ def publish_masters(target: Path, engine: Any, info: dict[str, Any]) -> None:
     def write(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
         save_tensors(((n, w.to("cpu", torch.float32)) for n, w in weights), folder, "masters")
 
-    _publish(target, write, engine.full_weights(trained=True), info)
+    weights = engine.full_weights(trained=not is_split(engine.module))
+    _publish(target, write, merge_weights(engine.module, weights), info)
 
 
 def check_masters(folder: Path) -> None:

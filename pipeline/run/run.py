@@ -7,7 +7,7 @@ so a run that was interrupted and continued is the same run (docs/runs.md).
 import gc
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,33 +21,24 @@ from pipeline.data.bad_lines import BadLines
 from pipeline.data.heldout import prepare_heldout
 from pipeline.data.stage import StagePlan
 from pipeline.data.tokenizer import vocabulary_size
-from pipeline.engine.config import check_quantized, precision_of
-from pipeline.engine.fsdp import FsdpEngine
-from pipeline.engine.zero import ZeroEngine
+from pipeline.engine.config import check_quantized
 from pipeline.errors import TrainingStopped, UserError
 from pipeline.methods.method import Method, Start
-from pipeline.migu.gradient_mask import GradientMask
-from pipeline.model.attention import Separation, separation_of
+from pipeline.model.attention import Separation
 from pipeline.model.load import build_model, check_model, check_pretrained, load_config
+from pipeline.model.split_linear import is_split
 from pipeline.nodes import send_folder
 from pipeline.progress import EventLog, say
 from pipeline.ranks import on_rank0, rank
-from pipeline.recipe import Model, Recipe
+from pipeline.recipe import Recipe
+from pipeline.run.build import Engine, build_engine, starts_elsewhere
 from pipeline.run.data import RunData, describe_unread, open_data
 from pipeline.run.folder import MASTERS, describe_model, open_run, stage_folder, step_folder
 from pipeline.run.methods import methods_of, run_start, stage_start
-from pipeline.run.published import (
-    check_masters,
-    publish_masters,
-    publish_model,
-    read_masters,
-    remove,
-)  # fmt: skip
+from pipeline.run.published import check_masters, publish_masters, publish_model, remove
+from pipeline.run.stage_rows import mask_of_stage, split_for_stage, split_stage
 from pipeline.run.tokenizer import run_tokenizer
 from pipeline.run.train import train_stage
-
-Engine = ZeroEngine | FsdpEngine
-
 
 RESULTS = {
     "heldout": "eval.json", "benchmarks": "benchmarks.json", "humaneval": "humaneval.json",
@@ -104,6 +95,7 @@ class Run:
     begun: Start | None = None  # what the methods know of the run
     separation: Separation | None = None  # found before the engine shards the model
     holds: str | None = None  # the checkpoint whose weights it has; None: of no checkpoint
+    rows: int | None = None  # the stage by whose rows it is split: `split_stage`
 
     def checkpoint(self, stage: int) -> Path:
         name = self.recipe.stages[stage - 1].name if stage else "base"
@@ -156,7 +148,8 @@ def run_recipe(
             if pending:
                 _tell(f"{_place(task)}: measuring {', '.join(pending)}")
                 if "heldout" in pending:
-                    engine = _engine_with(run, task.checkpoint)
+                    coming = min(task.stage + 1, len(recipe.stages))
+                    engine = _engine_with(run, task.checkpoint, coming, train=False)
                     assert run.separation is not None  # known with the engine
                     measure_heldout(engine, run.separation, task, recipe)
                     pending.remove("heldout")
@@ -241,7 +234,7 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
         check_masters(run.masters(stage - 1))
     if run.adds_adapters:
         _close_engine(run)
-    engine = _engine_with(run, before)
+    engine = _engine_with(run, before, stage)
     _require_space(run, engine)
     assert run.begun is not None  # by `run_recipe`
     begun = stage_start(run.begun, stage, before, run.separation, engine)
@@ -250,9 +243,7 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
     engine.start_stage(sum(method.micro_batches() for method in run.methods))
     run.holds = None
     torch.manual_seed(recipe.stage_seed(stage) * 100_003 + rank())
-    mask = None
-    if recipe.mask.enabled and stage >= recipe.mask.from_stage:
-        mask = GradientMask(engine.module, recipe.mask, recipe.stage_seed(stage))
+    mask = mask_of_stage(engine.module, recipe, stage)
     batches = run.data.batches(stage)
     pauses = plan.pauses(s.evaluate_every)
 
@@ -322,35 +313,26 @@ def _evaluate_within(
     run.holds = None
 
 
-def _engine_with(run: Run, checkpoint: str) -> Engine:
+def _engine_with(run: Run, checkpoint: str, stage: int, train: bool = True) -> Engine:
     """The run's engine with the weights of a checkpoint: a stage's, or what stage 1 starts from.
 
-    It is made once in a run. Only what an interrupted run has left to measure at an older
-    checkpoint makes another one. (So will a method that changes what is trained: here.)
+    It is made once in a run. What an interrupted run has left to measure at an older checkpoint
+    makes another one, and so does each stage where the rows that it trains are chosen before it.
+
+    stage: that it trains, or the one to come where it measures (`train` False).
     """
-    if run.engine is not None and run.holds == checkpoint:
+    rows = split_stage(run.recipe, stage)
+    if run.engine is not None and run.holds == checkpoint and (not train or run.rows == rows):
         return run.engine
     _close_engine(run)
-    model = run.recipe.model
-    source = None if checkpoint == model.path and _starts_elsewhere(model) else checkpoint
-    if source is not None:
-        send_folder(Path(source))
-    # In half precision the engine converts weights itself, as it shards them.
-    half = precision_of(run.engine_config) != "fp32"
-    net = build_model(model, run.config, source, run.recipe.seed, keep_dtype=half)
-    run.separation = on_rank0(partial(separation_of, net, run.recipe))
-    masters = Path(checkpoint).with_name(MASTERS)
-    exact: Iterable[tuple[str, torch.Tensor]] = ()
-    if on_rank0(partial(is_published, masters)):
-        send_folder(masters)
-        exact = read_masters(masters)
-    elif half:  # of fp32 weights (mapped from their file) it would make masters that are rounded
-        trained = [(n, p.detach()) for n, p in net.named_parameters() if p.requires_grad]
-        exact = [(n, w) for n, w in trained if w.dtype == torch.float32]
-    kind = FsdpEngine if run.recipe.engine.kind == "fsdp" else ZeroEngine
-    run.engine = kind(net, run.engine_config, run.recipe.optimizer)
-    run.engine.load_weights(exact)
-    run.holds = checkpoint
+    run.engine, run.separation = build_engine(
+        run.recipe, run.engine_config, run.config, checkpoint,
+        None if rows is None else partial(
+            split_for_stage, stage=rows, recipe=run.recipe, engine_config=run.engine_config,
+            folder=run.checkpoint(rows).parent, batches=partial(run.data.batches, rows),
+        ),
+    )  # fmt: skip
+    run.holds, run.rows = checkpoint, rows
     return run.engine
 
 
@@ -369,7 +351,8 @@ def _free_memory() -> None:
 
 def _require_space(run: Run, engine: Engine) -> None:
     """For what the stage will publish."""
-    parameters: list[Any] = [p for p in engine.module.parameters() if p.requires_grad]
+    split = is_split(engine.module)
+    parameters: list[Any] = [p for p in engine.module.parameters() if p.requires_grad or split]
     size = getattr(torch, run.recipe.train.publish_dtype).itemsize + 4 * run.keeps_masters
     numbers = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
     on_rank0(partial(require_space, run.folder, numbers * size))
@@ -385,7 +368,7 @@ def _base_checkpoint(run: Run) -> str:
     """What stage 0 evaluates: the pretrained model where it is, or what the run published of a
     model with random weights."""
     model = run.recipe.model
-    if _starts_elsewhere(model):
+    if starts_elsewhere(model):
         return str(model.path)
     target = run.checkpoint(0)
 
@@ -397,11 +380,6 @@ def _base_checkpoint(run: Run) -> str:
     if not on_rank0(partial(is_published, target)):
         on_rank0(partial(publish, target, write, {"stage": 0, "name": "base"}))
     return str(target)
-
-
-def _starts_elsewhere(model: Model) -> bool:
-    """Whether all weights before stage 1 are those of `model.path`."""
-    return model.path is not None and not model.initialize_missing
 
 
 def _report_bad_lines(bad: dict[str, BadLines], names: list[str], log: EventLog | None) -> None:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -19,11 +19,14 @@ from pipeline.migu.gradient_mask import GradientMask, NonFiniteMagnitude
 from pipeline.model.attention import Separation, arrange, targets_of
 from pipeline.model.load import PredictedPositions, predict
 from pipeline.progress import EventLog, StageProgress
-from pipeline.ranks import rank, total, totals, world_size
+from pipeline.ranks import rank, summed, totals, world_size
 from pipeline.recipe import Optimizer, Recipe
 from pipeline.run.domain_losses import DomainLosses
+from pipeline.run.speed import PARTS, Speed, Stopwatch
+from pipeline.run.stage_rows import FrozenRows
 
 Batch = dict[str, Tensor]
+Mask = GradientMask | FrozenRows
 
 
 @dataclass
@@ -35,7 +38,7 @@ class StageResult:
 
 def train_stage(
     engine: Any,
-    mask: GradientMask | None,
+    mask: Mask | None,
     batches: Iterator[list[Batch]],
     recipe: Recipe,
     stage: int,
@@ -70,58 +73,77 @@ def train_stage(
     title = f"{recipe.name}: stage {stage}/{len(recipe.stages)} {name}"
     progress = StageProgress(title, steps) if rank() == 0 else None
     by_domain = DomainLosses(domains, engine.device) if domains and len(domains) > 1 else None
-    timer = Stopwatch(engine.device)
+    timer, speed = Stopwatch(engine.device), Speed(engine.module, recipe, engine.device)
     tokens_per_step = recipe.train.batch_size * recipe.data.sequence_length
+    edited = any(type(method).edit is not Method.edit for method in methods)
     start, paused = time.perf_counter(), 0.0
+
+    def forward(waiting: Batch) -> tuple[Tensor, Tensor]:
+        """(what is minimised, the loss): sums over the predictions of a micro-batch."""
+        inputs, tokens = arrange(_to(waiting, engine.device), separation, engine.module)
+        targets = targets_of(tokens["labels"], objective)
+        with timer("forward"), mask.recording(tokens.get("real")) if mask else nullcontext():
+            logits = _predictions(engine, head, inputs, targets)
+            losses = F.cross_entropy(logits, targets[targets >= 0], reduction="none")
+        if by_domain is not None:
+            by_domain.count(tokens["domains"])
+            by_domain.add(losses, targets, targets_of(tokens["domains"], objective))
+        minimized = losses
+        for method in methods:
+            minimized = method.weigh(minimized, logits, targets, inputs)
+        return minimized.sum(), losses.detach().sum()
+
     for step in range(1, steps + 1):
-        timer.start("step")
-        micro_batches = next(batches)
-        extras = [(method, batch) for method in methods for batch in method.batches(step)]
+        timer.begin()
+        with timer("data"):
+            micro_batches = next(batches)
+            extras = [(method, batch) for method in methods for batch in method.batches(step)]
         # Every predicted token of the step weighs the same, however the batch is split.
         counts = [int((targets_of(b["labels"], objective) >= 0).sum()) for b in micro_batches]
-        predicted = total(sum(counts), engine.device)
+        predicted = summed(torch.tensor(sum(counts), dtype=torch.float64), engine.device)
         parts = len(micro_batches) + len(extras)
-        scale = parts * world_size() / max(predicted, 1)
+        scale = (parts * world_size() / predicted.clamp_min(1)).float()  # the host does not wait
         loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
-        for i, waiting in enumerate(micro_batches, start=1):
-            inputs, tokens = arrange(_to(waiting, engine.device), separation, engine.module)
-            targets = targets_of(tokens["labels"], objective)
-            with mask.recording(tokens.get("real")) if mask else nullcontext():
-                logits = _predictions(engine, head, inputs, targets)
-            losses = F.cross_entropy(logits, targets[targets >= 0], reduction="none")
-            if by_domain is not None:
-                by_domain.count(tokens["domains"])
-                by_domain.add(losses, targets, targets_of(tokens["domains"], objective))
-            minimized = losses
-            for method in methods:
-                minimized = method.weigh(minimized, logits, targets, inputs)
-            engine.backward(minimized.sum() * scale, last=i == parts)
-            loss_sum += losses.detach().sum()
-        mean_loss = total(loss_sum.item(), engine.device) / max(predicted, 1)
-        method_losses = extra_backwards(engine, head, extras)
+        where = f"stage {stage} ({name}), step {step}"
+        losses: Iterable[tuple[Tensor, Tensor]] = map(forward, micro_batches)  # as they are asked
+        if mask and mask.defers:  # the backwards need the rows, the rows all the forwards
+            losses = list(losses)
+            with timer("mask"):
+                _select(mask, engine, step, where)
+        for i, (minimized, loss) in enumerate(losses, start=1):
+            with timer("backward"):
+                engine.backward(minimized * scale, last=i == parts)
+            loss_sum += loss
+        mean_loss = (summed(loss_sum, engine.device) / predicted.clamp_min(1)).item()
+        with timer("backward"):
+            method_losses = extra_backwards(engine, head, extras)
         domain_losses = by_domain.reduce() if by_domain is not None else None
-        where = f"stage {stage} ({name}), step {step}: the loss is {mean_loss}"
+        where = f"{where}: the loss is {mean_loss}"
         lr = learning_rate(recipe.optimizer, peak_lr, step, steps)
         for method in methods:
             method.edit(engine.shards, step, lr)
-        timer.start("mask")
-        try:  # before the loss is looked at: this names the layer
-            kept = mask.apply(engine.shards, step) if mask else 1.0
-        except NonFiniteMagnitude as error:
-            if not (engine.scales_loss and recipe.mask.criterion == "gradient"):
-                raise TrainingStopped(f"{where}, {error}") from None
-            kept = 0.0  # the gradient overflowed: the step will be skipped, with a smaller scale
-        timer.stop("mask")
+        with timer("mask"):
+            try:  # before the loss is looked at: this names the layer
+                kept = mask.apply(engine.shards, step, edited) if mask else 1.0
+            except NonFiniteMagnitude as error:
+                if not (engine.scales_loss and recipe.mask.criterion == "gradient"):
+                    raise TrainingStopped(f"{where}, {error}") from None
+                kept = (
+                    0.0  # the gradient overflowed: the step will be skipped, with a smaller scale
+                )
         for what, value in {"loss": mean_loss, **method_losses}.items():
             if not math.isfinite(value):
                 raise TrainingStopped(where if what == "loss" else f"{where}, of {what} {value}")
-        applied = engine.step(lr, hold=partial(mask.hold, engine.shards) if mask else nullcontext)
-        for method in methods:
-            method.after_step(engine, step, steps)
-        timer.stop("step")
+        hold = partial(mask.hold, engine.shards) if mask else nullcontext
+        with timer("step"):
+            applied = engine.step(lr, hold=hold)
+            for method in methods:
+                method.after_step(engine, step, steps)
+        timer.end()
         if progress is not None and log is not None:
-            norm = engine.gradient_norm
-            progress.update(step, tokens_per_step, mean_loss, norm, kept)
+            norm, seconds = engine.gradient_norm, timer.seconds()
+            fast = speed.numbers(tokens_per_step, seconds["all"])
+            progress.update(step, tokens_per_step, mean_loss, norm, kept, fast)
             log.write(
                 "step",
                 stage=stage,
@@ -134,8 +156,9 @@ def train_stage(
                 kept=kept,
                 applied=applied,
                 tokens=tokens_per_step,
-                seconds=timer.seconds("step"),
-                mask_seconds=timer.seconds("mask"),
+                seconds=seconds["all"],
+                **{f"{part}_seconds": seconds[part] for part in PARTS},
+                **fast,
                 **({"domains": domain_losses} if domain_losses is not None else {}),
                 **({"methods": method_losses} if method_losses else {}),
             )
@@ -149,6 +172,13 @@ def train_stage(
     if head is not None:
         head.close()
     return StageResult(steps, steps * tokens_per_step, time.perf_counter() - start - paused)
+
+
+def _select(mask: Mask, engine: Any, step: int, where: str) -> None:
+    try:
+        mask.select(engine.shards, step)
+    except NonFiniteMagnitude as error:
+        raise TrainingStopped(f"{where}: {error}") from None
 
 
 def learning_rate(optimizer: Optimizer, peak: float, step: int, steps: int) -> float:
@@ -194,7 +224,7 @@ def extra_backwards(
     return {m.name: s / max(predicted[m], 1) for m, s in zip(counts, means, strict=True)}
 
 
-def _trims_head(recipe: Recipe, mask: GradientMask | None) -> bool:
+def _trims_head(recipe: Recipe, mask: Mask | None) -> bool:
     """Not where the mask covers the head: its magnitudes are taken over all tokens."""
     return mask is None or all(t.component != "head" for t in mask.targets)
 
@@ -218,31 +248,3 @@ def _monitor(
         values = {"loss": loss, "gradient_norm": norm, "lr": lr, "kept_rows": kept}
         prefix = f"stage_{stage:02d}_{recipe.stages[stage - 1].name}"
         engine.monitor.write_events([(f"{prefix}/{k}", v, step) for k, v in values.items()])
-
-
-class Stopwatch:
-    """Named durations in seconds; on a GPU measured by events on the stream, not by the host."""
-
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
-        self._marks: dict[str, list[Any]] = {}
-
-    def start(self, name: str) -> None:
-        self._marks[name] = [self._now()]
-
-    def stop(self, name: str) -> None:
-        self._marks[name].append(self._now())
-
-    def seconds(self, name: str) -> float:
-        start, stop = self._marks[name]
-        if self._cuda:
-            stop.synchronize()
-            return start.elapsed_time(stop) / 1000
-        return stop - start
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event

@@ -1,0 +1,400 @@
+"""What a training step costs: fine-tuning, the mask in its modes, and the Hugging Face Trainer.
+
+    python benchmarks/step_time.py --shape roberta-base --pairs 20 --json FILE
+
+Every mode runs its own whole loop (`train_stage` here, `Trainer.train` there) in a thread of its
+own, and the threads take turns step by step, so that a slow moment of the machine hits all alike.
+Prints the median step of each mode and the median, over the rounds, of the ratio to fine-tuning
+in the same round, with quartiles; the JSON has them too. Times are of whole steps: forward,
+backward, mask, clipping, optimizer.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from pipeline.engine.config import resolve_ds_config, resolve_fsdp_config
+from pipeline.engine.distributed import start_distributed
+from pipeline.engine.fsdp import FsdpEngine
+from pipeline.engine.zero import ZeroEngine
+from pipeline.migu.gradient_mask import GradientMask
+from pipeline.migu.mask import kept_count
+from pipeline.migu.targets import find_targets
+from pipeline.model.split_linear import split_linears
+from pipeline.recipe import Data, Domain, Mask, Model, Recipe, Stage, Train
+from pipeline.run.train import train_stage
+
+ROBERTA = {"model_type": "roberta", "hidden_size": 768, "num_attention_heads": 12,
+           "intermediate_size": 3072, "vocab_size": 50265, "type_vocab_size": 1}  # fmt: skip
+LLAMA_7B = {"model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32,
+            "intermediate_size": 11008, "vocab_size": 32000}  # fmt: skip
+SMOLLM2 = {"model_type": "llama", "hidden_size": 576, "num_attention_heads": 9,
+           "num_key_value_heads": 3, "intermediate_size": 1536, "vocab_size": 49152,
+           "tie_word_embeddings": True}  # fmt: skip
+TINY = {**ROBERTA, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 256,
+        "vocab_size": 500}  # fmt: skip
+# name: (configuration, layers, sequences, tokens)
+SHAPES = {
+    "tiny": (TINY, 2, 4, 32),
+    "roberta-base": (ROBERTA, 12, 8, 128),
+    "smollm2-135m": (SMOLLM2, 30, 2, 512),
+    "llama-7b": (LLAMA_7B, 32, 1, 2048),
+}
+MODES = ("trainer", "ft", "exact", "row_sparse", "rows_per_stage", "authors")
+RATIOS = {  # name in the result: (of, to)
+    "ft_vs_trainer": ("ft", "trainer"),
+    "exact_vs_ft": ("exact", "ft"),
+    "row_sparse_vs_ft": ("row_sparse", "ft"),
+    "rows_per_stage_vs_ft": ("rows_per_stage", "ft"),
+    "authors_vs_ft": ("authors", "ft"),
+}
+LR = 1e-5
+
+
+class Turns:
+    """Lets one loop at a time run one step, and takes its time."""
+
+    def __init__(self, device: str):
+        self._device = device
+        self._go = threading.Event()
+        self._back = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._error: BaseException | None = None
+        self._start = 0.0
+        self.seconds: list[float] = []
+
+    def loop(self) -> None:
+        """To be overridden: a loop that calls `begin` before and `end` behind each step."""
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        self._go.wait()
+        self._go.clear()
+        self._start = self._now()
+
+    def end(self) -> None:
+        self.seconds.append(self._now() - self._start)
+        self._back.set()
+
+    def step(self) -> None:
+        """Called by the one who gives the turns."""
+        if not self._thread.is_alive() and not self.seconds:
+            self._thread.start()
+        self._go.set()
+        self._back.wait()
+        self._back.clear()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        try:
+            self.loop()
+        except BaseException as error:
+            self._error = error
+            self._back.set()
+
+    def _now(self) -> float:
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def engine_of(args: argparse.Namespace, device: str, split: bool = False) -> Any:
+    """Of the shape, with rows as `mask.refresh: stage` splits them, or without."""
+    recipe = _recipe(args)
+    model = _model(args)
+    if split:
+        kept = {}
+        for target in find_targets(model):
+            count = kept_count(target.rows, args.threshold)
+            kept[target.name] = torch.randperm(target.rows) < count
+        split_linears(model, kept)
+    if args.engine == "fsdp":
+        config = resolve_fsdp_config(recipe, 1, device)
+        return FsdpEngine(model, config, recipe.optimizer)
+    return ZeroEngine(model, resolve_ds_config(_zero(args), recipe, 1, device), recipe.optimizer)
+
+
+class Ours(Turns):
+    """The loop of a stage. Several of them may share an engine."""
+
+    def __init__(
+        self, mode: str, args: argparse.Namespace, steps: list[list[dict]], device: str, engine: Any
+    ):
+        super().__init__(device)
+        self._steps = steps
+        self._recipe = _recipe(args)
+        self._recipe.mask = Mask(
+            threshold=args.threshold, backward="row_sparse" if mode == "row_sparse" else "dense"
+        )
+        self._engine = engine
+        self._mask: Any = None
+        if mode in ("exact", "row_sparse"):
+            self._mask = GradientMask(engine.module, self._recipe.mask, seed=0)
+        elif mode == "authors":
+            self._mask = AuthorsMask(engine.module, args.threshold)
+        if mode == "row_sparse":
+            self._mask.sparse.close()
+
+    def loop(self) -> None:
+        sparse = getattr(self._mask, "sparse", None)
+
+        def batches() -> Iterator[list[dict]]:
+            for step in self._steps:
+                self.begin()
+                if sparse:
+                    sparse.open()
+                yield step
+
+        def after_step(*_: Any) -> None:
+            if sparse:
+                sparse.close()
+            self.end()
+
+        n = len(self._steps)
+        train_stage(
+            self._engine, self._mask, batches(), self._recipe, 1, n, None,
+            after_step=after_step,
+        )  # fmt: skip
+
+
+class AuthorsMask:
+    """The procedure of the authors' code: the outputs' sums in their own dtype by a hook on every
+    linear, one all-reduce and one quantile a layer, and whole gradients masked."""
+
+    defers = False
+    _open = False
+
+    def __init__(self, model: nn.Module, threshold: float):
+        self._threshold = threshold
+        self.targets = find_targets(model)
+        self._sums: dict[str, Tensor] = {}
+        for target in self.targets:
+            target.observed.register_forward_hook(self._hook(target.name))
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def observe(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+            if not self._open:
+                return
+            total = output.abs().sum(dim=list(range(output.dim() - 1)))
+            self._sums[name] = self._sums.get(name, 0) + total.detach()
+
+        return observe
+
+    @contextmanager
+    def recording(self, _real: Any = None) -> Iterator[None]:
+        self._open = True  # another mode may run the same model
+        yield
+        self._open = False
+
+    @torch.no_grad()
+    def apply(self, shards: Any, *_: Any) -> float:
+        for shard in shards.gradient_shards([t.name for t in self.targets]):
+            total = self._sums.pop(shard.name).float()
+            torch.distributed.all_reduce(total)
+            keep = total >= torch.quantile(total, self._threshold)
+            shard.tensor.view(shard.shape).mul_(keep[:, None])
+        return 1 - self._threshold
+
+    def hold(self, _shards: Any) -> Any:
+        return nullcontext()
+
+
+class Trainers(Turns):
+    """The Hugging Face Trainer under DeepSpeed, on the same batches."""
+
+    def __init__(self, args: argparse.Namespace, steps: list[list[dict]], device: str):
+        from transformers import Trainer, TrainerCallback, TrainingArguments
+
+        super().__init__(device)
+        turns = self
+
+        class Steps(TrainerCallback):
+            def on_step_begin(self, *_: Any, **__: Any) -> None:
+                turns.begin()
+
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                turns.end()
+
+        model = _model(args)
+        rows = [
+            {k: t[i] for k, t in batch.items() if k in ("input_ids", "attention_mask", "labels")}
+            for step in steps
+            for batch in step
+            for i in range(len(batch["input_ids"]))
+        ]
+        self._folder = tempfile.TemporaryDirectory()
+        recipe = _recipe(args)
+        zero = None
+        if args.trainer == "deepspeed":
+            zero = {
+                **_zero(args),
+                "train_micro_batch_size_per_gpu": "auto",
+                "gradient_accumulation_steps": "auto",
+                "gradient_clipping": "auto",
+                "zero_allow_untested_optimizer": True,
+            }
+            if device == "cpu":
+                zero["zero_force_ds_cpu_optimizer"] = False
+        settings: Any = TrainingArguments(
+            output_dir=self._folder.name, max_steps=len(steps), learning_rate=LR,
+            per_device_train_batch_size=recipe.train.micro_batch_size or 1,
+            gradient_accumulation_steps=args.accumulation, lr_scheduler_type="constant",
+            logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
+            use_cpu=device == "cpu", bf16=args.precision == "bf16", dataloader_num_workers=0,
+            train_sampling_strategy="sequential", remove_unused_columns=False, deepspeed=zero,
+            gradient_checkpointing=args.checkpointing, dataloader_pin_memory=False,
+        )  # fmt: skip
+        self._trainer = Trainer(model, settings, train_dataset=rows, callbacks=[Steps()])  # type: ignore[arg-type]
+
+    def loop(self) -> None:
+        self._trainer.train()
+
+
+def _zero(args: argparse.Namespace) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": int(args.engine.removeprefix("zero"))}}
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    config, _, sequences, length = SHAPES[args.shape]
+    recipe = Recipe(
+        name="benchmark",
+        model=Model(
+            config=config, objective="causal" if config["model_type"] == "llama" else "masked"
+        ),
+        data=Data(domains={"x": Domain(embedded="prose")}, sequence_length=length),
+        stages=[Stage("x", steps=1)],
+        train=Train(
+            batch_size=sequences * args.accumulation,
+            micro_batch_size=sequences,
+            precision=args.precision,
+        ),
+    )
+    recipe.optimizer.lr = LR
+    recipe.optimizer.schedule = "constant"
+    return recipe
+
+
+def _model(args: argparse.Namespace) -> nn.Module:
+    values, layers, _, length = SHAPES[args.shape]
+    values = {**values, "num_hidden_layers": args.layers or layers}
+    values["max_position_embeddings"] = length + 2
+    torch.manual_seed(0)
+    auto = AutoModelForCausalLM if values["model_type"] == "llama" else AutoModelForMaskedLM
+    kind = values.pop("model_type")
+    model = auto.from_config(AutoConfig.for_model(kind, **values))
+    if args.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def _steps(args: argparse.Namespace, count: int) -> list[list[dict]]:
+    """Random tokens; a masked model predicts 15% of them, a causal one all."""
+    config, _, sequences, length = SHAPES[args.shape]
+    generator = torch.Generator().manual_seed(0)
+    steps = []
+    for _ in range(count):
+        step = []
+        for _ in range(args.accumulation):
+            ids = torch.randint(5, config["vocab_size"], (sequences, length), generator=generator)
+            labels = ids.clone()
+            if config["model_type"] != "llama":
+                labels[torch.rand(ids.shape, generator=generator) >= 0.15] = -100
+            step.append(
+                {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+            )
+        steps.append(step)
+    return steps
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    start_distributed()
+    warm = 2
+    steps = _steps(args, args.pairs + warm)
+    modes: dict[str, Turns] = {}
+    shared = None
+    for mode in args.modes:
+        if mode == "trainer":
+            modes[mode] = Trainers(args, steps, device)
+            continue
+        split = mode == "rows_per_stage"
+        if split:
+            engine = engine_of(args, device, split)
+        else:
+            engine = shared = shared or engine_of(args, device)
+        modes[mode] = Ours(mode, args, steps, device, engine)
+    for i in range(args.pairs + warm):  # every second round the other way round
+        for mode in args.modes if i % 2 == 0 else reversed(args.modes):
+            modes[mode].step()
+    seconds = {mode: turns.seconds[warm:] for mode, turns in modes.items()}
+    result: dict[str, Any] = {
+        "shape": args.shape, "layers": args.layers or SHAPES[args.shape][1],
+        "tokens": SHAPES[args.shape][2] * SHAPES[args.shape][3] * args.accumulation,
+        "threshold": args.threshold, "precision": args.precision, "engine": args.engine,
+        "accumulation": args.accumulation, "checkpointing": args.checkpointing,
+        "trainer": args.trainer, "rounds": args.pairs, "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "torch": torch.__version__,
+        "seconds": {mode: statistics.median(s) for mode, s in seconds.items()},
+    }  # fmt: skip
+    for name, (of, to) in RATIOS.items():
+        if of in seconds and to in seconds:
+            ratios = [a / b for a, b in zip(seconds[of], seconds[to], strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+            result[name] = round(middle, 4)
+            result[f"{name}_spread"] = [round(low, 4), round(high, 4)]
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", default="roberta-base", choices=SHAPES)
+    parser.add_argument("--layers", type=int, help="fewer blocks than the shape has")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--pairs", type=int, default=20, help="timed rounds of one step each")
+    parser.add_argument("--threshold", type=float, default=0.7)
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument(
+        "--engine", default="zero2", choices=["zero0", "zero1", "zero2", "zero3", "fsdp"]
+    )
+    parser.add_argument("--trainer", default="deepspeed", choices=["deepspeed", "plain"])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
+    args = parser.parse_args()
+    if args.pairs < 2:
+        parser.error("--pairs: at least 2")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    result = measure(args)
+    print(f"{result['shape']}, {result['tokens']:,} tokens a step, {result['device']}, "
+          f"{result['threads']} threads, torch {result['torch']}")  # fmt: skip
+    for mode, seconds in result["seconds"].items():
+        print(f"  {mode:<16}{seconds * 1000:10.1f} ms")
+    for name in RATIOS:
+        if name in result:
+            low, high = result[f"{name}_spread"]
+            print(f"  {name:<22}{result[name]:6.3f}  ({low:.3f} to {high:.3f})")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Linears that compute the kept rows of their weight's gradient, and no others.
+
+The rows are known before the backward, since they follow from the outputs of the forward. So the
+product of a linear's backward that gives the weight's gradient, a third of a layer's work, is done
+for the kept rows alone, and the others are zero without having been computed. The kept rows have
+the bits that the whole product would give them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.errors import UserError
+from pipeline.migu.targets import Target
+from pipeline.model.blocks import is_adapted
+
+ADVICE = "set mask.backward=dense, or leave the layer out with mask.components"
+
+
+class RowSparseLinears:
+    """The linears of `targets`, whose next backwards compute the rows that `keep` was told last.
+
+    Raises:
+        UserError: a target is an adapter, quantized, or shares its weight with another module; or
+            its module computes in a way of its own.
+    """
+
+    def __init__(self, model: nn.Module, targets: list[Target]):
+        _check(model, targets)
+        self._rows = [_Rows() for _ in targets]
+        self._sizes = [t.rows for t in targets]
+        self._targets = targets
+        self.open()
+
+    def open(self) -> None:
+        """The linears compute in this way; done at the start."""
+        for target, rows in zip(self._targets, self._rows, strict=True):
+            target.observed.forward = _forward(target.observed, rows, target.output_dim)  # type: ignore[assignment]
+
+    def keep(self, keep: Tensor | None) -> None:
+        """keep: bool [sum of rows], the targets one after the other; None: every row."""
+        parts = keep.split(self._sizes) if keep is not None else [None] * len(self._rows)
+        for rows, part in zip(self._rows, parts, strict=True):
+            rows.index = part.nonzero().view(-1) if part is not None else None
+
+    def close(self) -> None:
+        """The linears compute as before."""
+        for target in self._targets:
+            vars(target.observed).pop("forward", None)
+
+
+class _Rows:
+    """index: int64 [kept rows], ascending; None: every row. Read when the backward runs, which may
+    be after several forwards."""
+
+    index: Tensor | None = None
+
+
+def _forward(module: nn.Module, rows: _Rows, output_dim: int) -> Any:
+    linear: Any = module
+
+    def forward(x: Tensor) -> Tensor:
+        weight, bias = linear.weight, linear.bias
+        if torch.is_autocast_enabled(x.device.type):  # as the library's own linear does
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+            bias = bias.to(dtype) if bias is not None else None
+        return _RowSparse.apply(x, weight, bias, rows, output_dim)
+
+    return forward
+
+
+class _RowSparse(torch.autograd.Function):
+    """x W^T + b for W [out, in], or x W + b for a Conv1D's W [in, out] (`output_dim` 1)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows, output_dim: int
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.rows, ctx.output_dim = rows, output_dim
+        return F.linear(x, weight if output_dim == 0 else weight.t(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        outer = gradient.reshape(-1, gradient.shape[-1])  # [tokens, out]
+        of_x = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_x = (outer @ (weight if ctx.output_dim == 0 else weight.t())).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            inner = x.reshape(-1, x.shape[-1])  # [tokens, in]
+            of_weight = _weight_gradient(outer, inner, weight, ctx.rows.index, ctx.output_dim)
+        if ctx.needs_input_grad[2]:
+            of_bias = outer.sum(0)
+        return of_x, of_weight, of_bias, None, None
+
+
+def _weight_gradient(
+    outer: Tensor, inner: Tensor, weight: Tensor, index: Tensor | None, output_dim: int
+) -> Tensor:
+    if index is None:
+        return outer.t() @ inner if output_dim == 0 else inner.t() @ outer
+    kept = outer.index_select(1, index)  # [tokens, kept]
+    if output_dim == 0:
+        return torch.zeros_like(weight).index_copy_(0, index, kept.t() @ inner)
+    return torch.zeros_like(weight).index_copy_(1, index, inner.t() @ kept)
+
+
+def _check(model: nn.Module, targets: list[Target]) -> None:
+    for target in targets:
+        module = target.observed
+        if is_adapted(module) or ".lora_" in target.name:
+            raise UserError(
+                "mask.backward: row_sparse gains nothing with LoRA, whose gradients are small; set "
+                "mask.backward=dense"
+            )
+        if not target.weight.is_floating_point():
+            raise UserError(f"mask.backward: {target.name} is quantized; {ADVICE}")
+        if type(module).forward not in (nn.Linear.forward, Conv1D.forward) or "forward" in vars(
+            module
+        ):
+            raise UserError(
+                f"mask.backward: {target.name} belongs to a {type(module).__name__}, which "
+                f"computes in a way of its own; {ADVICE}"
+            )
+    weights = {id(t.weight): t for t in targets}
+    for name, module in model.named_modules():
+        for p in module._parameters.values():
+            if id(p) in weights and module is not weights[id(p)].observed:
+                raise UserError(
+                    f"mask.backward: {weights[id(p)].name} is tied to a weight of {name}, which "
+                    f"has other rows; {ADVICE}"
+                )

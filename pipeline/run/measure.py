@@ -1,0 +1,97 @@
+"""`--measure`: how long a recipe's steps take here, and so how long its run would."""
+
+import time
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+
+from pipeline.data.mlm import IGNORED, collate
+from pipeline.data.tokenizer import load_tokenizer, vocabulary_size
+from pipeline.errors import UserError
+from pipeline.model.gguf import local_weights
+from pipeline.model.load import load_config
+from pipeline.ranks import world_size
+from pipeline.recipe import Recipe, Stage
+from pipeline.run.build import build_engine
+from pipeline.run.dry_run import planned_steps
+from pipeline.run.memory import split_as_in_training
+from pipeline.run.speed import Speed, peak_memory
+from pipeline.run.stage_rows import mask_of_stage, split_stage
+from pipeline.run.train import train_stage
+
+WARM, MEASURED = 1, 2  # steps
+
+
+def measure_steps(recipe: Recipe, engine_config: dict[str, Any]) -> list[str]:
+    """Train some steps on random tokens, in the recipe's shapes and modes and without writing
+    anything, and say what that means for the run. All ranks call it.
+
+    What methods add, evaluations and checkpoints are not in it.
+
+    Raises:
+        UserError: the objective is neither masked nor causal.
+    """
+    m = recipe.model
+    if m.objective not in ("masked", "causal"):
+        raise UserError(f"--measure: not of objective {m.objective}; run some steps of a stage")
+    tokenizer, vocabulary = None, m.train_tokenizer
+    if vocabulary is None:
+        tokenizer = load_tokenizer(local_weights(m.tokenizer or str(m.path)), m.revision)
+        vocabulary = vocabulary_size(tokenizer)
+    stage = len(recipe.stages)
+    split = None
+    if split_stage(recipe, stage) is not None:
+        split = lambda net, **_: split_as_in_training(net, recipe)  # noqa: E731
+    config = load_config(m, vocabulary)
+    engine, separation = build_engine(recipe, engine_config, config, None, split)
+    engine.start_stage()
+    mask = mask_of_stage(engine.module, recipe, stage)
+    count = WARM + MEASURED
+    short = deepcopy(recipe)
+    short.stages = [*recipe.stages[:-1], Stage(recipe.stages[-1].domain, steps=count)]
+    ends = [time.perf_counter()]
+    train_stage(
+        engine, mask, iter([_step(recipe, vocabulary)] * count), short, stage, count, None,
+        lambda _: ends.append(time.perf_counter()), separation=separation,
+    )  # fmt: skip
+    seconds = (ends[-1] - ends[WARM]) / MEASURED
+    tokens = recipe.train.batch_size * recipe.data.sequence_length
+    fast = Speed(engine.module, recipe, engine.device).numbers(tokens, seconds)
+    lines = [
+        f"measured    {seconds:.2f} s a step ({MEASURED} steps of random tokens), "
+        f"{fast['tokens_per_second']:,.0f} tokens/s, {fast['tflops']:.3g} TFLOPS a rank"
+        + (f", MFU {fast['mfu']:.0%}" if "mfu" in fast else ""),
+        f"  memory    {peak_memory(engine.device) / 1e9:.2f} GB at its peak, on rank 0",
+    ]
+    total = 0
+    for i, s in enumerate(recipe.stages, start=1):
+        steps = planned_steps(recipe, i, tokenizer)
+        if steps is None:
+            lines.append(f"  {i} {s.name}: {1000 * seconds / 60:.1f} minutes per 1,000 steps")
+            continue
+        total += steps
+        lines.append(f"  {i} {s.name}: {steps * seconds / 60:.1f} minutes of training")
+    if total:
+        lines.append(f"  in all {total * seconds / 60:.1f} minutes, and evaluations on top")
+    if mask:
+        mask.close()
+    engine.close()
+    return lines
+
+
+def _step(recipe: Recipe, vocabulary: int) -> list[dict[str, Any]]:
+    """This rank's micro-batches of a step of full rows."""
+    generator = np.random.default_rng(0)
+    size = recipe.train.micro_batch_size or recipe.train.batch_size // world_size()
+    length = recipe.data.sequence_length
+
+    def row() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        ids = generator.integers(5, vocabulary, length)
+        labels = ids.copy()
+        if recipe.model.objective != "causal":
+            labels[generator.random(length) >= recipe.data.masking] = IGNORED
+        return ids, labels, np.zeros(length, dtype=np.int64)
+
+    count = recipe.train.batch_size // (world_size() * size)
+    return [collate([row() for _ in range(size)]) for _ in range(count)]

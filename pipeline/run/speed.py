@@ -1,0 +1,108 @@
+"""How fast a stage trains, and where its time goes (docs/performance.md has the formulas)."""
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.model.blocks import find_blocks
+from pipeline.ranks import world_size
+from pipeline.recipe import Recipe
+
+# Dense half-precision TFLOPS of a GPU, by a part of its name; from the vendors' data sheets.
+PEAKS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "L4": 121,
+         "A40": 150, "A10": 125, "4090": 165, "3090": 71, "V100": 125, "T4": 65}  # fmt: skip
+PARTS = ("data", "forward", "backward", "mask", "step")
+
+
+class Stopwatch:
+    """Seconds of a step by part; on a GPU measured by events on the stream, not by the host."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._spans: dict[str, list[tuple[Any, Any]]] = {}
+        self._begun: Any = None
+
+    def begin(self) -> None:
+        self._spans = {}
+        self._begun = self._now()
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Around some of the work of a part, which may come several times in a step."""
+        start = self._now()
+        yield
+        self._spans.setdefault(part, []).append((start, self._now()))
+
+    def end(self) -> None:
+        self._spans["all"] = [(self._begun, self._now())]
+
+    def seconds(self) -> dict[str, float]:
+        """Of the whole step ("all") and of its PARTS; waits for the device."""
+        found = self._spans
+        return {part: sum(map(self._seconds, found.get(part, []))) for part in ("all", *PARTS)}
+
+    def _seconds(self, span: tuple[Any, Any]) -> float:
+        start, stop = span
+        if not self._cuda:
+            return stop - start
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1000
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class Speed:
+    """What a step's seconds come to."""
+
+    def __init__(self, module: nn.Module, recipe: Recipe, device: torch.device):
+        self._flops = flops_per_token(module, recipe)
+        self._peak = None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            name = torch.cuda.get_device_name(device)
+            self._peak = next((peak for part, peak in PEAKS.items() if part in name), None)
+        self._device = device
+
+    def numbers(self, tokens: int, seconds: float) -> dict[str, float]:
+        """tokens: of the step, over all ranks. `mfu` only of a GPU whose peak is known."""
+        tflops = self._flops * tokens / seconds / world_size() / 1e12
+        found = {"tokens_per_second": tokens / seconds, "tflops": tflops}
+        if self._peak is not None:
+            found["mfu"] = tflops / self._peak
+        return {**found, "peak_memory_gb": peak_memory(self._device) / 1e9}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the process's peak: on the GPU since the stage began, on a CPU since the start."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def flops_per_token(module: nn.Module, recipe: Recipe) -> float:
+    """Of a dense training step: a product forward, one for the input's gradient and, of trained
+    weights, one for their own; attention over whole rows; the head where there is a prediction.
+    Recomputed activations and what a mask spares do not count, so that modes compare."""
+    blocks = tuple(f"{n}." for n in find_blocks(module))
+    flops = 0.0
+    for name, p in module.named_parameters():
+        shape = getattr(p, "ds_shape", p.shape)
+        if name.startswith(blocks) and len(shape) == 2:
+            frozen = not p.requires_grad and not name.endswith(".rest")
+            flops += (4 if frozen else 6) * shape[0] * shape[1]
+    config: Any = module.config
+    config = config.get_text_config()
+    hidden, width = getattr(config, "hidden_size", 0), getattr(config, "vocab_size", 0)
+    predicted = recipe.data.masking if recipe.model.objective == "masked" else 1.0
+    attention = 12 * len(blocks) * hidden * recipe.data.sequence_length
+    return flops + attention + 6 * predicted * hidden * width

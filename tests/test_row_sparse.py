@@ -1,0 +1,163 @@
+"""Row-sparse backwards give the masks, gradients and weights of the dense ones."""
+
+import itertools
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.attachment import attach
+from pipeline.errors import UserError
+from pipeline.migu.gradient_mask import GradientMask
+from pipeline.recipe import Mask
+from pipeline.shard import ParameterShards
+from tests.reference import MODELS, micro_batches, step_loss
+from tests.spawn import run_ranks
+from tests.test_fsdp import fsdp_engine
+from tests.test_parity import ENGINES, compare, zero_engine
+
+EVERYTHING = bool(os.environ.get("RUN_EVERYTHING"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_gradients_are_those_of_the_dense_backward_masked(name, dtype, bits):
+    """The same rows, and their gradients to rounding: a product of fewer rows may be summed in
+    another order. Biases and all."""
+    found = []
+    for backward in ("dense", "row_sparse"):
+        model = MODELS[name]().to(dtype)
+        mask = GradientMask(model, Mask(threshold=0.7, backward=backward), 0)
+        shards = ParameterShards(model)
+        with mask.recording():
+            loss = step_loss(name, model, micro_batches(name, 1, 1)[0])
+        if mask.defers:
+            mask.select(shards, 1)
+        loss.backward()
+        mask.apply(shards, 1)
+        mask.close()
+        found.append({n: p.grad for n, p in model.named_parameters()})
+    dense, sparse = found
+    for n, gradient in dense.items():
+        assert torch.equal(gradient != 0, sparse[n] != 0), n
+        torch.testing.assert_close(sparse[n], gradient, rtol=bits, atol=bits * 1e-2)
+
+
+def compare_engines():
+    """By case, rows selected otherwise and the largest weight difference to the reference."""
+    found = {}
+    cases = [*((e, ENGINES[e], zero_engine) for e in ENGINES), ("fsdp", {}, fsdp_engine)]
+    pairs = list(itertools.product((1, 4), (False, True)))  # accumulation, checkpointing
+    for i, (engine, settings, build) in enumerate(cases):
+        for j, name in enumerate(MODELS):
+            if name == "t5":  # its blocks have no checkpointing of their own with caches
+                continue
+            for accumulation, checkpoint in pairs if EVERYTHING else [pairs[(i + j) % 4]]:
+                if not EVERYTHING and (i + j) % 2:
+                    continue
+                key = f"{name}, {engine}, accumulation {accumulation}, checkpointing {checkpoint}"
+                found[key] = compare(
+                    name, settings, accumulation, checkpoint=checkpoint, build=build,
+                    backward="row_sparse", count=20 if EVERYTHING else 3,
+                    update="strict" if i % 2 else "gradient",
+                )  # fmt: skip
+    return found
+
+
+def test_every_engine_trains_as_with_the_dense_backward():
+    for results in run_ranks(compare_engines, 2):
+        for case, (flips, difference) in results.items():
+            assert flips == 0, case
+            assert difference < 1e-6, case
+
+
+def selections(settings, count=5):
+    """Per step: the rows of the gradient, the rows that magnitudes of this step alone select."""
+    model = MODELS["llama"]()
+    mask, own = GradientMask(model, settings, 0), GradientMask(model, Mask(), 0)
+    shards = ParameterShards(model)
+    found = []
+    for step, batches in enumerate(micro_batches("llama", count, 1), start=1):
+        with mask.recording(), own.recording():
+            loss = step_loss("llama", model, batches)
+        if mask.defers:
+            mask.select(shards, step)
+        loss.backward()
+        mask.apply(shards, step)
+        rows = [(model.get_parameter(t.name).grad != 0).any(1) for t in mask.targets]
+        own.select(shards, step)
+        assert torch.equal(torch.cat(rows), mask.keep)
+        found.append((mask.keep.clone(), own.keep.clone()))
+        torch.optim.SGD(model.parameters(), 0.5).step()
+        model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("backward", ["dense", "row_sparse", "previous"])
+@pytest.mark.parametrize("refresh", [1, 2])
+def test_which_step_selects_the_rows_of_a_step(backward, refresh):
+    found = selections(Mask(refresh=refresh, backward=backward))
+    assert not torch.equal(found[0][1], found[2][1])  # or it would show nothing
+    for i, (rows, _) in enumerate(found):
+        chosen = i - i % refresh  # the last step that selected
+        if backward == "previous":
+            chosen = max(chosen - refresh if i % refresh == 0 else chosen, 0)
+        assert torch.equal(rows, found[chosen][1]), i
+
+
+def attached_weights(backward, drop=False):
+    torch.manual_seed(0)
+    model = MODELS["roberta"]()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    attached = attach(model, optimizer, backward=backward)
+    for step, batches in enumerate(micro_batches("roberta", 4, 1)):
+        step_loss("roberta", model, batches).backward()
+        if not (drop and step == 1):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=step % 2 == 0)
+    attached.detach()
+    step_loss("roberta", model, batches).backward()
+    assert all(p.grad.ne(0).any(1).all() for n, p in model.named_parameters() if "dense.w" in n)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_in_another_loop_it_is_the_same(drop):
+    """A dropped step, whose gradients are zeroed in place, does not leave its rows to the next."""
+    dense, sparse = (attached_weights(b, drop) for b in ("dense", "row_sparse"))
+    for name, weight in dense.items():
+        torch.testing.assert_close(sparse[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_a_second_backward_in_a_step_is_refused_where_rows_are_selected_by_the_first():
+    model = MODELS["roberta"]()
+    attach(model, torch.optim.AdamW(model.parameters()), backward="row_sparse")
+    [batches] = micro_batches("roberta", 1, 2)
+    step_loss("roberta", model, batches[:1]).backward()
+    with pytest.raises(UserError, match="one backward a step"):
+        step_loss("roberta", model, batches[1:]).backward()
+
+
+class Elsewhere(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def test_what_cannot_be_row_sparse_is_refused_by_name():
+    model = MODELS["llama"]()
+    model.model.layers[0].mlp.up_proj.__class__ = Elsewhere
+    with pytest.raises(UserError, match=r"up_proj\.weight belongs to a Elsewhere"):
+        GradientMask(model, Mask(backward="row_sparse"), 0)
+    model = MODELS["llama"]()
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(UserError, match=r"tied to a weight of model\.layers\.1\.mlp\.up_proj"):
+        GradientMask(model, Mask(backward="row_sparse"), 0)
+    model = MODELS["llama"]()
+    mask, shards = GradientMask(model, Mask(backward="row_sparse"), 0), ParameterShards(model)
+    with mask.recording():
+        loss = step_loss("llama", model, micro_batches("llama", 1, 1)[0])
+    mask.select(shards, 1)
+    (loss + model.model.layers[0].mlp.up_proj.weight.square().sum()).backward()
+    with pytest.raises(UserError, match=r"up_proj\.weight has a gradient in masked rows too"):
+        mask.apply(shards, 1)

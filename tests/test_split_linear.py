@@ -1,0 +1,176 @@
+"""Rows chosen per stage: the others are frozen, and nothing exists for them."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.engine.config import resolve_engine_config
+from pipeline.errors import UserError
+from pipeline.migu.gradient_mask import GradientMask
+from pipeline.model.split_linear import merge_weights, split_linears
+from pipeline.ranks import rank, world_size
+from pipeline.recipe import Mask
+from pipeline.run.memory import activations
+from pipeline.run.recipe_file import load_recipe
+from pipeline.run.run import run_recipe
+from pipeline.run.stage_rows import FrozenRows
+from pipeline.run.train import train_stage
+from pipeline.shard import ParameterShards
+from tests.reference import MODELS, micro_batches
+from tests.spawn import run_ranks
+from tests.test_fsdp import fsdp_engine
+from tests.test_parity import ENGINES, recipe_for, zero_engine
+from tests.test_run import tiny_recipe
+
+BUILD = {**{n: (e, zero_engine) for n, e in ENGINES.items()}, "fsdp": ({}, fsdp_engine)}
+STRICT = Mask(threshold=0.7, criterion="random", update="strict")
+
+
+def rows_of(model):
+    """The rows that a mask with STRICT keeps in every step."""
+    mask = GradientMask(model, STRICT, 0)
+    mask.select(ParameterShards(model), 1)
+    rows = {n: keep.clone() for n, (keep, _) in mask.rows_by_name(mask.keep).items()}
+    mask.close()
+    return rows
+
+
+def trained(name, kind, split, count=3):
+    """(weights, rows) after some steps with STRICT, or of the model that is split by its rows."""
+    settings, build = BUILD[kind]
+    recipe = recipe_for(name, 2 * world_size())
+    recipe.mask = STRICT
+    model = MODELS[name]().train()
+    rows = rows_of(model)
+    if split:
+        split_linears(model, rows)
+    engine = build(model, recipe, settings)
+    mask = FrozenRows(engine.module) if split else GradientMask(engine.module, STRICT, 0)
+    steps = micro_batches(name, count, world_size())
+    mine = iter([step[rank() :: world_size()] for step in steps])
+    train_stage(engine, mask, mine, recipe, 1, count, None)
+    weights = {n: w.clone() for n, w in merge_weights(engine.module, engine.full_weights())}
+    size = state_size(engine, recipe, mine, model)
+    mask.close()
+    engine.close()
+    return weights, rows, size
+
+
+def state_size(engine, recipe, batches, model):
+    """Numbers on this rank in the gradients, the masters and the moments of the masked linears."""
+    adam = engine._adam if hasattr(engine, "_adam") else engine._optimizer
+    moments = [t for s in adam.state.values() for t in s.values() if torch.is_tensor(t)]
+    masters = [p for g in adam.param_groups for p in g["params"]]
+    local = [t.to_local() if hasattr(t, "to_local") else t for t in [*moments, *masters]]
+    return sum(t.numel() for t in local if t.dim())
+
+
+def compare_engines():
+    """By case: the largest difference to the mask; how many frozen rows moved; ordinary names."""
+    found = {}
+    for i, kind in enumerate(BUILD):
+        name = list(MODELS)[i % 4]
+        expected, rows, _ = trained(name, kind, split=False)
+        weights, _, _ = trained(name, kind, split=True)
+        assert list(weights) == list(expected)
+        worst = max(float((weights[n] - w).abs().max()) for n, w in expected.items())
+        start = dict(MODELS[name]().named_parameters())
+        moved = 0
+        for n, keep in rows.items():
+            change = (weights[n] != start[n]).any(0 if name == "gpt2" else 1)
+            moved += int((change & ~keep).sum())
+        found[kind] = worst, moved
+    return found
+
+
+def test_a_split_model_trains_as_with_a_mask_that_never_changes():
+    """Eq. 6: the masked rows do not move."""
+    for results in run_ranks(compare_engines, 2):
+        for case, (difference, moved) in results.items():
+            assert difference < 1e-6, case
+            assert moved == 0, case
+
+
+def sizes(name):
+    """By engine, the share of the state's numbers that a split model has, of masked linears."""
+    found = {}
+    for kind in ("zero2", "fsdp"):
+        model = MODELS[name]()
+        targeted = sum(t.weight.numel() for t in GradientMask(model, Mask(), 0).targets)
+        rest = sum(p.numel() for p in model.parameters()) - targeted
+        dense, split = (trained(name, kind, split=s, count=1)[2] for s in (False, True))
+        # Masters and two moments of what is not masked are in both.
+        found[kind] = dense, split, 3 * rest, 3 * targeted
+    return found
+
+
+def test_masked_rows_have_no_master_and_no_moment():
+    for name in ("llama", "gpt2"):
+        for dense, split, rest, targeted in run_ranks(partial(sizes, name), 1)[0].values():
+            model = MODELS[name]()
+            kept = sum(int(k.sum()) * model.get_parameter(n).numel() // len(k)
+                       for n, k in rows_of(model).items())  # fmt: skip
+            assert abs((dense - rest) - targeted) < 0.02 * targeted
+            assert abs((split - rest) - 3 * kept) < 0.02 * 3 * kept
+
+
+def run(recipe, folder, *overrides):
+    whole = load_recipe(recipe, [f"data.prepared={folder / 'prepared'}", *overrides])
+    config = resolve_engine_config("ds_configs/zero2.json", whole, 1, "cpu")
+    nothing = lambda *_: None  # noqa: E731
+    run_recipe(whole, config, folder / "runs", nothing, nothing, nothing)
+    return folder / "runs" / whole.name
+
+
+def test_a_run_with_rows_per_stage(tmp_path):
+    """Ordinary checkpoints, in which exactly the chosen rows have changed; the second stage chooses
+    its own, from weights that went through a lower precision and are continued in fp32."""
+    recipe = tiny_recipe(tmp_path)
+    refresh = ["mask={refresh: stage, calibration: 16}", "train.publish_dtype=bfloat16"]
+    folder = run(recipe, tmp_path, "name=rows", *refresh)
+    whole = run(recipe, tmp_path, "name=whole", "stages=[{domain: a, steps: 1}]")
+    base = load_file(folder / "stages/00_base/checkpoint/model.safetensors")
+    assert base.keys() == load_file(whole / "stages/01_a/checkpoint/model.safetensors").keys()
+    chosen = []
+    before = {n: w.bfloat16() for n, w in base.items()}
+    for stage in ("01_a", "02_b"):
+        after = load_file(folder / "stages" / stage / "checkpoint/model.safetensors")
+        rows = load_file(folder / "stages" / stage / "rows/rows.safetensors")
+        assert after.keys() == base.keys()
+        for name, keep in rows.items():
+            assert not (after[name] != before[name]).any(1)[keep == 0].any()
+            assert int(keep.sum()) == len(keep) - len(keep) * 7 // 10
+        chosen.append(torch.cat(list(rows.values())))
+        before = after
+    assert not torch.equal(*chosen)
+    steps = [json.loads(x) for x in (folder / "log.jsonl").read_text().splitlines()]
+    assert {round(e["kept"], 1) for e in steps if e["event"] == "step"} == {0.3}
+    with pytest.raises(UserError, match="gains nothing with LoRA"):
+        load_recipe(recipe, [*refresh, "model.path=.", "model.config=null", "model.lora={}",
+                             "model.train_tokenizer=null"])  # fmt: skip
+
+
+def test_the_activations_are_what_a_forward_keeps():
+    """Estimated without weights, against the tensors that autograd keeps of a real forward."""
+    for name in ("roberta", "llama", "gpt2"):
+        recipe = recipe_for(name, 2)
+        kept = {}
+
+        def pack(t, kept=kept):
+            kept[t.untyped_storage()._cdata] = t
+            return t
+
+        model = MODELS[name]().train()
+        own = {p.untyped_storage()._cdata for p in model.parameters()}
+        ids = torch.zeros(2, 12, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            logits = model(input_ids=ids).logits
+        real = sum(t.untyped_storage().nbytes() for k, t in kept.items() if k not in own)
+        with torch.device("meta"):
+            empty = type(model)(model.config)
+        head = 12 * logits.numel() * (1 if recipe.model.objective == "causal" else 0.15)
+        guess = activations(empty, recipe, "fp32") - head
+        assert abs(guess - real) < 0.15 * real, name

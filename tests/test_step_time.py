@@ -1,0 +1,23 @@
+"""The benchmark of a step runs, in every mode, and writes what others read."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_it_measures_every_mode_in_turn(tmp_path):
+    result = tmp_path / "result.json"
+    command = [sys.executable, "benchmarks/step_time.py", "--shape", "tiny", "--pairs", "2",
+               "--json", str(result)]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(result.read_text(encoding="utf-8"))
+    for name in ("ft_vs_trainer", "exact_vs_ft", "row_sparse_vs_ft", "rows_per_stage_vs_ft"):
+        low, high = found[f"{name}_spread"]
+        assert 0 < low <= found[name] <= high, name
+        assert name in done.stdout
