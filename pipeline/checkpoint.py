@@ -30,16 +30,9 @@ def publish(folder: Path, write: Callable[[Path], None], info: dict[str, Any]) -
         temporary.mkdir(parents=True)
         write(temporary)
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
-        manifest = {
-            **info,
-            "files": {str(p.relative_to(temporary)): sha256(p) for p in files},
-        }
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        for path in [*files, temporary / MANIFEST, temporary]:
+        for path in files:
             _fsync(path)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-        _fsync(folder.parent)
+        seal(temporary, folder, info, {str(p.relative_to(temporary)): sha256(p) for p in files})
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
         # safetensors wraps the system's error in one of its own.
@@ -50,6 +43,20 @@ def publish(folder: Path, write: Callable[[Path], None], info: dict[str, Any]) -
                 "command again: it continues after the last finished stage."
             ) from None
         raise
+
+
+def seal(temporary: Path, folder: Path, info: dict[str, Any], digests: dict[str, str]) -> None:
+    """Write the manifest of files that are on the disk, and rename their folder to `folder`.
+
+    digests: SHA-256 by file name.
+    """
+    text = json.dumps({**info, "files": digests}, indent=2) + "\n"
+    (temporary / MANIFEST).write_text(text, encoding="utf-8")
+    _fsync(temporary / MANIFEST)
+    _fsync(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    _fsync(folder.parent)
 
 
 def is_published(folder: Path) -> bool:
@@ -63,13 +70,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def verify(folder: Path) -> None:
     """Raises UserError where a file is missing or differs from the manifest."""
-    manifest = read_manifest(folder)
-    for name, digest in manifest["files"].items():
+    if found := damage(folder):
+        raise UserError(f"{found}; the checkpoint is damaged")
+
+
+def damage(folder: Path, share: int = 0, shares: int = 1) -> str | None:
+    """What is wrong with a published folder, of which `shares` look at every so many-th file."""
+    try:
+        files = sorted(read_manifest(folder)["files"].items())
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        return f"{folder / MANIFEST}: cannot be read ({error})"
+    for name, digest in files[share::shares]:
         path = folder / name
         if not path.is_file():
-            raise UserError(f"{path}: missing, but listed in {MANIFEST}; the checkpoint is damaged")
+            return f"{path}: missing, but listed in {MANIFEST}"
         if sha256(path) != digest:
-            raise UserError(f"{path}: differs from its SHA-256 in {MANIFEST}; it is damaged")
+            return f"{path}: differs from its SHA-256 in {MANIFEST}"
+    return None
 
 
 def require_space(folder: Path, size: int) -> None:

@@ -11,10 +11,28 @@ class UserError(Exception):
     """
 
 
+def everywhere(message: str) -> UserError:
+    """An error that every rank raises alike, so that rank 0 alone prints it."""
+    error = UserError(message)
+    error.everywhere = True  # type: ignore[attr-defined]
+    return error
+
+
 class TrainingStopped(Exception):
     """Training cannot go on: the loss or a magnitude is not finite (raised on all ranks alike), or
     a rank is gone."""
 
+
+class RankLost(TrainingStopped):
+    """Another rank is gone: the same command goes on where this attempt has got to."""
+
+
+class Interrupted(Exception):
+    """The run was asked to end (a signal). Nothing is lost; the same command goes on."""
+
+
+# The exit code that says so to a scheduler: EX_TEMPFAIL of sysexits.h.
+RETRY = 75
 
 ADVICE = {
     errno.ENOSPC: "Free some space",

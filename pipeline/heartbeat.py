@@ -2,9 +2,13 @@
 
 A thread of every rank counts up a key in the process group's store. Rank 0's thread watches all the
 counters and says there whose has stopped; the others' watch rank 0's, and what it says. So whoever
-works for hours may, and whoever is gone is missed within `LIMIT` seconds.
+works for hours may, and whoever is gone is missed within `LIMIT` seconds. A rank that is in a
+collective then, which nothing else ends, is ended by its thread. The same way the ranks learn that
+one of them was asked to end (`pipeline.signals`).
 """
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,9 +16,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pipeline.errors import TrainingStopped
+from pipeline import signals
+from pipeline.errors import RETRY, RankLost
 
 INTERVAL = 1.0  # seconds between two beats
+PATIENCE = 30.0  # seconds to leave a collective, or whatever else, after a rank is gone
 LIMIT = 120.0  # seconds without one, after which a rank is gone
 
 
@@ -31,10 +37,11 @@ class Heartbeat:
         self._watched = list(range(1, ranks)) if rank == 0 else [0]
         self._seen: dict[int, tuple[bytes, float]] = {}
         self.gone: str | None = None  # who, and what is known about it
+        self._stays = False  # this rank ends by itself
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def wait(self, until: Callable[[], bool]) -> None:
-        """Until something is so; raises TrainingStopped as soon as a rank is gone."""
+        """Until something is so; raises RankLost as soon as a rank is gone."""
         pause = 0.001
         while True:
             try:
@@ -42,15 +49,15 @@ class Heartbeat:
                     return
             except RuntimeError as error:  # the store's
                 self.check()
-                raise TrainingStopped(f"rank 0 is gone ({_first_line(error)})") from None
+                raise RankLost(f"rank 0 is gone ({_first_line(error)})") from None
             self.check()
             time.sleep(pause)
             pause = min(2 * pause, 0.25)
 
     def check(self) -> None:
-        """Raises TrainingStopped if a rank is gone."""
+        """Raises RankLost if a rank is gone."""
         if self.gone is not None:
-            raise TrainingStopped(self.gone)
+            raise RankLost(self.gone)
 
     def say(self, key: str) -> None:
         self._store.set(f"heartbeat/{key}", "1")
@@ -64,6 +71,7 @@ class Heartbeat:
 
     def leave(self, reason: str) -> None:
         """This rank ends; the others need not wait for it."""
+        self._stays = True
         if self.gone is None:
             try:
                 self._store.set("heartbeat/gone", f"rank {self._rank} ended: {reason}")
@@ -72,9 +80,16 @@ class Heartbeat:
 
     def _beat(self) -> None:
         beats = 0
+        told = False  # the others, that this rank is to end
         while self.gone is None:
             beats += 1
             try:
+                if signals.asked() and not told:
+                    self._store.set("heartbeat/asked", signals.asked())
+                    told = True
+                elif not told and self.said("asked"):
+                    signals.ask(self._store.get("heartbeat/asked").decode())
+                    told = True
                 self._store.set(f"heartbeat/{self._rank}", str(beats))
                 if self.said("gone"):
                     self.gone = self._store.get("heartbeat/gone").decode()
@@ -84,6 +99,11 @@ class Heartbeat:
             except RuntimeError as error:  # the store is rank 0's, or the launcher's
                 self.gone = f"rank 0 is gone ({_first_line(error)})"
             time.sleep(INTERVAL)
+        if self._stays:
+            return
+        time.sleep(PATIENCE)  # a daemon: usually the process ends meanwhile
+        print(f"rank {self._rank}: stopped: {self.gone}", file=sys.stderr, flush=True)
+        os._exit(RETRY)
 
     def _silent(self) -> list[int]:
         keys = [f"heartbeat/{r}" for r in self._watched]

@@ -3,14 +3,14 @@
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from pipeline.errors import UserError
+from pipeline.errors import everywhere
 from pipeline.ranks import gather, on_rank0, rank, world_size
 
 PIECE = 64 << 20  # bytes that are sent at a time
@@ -48,23 +48,58 @@ def send_folder(folder: Path) -> None:
     manifests = gather(_manifest(folder))
     if all(m == manifests[0] for m in manifests):
         return
-    files = on_rank0(lambda: [(p.relative_to(folder), p.stat().st_size) for p in _files(folder)])
+    files = on_rank0(lambda: [p.relative_to(folder) for p in _files(folder)])
     temporary = folder.with_name(f".{folder.name}.tmp")
     problem = _try(partial(shutil.rmtree, temporary, ignore_errors=True)) if receives else None
-    for name, size in files:
-        for start in range(0, max(size, 1), PIECE):
-            piece: list = [None]
-            if rank() == 0:
-                with (folder / name).open("rb") as file:
-                    file.seek(start)
-                    piece[0] = file.read(PIECE)
-            dist.broadcast_object_list(piece, src=0)
+    for name in files:
+        for piece in _sent(folder / name, 0):
             if receives and problem is None:
-                problem = _try(partial(_append, temporary / name, piece[0]))
+                problem = _try(partial(_append, temporary / name, piece))
     if receives and problem is None:
         shutil.rmtree(folder, ignore_errors=True)
         problem = _try(partial(os.replace, temporary, folder))
     _everywhere(problem)
+
+
+def exchange_files(folder: Path, pattern: str) -> None:
+    """Give every node the files of a folder that lie on the others; all ranks call it.
+
+    A file of one name is the same everywhere. Raises UserError where a node cannot write it.
+    """
+    first = first_beside(folder)
+    machines = sorted(set(first))
+    own = sorted(p.name for p in folder.glob(pattern)) if rank() in machines else []
+    known = gather(own)
+    problem: str | None = None
+    for source in machines:
+        for name in known[source]:
+            lacking = [m for m in machines if name not in known[m]]
+            if not lacking or any(name in known[m] for m in machines if m < source):
+                continue
+            receives = rank() in lacking and problem is None
+            temporary = folder / f".{name}.tmp"
+            if receives:
+                problem = _try(partial(temporary.unlink, missing_ok=True))
+            for piece in _sent(folder / name, source):
+                if receives and problem is None:
+                    problem = _try(partial(_append, temporary, piece))
+            if receives and problem is None:
+                problem = _try(partial(os.replace, temporary, folder / name))
+    _everywhere(problem)
+
+
+def _sent(path: Path, source: int) -> Iterator[bytes]:
+    """The pieces of a file of one rank, on every rank."""
+    size: list = [path.stat().st_size if rank() == source else None]
+    dist.broadcast_object_list(size, src=source)
+    for start in range(0, max(size[0], 1), PIECE):
+        piece: list = [None]
+        if rank() == source:
+            with path.open("rb") as file:
+                file.seek(start)
+                piece[0] = file.read(PIECE)
+        dist.broadcast_object_list(piece, src=source)
+        yield piece[0]
 
 
 def _append(path: Path, content: bytes) -> None:
@@ -94,6 +129,4 @@ def _everywhere(problem: str | None) -> None:
     """Raise the first rank's problem on all of them."""
     for r, text in enumerate(gather(problem)):
         if text is not None:
-            error = UserError(f"rank {r}: {text}")
-            error.everywhere = True  # type: ignore[attr-defined]
-            raise error
+            raise everywhere(f"rank {r}: {text}")

@@ -69,14 +69,15 @@ class StageProgress:
     Without a terminal the same numbers come as at most `lines` plain lines.
     """
 
-    def __init__(self, title: str, steps: int, lines: int = 10):
+    def __init__(self, title: str, steps: int, behind: int = 0, lines: int = 10):
+        """behind: steps that are done already."""
         self._title = title
-        self._steps = steps
+        self._steps, self._behind = steps, behind
         self._every = max(1, steps // lines)
         self._start = time.perf_counter()
         self._tokens = 0
         self._bar = (
-            tqdm(total=steps, desc=title, unit="step", dynamic_ncols=True)
+            tqdm(total=steps, initial=behind, desc=title, unit="step", dynamic_ncols=True)
             if sys.stderr.isatty()
             else None
         )
@@ -109,7 +110,7 @@ class StageProgress:
             self._bar.set_postfix(numbers, refresh=False)
             self._bar.update()
         elif step % self._every == 0 or step == self._steps:
-            left = tqdm.format_interval(seconds / step * (self._steps - step))
+            left = tqdm.format_interval(seconds / (step - self._behind) * (self._steps - step))
             text = "  ".join(f"{k} {v}" for k, v in numbers.items())
             say(f"{self._title}  step {step}/{self._steps}  {text}  left {left}")
 

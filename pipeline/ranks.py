@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline import heartbeat
-from pipeline.errors import UserError
+from pipeline import heartbeat, signals
+from pipeline.errors import Interrupted, UserError
 
+PASSED_ON = (UserError, OSError, Interrupted)  # by rank 0 to all; of others their text alone
 T = TypeVar("T")
 
 _numbers = count()  # of the meetings, the same on every rank
@@ -32,7 +33,7 @@ def on_rank0(function: Callable[[], T]) -> T:
     `error.everywhere` says so.
 
     Raises:
-        TrainingStopped: a rank is gone.
+        RankLost: a rank is gone.
     """
     if world_size() == 1:
         return function()
@@ -42,9 +43,7 @@ def on_rank0(function: Callable[[], T]) -> T:
         try:
             outcome[0] = function()
         except Exception as error:
-            outcome[1] = (
-                error if isinstance(error, (UserError, OSError)) else RuntimeError(repr(error))
-            )
+            outcome[1] = error if isinstance(error, PASSED_ON) else RuntimeError(repr(error))
         if heart:
             heart.say(done)
     elif heart:  # not in a collective, which has a timeout
@@ -60,7 +59,8 @@ def meet() -> None:
     """Wait until every rank is here, however long the work before takes each of them.
 
     Raises:
-        TrainingStopped: a rank is gone.
+        RankLost: a rank is gone.
+        Interrupted: the run is to end; on every rank, as none goes on without the others.
     """
     if world_size() == 1:
         return
@@ -69,7 +69,14 @@ def meet() -> None:
         dist.barrier()
         return
     heart.count(here, 1)
-    heart.wait(lambda: heart.count(here, 0) == world_size())
+
+    def complete() -> bool:
+        if heart.count(here, 0) == world_size():
+            return True
+        signals.check()
+        return False
+
+    heart.wait(complete)
 
 
 def gather(value: Any) -> list[Any]:
@@ -79,6 +86,36 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def any_rank(*flags: bool) -> list[bool]:
+    """For each flag, whether it is set on any rank; the same on every rank. It waits for no GPU."""
+    if world_size() == 1:
+        return list(flags)
+    buffer = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(buffer, op=dist.ReduceOp.MAX, group=_on_cpu())
+    return [bool(f) for f in buffer.tolist()]
+
+
+def end_if_asked() -> None:
+    """A safe point: nothing that this run has done is lost here. All ranks call it.
+
+    Raises:
+        Interrupted: a rank was asked to end; on every rank.
+    """
+    if any_rank(signals.asked() is not None)[0]:
+        raise Interrupted(signals.asked() or "another rank was asked to end")
+
+
+_cpu_group: list[Any] = []
+
+
+def _on_cpu() -> Any:
+    """A process group whose tensors are on the CPU: None is the default one."""
+    if not _cpu_group:
+        gloo = dist.get_backend() == "gloo"
+        _cpu_group.append(None if gloo else dist.new_group(backend="gloo"))
+    return _cpu_group[0]
 
 
 def totals(values: Iterable[float], device: torch.device) -> list[float]:

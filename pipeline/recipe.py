@@ -271,6 +271,16 @@ class Engine:
 
 
 @dataclass
+class Resume:
+    """What an interrupted stage goes on from (docs/reliability.md)."""
+
+    steps: int | None = 200  # between two checkpoints
+    minutes: float | None = 15  # the longest time between two
+    keep: int = 2  # the newest ones, until the stage is published
+    grace: float = 120  # seconds from the signal to end until the process does, whatever it does
+
+
+@dataclass
 class Benchmark:
     """One task of lm-eval, scored by log-likelihood (docs/benchmarks.md)."""
 
@@ -333,6 +343,7 @@ class Recipe:
     engine: Engine = field(default_factory=Engine)
     evaluate: Evaluation = field(default_factory=Evaluation)
     start_from: Literal["previous", "base"] = "previous"  # what each stage starts from
+    resume: Resume | None = field(default_factory=Resume)  # null: a stage starts over
     seed: int = 0
 
     def stage_seed(self, stage: int) -> int:
@@ -432,6 +443,6 @@ def _refresh_problems(mask: Mask) -> list[str]:
 for _cls in (
     Lora, Model, Instruction, Domain, Data, Stage, Mask, Anchor, OLora,
     L2ToStart, Half, SourceColumns, Das, Distill, Ewc, DerPlusPlus, Optimizer, Train, Engine,
-    Benchmark, HumanEval, EndTask, EndTasks, Evaluation, Recipe,
+    Benchmark, HumanEval, EndTask, EndTasks, Evaluation, Resume, Recipe,
 ):  # fmt: skip
     _cls.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # type: ignore[union-attr]

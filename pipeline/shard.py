@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,31 @@ def overlap(first: Shard, second: Shard) -> tuple[slice, slice]:
     size = max(0, min(s.start + s.tensor.numel() for s in (first, second)) - start)
     at = start - first.start, start - second.start
     return slice(at[0], at[0] + size), slice(at[1], at[1] + size)
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, as torch and DeepSpeed call them
+
+
+@dataclass
+class StateShard:
+    """A piece of one weight in the optimizer's fp32, and what the optimizer knows of it.
+
+    moments: live, by name, 1-D fp32, of the same elements as `master`; adam: the optimizer's own
+    record, whose `step` may be one for several weights.
+    """
+
+    master: Shard
+    moments: dict[str, Tensor]
+    adam: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """How many updates the moments are of."""
+        return int(self.adam["step"])
+
+    def set_step(self, step: int) -> None:
+        kept = self.adam["step"]  # a tensor, or a number
+        self.adam["step"] = torch.full_like(kept, step) if isinstance(kept, Tensor) else step
 
 
 class ParameterShards:

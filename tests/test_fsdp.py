@@ -8,14 +8,12 @@ import torch
 from pipeline.engine.config import resolve_engine_config, resolve_fsdp_config
 from pipeline.engine.fsdp import FsdpEngine
 from pipeline.errors import TrainingStopped, UserError
-from pipeline.migu.gradient_mask import GradientMask
 from pipeline.ranks import rank, world_size
 from pipeline.recipe import Engine
 from pipeline.run.recipe_file import load_recipe
-from pipeline.run.train import train_stage
-from tests.reference import MODELS, micro_batches, train_reference
+from tests.reference import MODELS, micro_batches
 from tests.spawn import run_ranks
-from tests.test_parity import STEPS, compare, recipe_for, train
+from tests.test_parity import compare, recipe_for, train
 
 
 def fsdp_engine(model, recipe, settings):
@@ -104,29 +102,6 @@ def test_a_rank_without_rows_and_a_gradient_that_is_not_finite():
     shards, stopped = zip(*run_ranks(edges, 3), strict=True)
     assert shards == ([(0, 41, (2, 41))], [(41, 41, (2, 41))], [])
     assert stopped == (True, True, True)
-
-
-def partly(folder, first, last):
-    """Train steps [first, last), from the checkpoint in `folder` if there is one, and save there.
-
-    Returns the largest weight difference against the reference after `last` steps.
-    """
-    steps = micro_batches("roberta", STEPS, 2)[:last]
-    recipe = recipe_for("roberta", 4)
-    engine = fsdp_engine(MODELS["roberta"]().train(), recipe, {})
-    if first:
-        engine.load(folder)
-    mask = GradientMask(engine.module, recipe.mask, seed=0)
-    mine = iter([step[rank() :: world_size()] for step in steps[first:]])
-    train_stage(engine, mask, mine, recipe, 1, last - first, log=None)
-    engine.save(folder)
-    expected, _ = train_reference("roberta", steps)
-    return max(float((w - expected[n]).abs().max()) for n, w in engine.full_weights())
-
-
-def test_a_checkpoint_of_two_ranks_continues_on_one(tmp_path):
-    assert max(run_ranks(partly, 2, tmp_path, 0, 2)) < 1e-6
-    assert max(run_ranks(partly, 1, tmp_path, 2, STEPS)) < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -288,6 +288,11 @@ KEYS: dict[str, str | Change] = {
     "Engine.kind": Change("engine.kind=fsdp", engine),
     "Engine.replicas": Change("engine.replicas=2", engine, FSDP),
     "Engine.reshard_after_forward": Change("engine.reshard_after_forward=false", engine, FSDP),
+    "Recipe.resume": "test_a_stage_is_saved_when_the_recipe_says",
+    "Resume.steps": "test_a_stage_is_saved_when_the_recipe_says",
+    "Resume.minutes": "test_a_stage_is_saved_when_the_recipe_says",
+    "Resume.keep": "test_a_stage_is_saved_when_the_recipe_says",
+    "Resume.grace": "test_the_grace_period_and_a_second_signal_end_at_once",
     "Evaluation.domains": Change(
         "evaluate.domains=[a]",
         lambda r: r.heldout_domains(),
@@ -382,7 +387,7 @@ def test_a_key_changes_something(here, key):
 def test_the_tests_of_the_other_keys_are_there():
     names = {
         node.name
-        for path in HERE.glob("test_*.py")
+        for path in HERE.rglob("test_*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.FunctionDef)
     }

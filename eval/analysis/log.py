@@ -9,7 +9,12 @@ from pathlib import Path
 from eval.analysis.files import Findings, finite
 
 # What a record must hold, and what is a number if it is there (a loss may be NaN).
-NEEDED = {"step": ("stage", "step"), "stage": ("stage",), "stopped": ("stage",)}
+NEEDED = {
+    "step": ("stage", "step"),
+    "begin": ("stage", "step"),
+    "stage": ("stage",),
+    "stopped": ("stage",),
+}
 PARTS = ("data", "forward", "backward", "mask", "step")  # of a step: `pipeline/run/speed.py`
 NUMBERS = (
     "loss", "seconds", "tokens", "steps", "publish_seconds", "eval_seconds",
@@ -78,8 +83,14 @@ def read_log(path: Path, stages: int, findings: Findings) -> Log:
             f"{unreadable} line(s) of log.jsonl cannot be read and are left out (a run that was "
             "killed can leave half a line)."
         )
-    # A resumed stage repeats the steps after its last saved state: the later record counts.
-    by_place = {(r["stage"], r["step"]): r for r in records if r.get("event") == "step"}
+    by_place: dict[tuple[int, int], dict] = {}
+    for r in records:
+        if r.get("event") == "step":
+            by_place[r["stage"], r["step"]] = r
+        elif r.get("event") == "begin":  # an attempt: what one before did behind that is undone
+            undone = [at for at in by_place if at[0] == r["stage"] and at[1] > r["step"]]
+            for at in undone:
+                del by_place[at]
     said = [r for r in records if r.get("event") in ("step", "stage", "stopped")]
     log = Log(
         steps=[by_place[place] for place in sorted(by_place)],

@@ -26,7 +26,7 @@ from pipeline.migu.mask import select_rows
 from pipeline.migu.targets import find_targets
 from pipeline.model.attention import Separation, arrange, separate_documents, targets_of
 from pipeline.model.load import PredictedPositions
-from pipeline.ranks import on_rank0, rank, world_size
+from pipeline.ranks import end_if_asked, on_rank0, rank, world_size
 from pipeline.recipe import Recipe
 from pipeline.run.run import RESULTS, Evaluation
 
@@ -164,6 +164,8 @@ def _evaluate(
     for name, data in domains.items():
         losses = np.zeros(len(data["labels"]))
         for i in range(rounds[name]):
+            if share[1] == world_size():  # all ranks are here
+                end_if_asked()
             bar.update()
             start = (i * share[1] + share[0]) * batch_size
             mine = start < len(losses)

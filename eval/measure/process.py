@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from eval.measure.checkpoint import failure, merge, part
-from pipeline import heartbeat
+from pipeline import heartbeat, signals
 from pipeline.nodes import first_beside
 from pipeline.ranks import gather, meet, on_rank0, rank
 from pipeline.recipe import Recipe
@@ -62,6 +62,7 @@ def _measure(task: Evaluation, recipe: Recipe, kinds: list[str], share: int, sha
 
     Raises:
         TrainingStopped: another rank is gone meanwhile.
+        Interrupted: the run is to end, which every rank notices here or when they meet.
     """
     command = [sys.executable, str(SCRIPT), *_arguments(task, recipe, kinds, share, shares)]
     if torch.cuda.is_available():
@@ -75,6 +76,7 @@ def _measure(task: Evaluation, recipe: Recipe, kinds: list[str], share: int, sha
                 code = process.wait(timeout=1)
                 break
             except subprocess.TimeoutExpired:
+                signals.check()
                 if heart:
                     heart.check()
     finally:

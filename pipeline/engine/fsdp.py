@@ -3,13 +3,11 @@
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -20,7 +18,7 @@ from pipeline.engine.distributed import start_distributed
 from pipeline.engine.optimizer import weight_groups
 from pipeline.errors import TrainingStopped
 from pipeline.model.blocks import find_blocks
-from pipeline.shard import ParameterShards
+from pipeline.shard import MOMENTS, ParameterShards, StateShard
 
 
 class FsdpEngine:
@@ -166,28 +164,31 @@ class FsdpEngine:
             if (p.requires_grad or not trained) and (names is None or name in names):
                 yield name, p.detach().full_tensor()
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer state as a distributed checkpoint; all ranks call it."""
-        dcp.save(self._state(), checkpoint_id=folder)
-
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote, on this or another number of ranks; all ranks call it."""
-        dcp.load(self._state(), checkpoint_id=folder)
-
-    def _state(self) -> dict[str, Any]:
-        """Live tensors by parameter name; AdamW's state is allocated where it is not yet."""
-        state: dict[str, Any] = {"weights": {}, "optimizer": {}}
+    def state_shards(self) -> Iterator[StateShard]:
+        """Of every trained weight this rank's fp32 rows and their moments, live; the moments are
+        made (zero) where there was no step yet. `state_changed` follows a write."""
         for name, p in self._parameters.items():
-            state["weights"][name] = p.detach()
             if not p.requires_grad:
                 continue
             adam = self._optimizer.state[p]
             if not adam:
                 adam["step"] = torch.zeros(())
-                adam["exp_avg"] = torch.zeros_like(p)
-                adam["exp_avg_sq"] = torch.zeros_like(p)
-            state["optimizer"][name] = adam
-        return state
+                for moment in MOMENTS:
+                    adam[moment] = torch.zeros_like(p)
+            for shard in self.shards.master_shards([name]):
+                moments = {m: adam[m].to_local().view(-1) for m in MOMENTS}
+                yield StateShard(shard, moments, adam)
+
+    def state_changed(self) -> None:
+        """To be called by every rank after a write into `state_shards`."""
+        self.shards.masters_changed()
+
+    def loss_scale(self) -> dict[str, float]:
+        """Nothing: no loss is scaled."""
+        return {}
+
+    def load_loss_scale(self, state: dict[str, float]) -> None:
+        """As of `ZeroEngine`."""
 
     def close(self) -> None:
         """Free the model and all that belongs to it; nothing of the engine works afterwards."""

@@ -18,6 +18,7 @@ from pipeline.engine.optimizer import weight_groups
 from pipeline.engine.zero_shards import ZeroShards
 from pipeline.errors import TrainingStopped
 from pipeline.model.blocks import find_blocks
+from pipeline.shard import StateShard
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Hold = Callable[[], AbstractContextManager[None]]
@@ -221,6 +222,30 @@ class ZeroEngine:
                 with deepspeed.zero.GatheredParameters([p], enabled=self.stage == 3):
                     full = p.detach().clone()
             yield name, full.detach().reshape(getattr(p, "ds_shape", p.shape))
+
+    def state_shards(self) -> Iterator[StateShard]:
+        """Of every trained weight the local pieces of the optimizer's fp32 and its moments, live;
+        the moments are made (zero) where there was no step yet. `state_changed` follows a
+        write."""
+        trained = [n for n, p in self._parameters.items() if p.requires_grad]
+        yield from self.shards.state_shards(trained)
+
+    def state_changed(self) -> None:
+        """To be called by every rank after a write into `state_shards`."""
+        self.shards.masters_changed()
+
+    def loss_scale(self) -> dict[str, float]:
+        """The scale and its counters, where the loss is scaled."""
+        if self._scaler is None:
+            return {}
+        return {k: v for k, v in vars(self._scaler).items() if isinstance(v, int | float)}
+
+    def load_loss_scale(self, state: dict[str, float]) -> None:
+        """Set what `loss_scale` gave; what this engine does not have is left out (a run may go on
+        in an engine that keeps another kind of scale)."""
+        if self._scaler is not None:
+            known = self.loss_scale()
+            vars(self._scaler).update({k: v for k, v in state.items() if k in known})
 
     def close(self) -> None:
         """Free the model and all that belongs to it; nothing of the engine works afterwards."""

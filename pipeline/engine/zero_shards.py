@@ -12,8 +12,9 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.utils import get_norm_dtype
 from torch import Tensor
 
+from pipeline.engine.moments import is_packed, make_state, moments_of, pack
 from pipeline.errors import UserError
-from pipeline.shard import Shard
+from pipeline.shard import Shard, StateShard
 
 
 class ZeroShards:
@@ -87,20 +88,60 @@ class ZeroShards:
 
     def master_shards(self, names: list[str]) -> Iterator[Shard]:
         """The local live pieces of the fp32 weights that the optimizer updates."""
+        for shard, _, _ in self._masters(names):
+            yield shard
+
+    def _masters(self, names: list[str]) -> Iterator[tuple[Shard, Tensor, int]]:
+        """The same, with the tensor that AdamW steps on and where in it the piece begins."""
         opt = self._engine.optimizer
         masters = self.stage0_masters()
         for name in names:
             p: Any = self._parameters[name]
             if self.stage == 3:
-                piece, _ = opt._get_fp32_opt_state_partition(p, release_swap_buffers=True)
-                yield from _partition(name, piece, p, opt._get_param_partition_rank(p))
+                piece, group = opt._get_fp32_opt_state_partition(p, release_swap_buffers=True)
+                offset = opt.grad_position[opt.get_param_id(p)][1]
+                for shard in _partition(name, piece, p, opt._get_param_partition_rank(p)):
+                    yield shard, opt.fp32_partitioned_groups_flat[group], offset
             elif self.stage == 0:
-                weight = masters.get(id(p), p.detach())
-                yield Shard(name, weight.detach().view(-1), 0, tuple(p.shape))
-            elif getattr(p, "_hp_mapping", None) is not None:  # ZeRO's own map; absent elsewhere
-                at = p._hp_mapping.lp_fragment_address
-                piece = p._hp_mapping.hp_fragment.detach()
-                yield Shard(name, piece.view(-1), at.start, tuple(p.shape))
+                weight = masters.get(id(p), p)
+                yield Shard(name, weight.detach().view(-1), 0, tuple(p.shape)), weight, 0
+            elif (mapped := getattr(p, "_hp_mapping", None)) is not None:  # ZeRO's own map
+                start, offset = mapped.lp_fragment_address.start, mapped.hp_fragment_address.start
+                piece = mapped.hp_fragment.detach().view(-1)
+                flat = self._stepped()[mapped.param_group_index]
+                yield Shard(name, piece, start, tuple(p.shape)), flat, offset
+
+    def _stepped(self) -> list[Tensor]:
+        """What AdamW steps on: flat local partitions, or, at stage 0, the weights in fp32."""
+        opt = self._engine.optimizer
+        if self.stage == 3:
+            return opt.fp32_partitioned_groups_flat
+        if self.stage == 0:
+            masters = self.stage0_masters()
+            trained = (p for p in self._parameters.values() if p.requires_grad)
+            return [masters.get(id(p), p) for p in trained]
+        return getattr(opt, "fp32_groups_flat_partition", None) or (
+            opt.single_partition_of_fp32_groups
+        )
+
+    def state_shards(self, names: list[str]) -> Iterator[StateShard]:
+        """The local live pieces of the fp32 weights and of AdamW's moments, which are made (zero)
+        where there was no step yet. To be gone through to its end: moments of 8 bits are unpacked,
+        and packed again if they were written to."""
+        adam = self._engine.basic_optimizer
+        states = [make_state(adam, flat) for flat in self._stepped()]
+        held: dict[int, list[tuple[Shard, int]]] = {id(state): [] for state in states}
+        for shard, flat, offset in self._masters(names):
+            held[id(adam.state[flat])].append((shard, offset))
+        for state in states:
+            moments = moments_of(state)
+            before = [m._version for m in moments.values()]
+            for shard, offset in held[id(state)]:
+                size = shard.tensor.numel()
+                here = {name: m.narrow(0, offset, size) for name, m in moments.items()}
+                yield StateShard(shard, here, state)
+            if is_packed(state) and before != [m._version for m in moments.values()]:
+                pack(state, moments)
 
     def masters_changed(self) -> None:
         """To be called by every rank after a write into `master_shards`: the model's own weights

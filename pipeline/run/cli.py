@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from pipeline.errors import TrainingStopped, UserError, advice
+from pipeline.errors import RETRY, Interrupted, RankLost, TrainingStopped, UserError, advice
 from pipeline.redact import redact
 from pipeline.run.surroundings import read_and_write_utf8, use_caches_that_exist
 
@@ -68,7 +68,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     """Call `main`; what a user can do something about is one message, not a traceback.
 
     Rank 0 speaks for all; an error of another rank alone is printed by that rank, with its number.
-    Exit codes: 2 for a UserError, 1 for TrainingStopped, 130 for Ctrl-C.
+    Exit codes: 2 for a UserError, 1 for TrainingStopped, RETRY where the same command goes on: a
+    rank is gone, or the run was asked to end; 130 for Ctrl-C before it could be.
     """
     read_and_write_utf8()
     use_caches_that_exist()
@@ -77,6 +78,12 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         main()
     except UserError as error:
         _leave(error, f"error: {error}", 2)
+    except Interrupted as error:
+        _interrupted(error)
+    except RankLost as error:
+        if _asked():
+            _interrupted(error)
+        _leave(error, f"stopped: {error}. Run the same command again to continue.", RETRY)
     except TrainingStopped as error:
         _leave(error, f"stopped: {error}. The stages that were published are unharmed.", 1)
     except OSError as error:
@@ -88,8 +95,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except RuntimeError as error:
         if not any(sign in str(error) for sign in LOST):
             raise
-        _leave(error, "stopped: another rank is gone; see what it has said. The stages that were "
-               "published are unharmed.", 1)  # fmt: skip
+        if _asked():
+            _interrupted(error)
+        _leave(error, "stopped: another rank is gone; see what it has said. Run the same command "
+               "again to continue.", RETRY)  # fmt: skip
     sys.exit(0)
 
 
@@ -99,6 +108,19 @@ def _show_traceback(*error: Any) -> None:
 
 # How gloo and NCCL say, in a collective, that another rank is not there any more.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process")
+
+
+def _asked() -> str | None:
+    """Whether this rank was to end; `pipeline.signals` is not imported for the sake of --help."""
+    signals: Any = sys.modules.get("pipeline.signals")
+    return signals and signals.asked()
+
+
+def _interrupted(error: Exception) -> NoReturn:
+    """Every rank was to end, so rank 0 alone says it."""
+    error.everywhere = True  # type: ignore[attr-defined]
+    reason = _asked() or error
+    _leave(error, f"interrupted ({reason}); run the same command again to continue", RETRY)
 
 
 def _leave(error: Exception | None, message: str, code: int) -> NoReturn:

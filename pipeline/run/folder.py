@@ -27,6 +27,7 @@ from pipeline.recipe import Recipe
 from pipeline.redact import redacted
 from pipeline.run.lock import FolderLock
 
+RESUME = "resume"  # in a stage's folder, while it trains: checkpoints behind a step
 MASTERS = "masters"  # beside the newest checkpoint: its trained weights in fp32
 LONGEST = 120  # letters of a stage's name in its folder's
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy", "safetensors")
@@ -150,7 +151,7 @@ def _differences(old: Any, new: Any) -> list[str]:
     return [
         f"{key}: {a.get(key)!r} there, {b.get(key)!r} now"
         for key in sorted({*a, *b} - FREE)
-        if a.get(key) != b.get(key) and not key.startswith("engine.")
+        if a.get(key) != b.get(key) and not key.startswith(("engine.", "resume"))
     ][:5]
 
 

@@ -12,6 +12,7 @@ from pipeline.recipe import (
     Evaluation,
     HumanEval,
     Recipe,
+    Resume,
     mask_problems,
 )
 from pipeline.run.baseline_problems import baseline_problems
@@ -165,6 +166,7 @@ def recipe_problems(r: Recipe) -> list[str]:
         not (tasks and tasks.score == "likelihood" and m.objective != "causal"),
         "evaluate.end_tasks.score: likelihood needs a causal model; remove it for a classifier",
     )
+    found += resume_problems(r.resume)
     found += mask_problems(k)
     if k.enabled:
         for key in ("l2_to_start", "hft", "ssu"):
@@ -384,6 +386,24 @@ def method_problems(r: Recipe) -> list[str]:
         not scaled or r.train.precision != "fp16",
         f"{(scaled or [''])[0]}: adds to the gradient, which fp16 has scaled by then; use bf16",
     )
+    return found
+
+
+def resume_problems(r: Resume | None) -> list[str]:
+    """What is wrong with the recipe's `resume`."""
+    if r is None:
+        return []
+    found = [
+        f"resume.{key}: must be above 0; resume=null saves nothing"
+        for key in ("steps", "minutes")
+        if getattr(r, key) is not None and not getattr(r, key) > 0
+    ]
+    if r.steps is None and r.minutes is None:
+        found.append("resume: neither `steps` nor `minutes` says when to save; give one, or null")
+    if r.keep < 1:
+        found.append("resume.keep: must be at least 1")
+    if not r.grace > 0:
+        found.append("resume.grace: must be above 0, in seconds")
     return found
 
 

@@ -16,30 +16,33 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
-from pipeline.checkpoint import is_published, publish, read_manifest, require_space, verify
+from pipeline import signals
+from pipeline.checkpoint import damage, is_published, publish, read_manifest, require_space, verify
 from pipeline.data.bad_lines import BadLines
 from pipeline.data.heldout import prepare_heldout
 from pipeline.data.stage import StagePlan
 from pipeline.data.tokenizer import vocabulary_size
 from pipeline.engine.config import check_quantized
-from pipeline.errors import TrainingStopped, UserError
+from pipeline.errors import Interrupted, TrainingStopped, UserError
 from pipeline.methods.method import Method, Start
 from pipeline.model.attention import Separation
 from pipeline.model.load import build_model, check_model, check_pretrained, load_config
 from pipeline.model.split_linear import is_split
 from pipeline.nodes import send_folder
 from pipeline.progress import EventLog, say
-from pipeline.ranks import on_rank0, rank
+from pipeline.ranks import end_if_asked, on_rank0, rank
 from pipeline.recipe import Recipe
 from pipeline.run.build import Engine, build_engine, starts_elsewhere
 from pipeline.run.data import RunData, describe_unread, open_data
-from pipeline.run.folder import MASTERS, describe_model, open_run, stage_folder, step_folder
+from pipeline.run.folder import MASTERS, RESUME, describe_model, open_run, stage_folder, step_folder
 from pipeline.run.methods import methods_of, run_start, stage_start
 from pipeline.run.published import check_masters, publish_masters, publish_model, remove
+from pipeline.run.resume import Attempt, StageState, discard
 from pipeline.run.stage_rows import mask_of_stage, split_for_stage, split_stage
 from pipeline.run.tokenizer import run_tokenizer
 from pipeline.run.train import train_stage
 
+GRACE = 120.0  # seconds from a signal to the end, where nothing is saved within a stage
 RESULTS = {
     "heldout": "eval.json", "benchmarks": "benchmarks.json", "humaneval": "humaneval.json",
     "end_tasks": "end_tasks.json",
@@ -135,14 +138,18 @@ def run_recipe(
     Raises:
         UserError: the folder is in use or another recipe's; bad data; a full disk; at the end, if
             an evaluation failed.
-        TrainingStopped: a loss, magnitude or gradient is not finite.
+        TrainingStopped: a loss, magnitude or gradient is not finite; a rank is gone.
+        Interrupted: a signal; on every rank.
     """
     folder = runs / recipe.name
-    with open_run(folder, recipe, engine_config):
+    grace = recipe.resume.grace if recipe.resume else GRACE
+    with open_run(folder, recipe, engine_config), signals.listening(grace):
         run = _prepare(folder, recipe, engine_config)
+        signals.be_careful()
         failed: list[str] = []
 
         def measure(task: Evaluation) -> float:
+            end_if_asked()
             start = time.perf_counter()
             pending = on_rank0(partial(task.pending, recipe))
             if pending:
@@ -176,6 +183,7 @@ def run_recipe(
                 on_rank0(partial(verify, published))
                 for task in on_rank0(partial(_within, run, stage)):  # what failed there before
                     measure(task)
+                discard(published.with_name(RESUME))
                 result = _unlogged(run, stage)
             else:
                 try:
@@ -227,7 +235,7 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
     plan: StagePlan = on_rank0(partial(run.data.plan, stage))
     for line in plan.describe(recipe.data.sequence_length):
         _tell(f"{s.name}: {line}")
-    on_rank0(partial(_clear_within, run, stage))
+    end_if_asked()
     goes_on = stage > 1 and recipe.start_from == "previous"
     before = str(run.checkpoint(stage - 1)) if goes_on else _base_checkpoint(run)
     if run.keeps_masters and goes_on and run.holds != before:
@@ -247,31 +255,48 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
     batches = run.data.batches(stage)
     pauses = plan.pauses(s.evaluate_every)
 
-    def after_step(step: int) -> None:
-        if step in pauses:
-            _evaluate_within(run, stage, engine, measure, step, pauses[step])
+    state = StageState(engine, batches, run.methods, recipe.stage_seed(stage))
+    attempt = Attempt(stage_resume(run, stage), recipe.resume, state, plan.steps)
+    if attempt.behind:
+        _tell(f"stage {stage} {s.name}: goes on behind step {attempt.behind} of {plan.steps}")
+    if run.log is not None:
+        run.log.write("begin", stage=stage, step=attempt.behind)
+    on_rank0(partial(_clear_within, run, stage, attempt.behind))
 
+    def after_step(step: int) -> None:
+        with state.not_training():
+            if step > attempt.behind:
+                attempt.after_step(step)
+            if step in pauses:
+                try:
+                    _evaluate_within(run, stage, engine, measure, step, pauses[step])
+                except Interrupted:
+                    attempt.leave(step)
+                    raise
+
+    after_step(attempt.behind)  # an evaluation that was interrupted
     try:
         result = train_stage(
             engine, mask, batches, recipe, stage, plan.steps, run.log, after_step,
-            batches.domains, run.separation, run.methods,
+            batches.domains, run.separation, run.methods, attempt.behind,
         )  # fmt: skip
     except TrainingStopped as error:
         if run.log is not None:
             run.log.write("stopped", reason=str(error), stage=stage, step=run.log.step + 1)
         raise
+    attempt.finish()
     batches.close()
     unread = batches.unfinished()
     if unread:
         _tell(f"{s.name}: {describe_unread(unread)}")
     _report_bad_lines(run.data.bad, batches.domains, run.log)
-    start = time.perf_counter()
+    since = time.perf_counter()
     if mask:
         mask.close()
     for method in run.methods:
         method.finish(engine, stage)
     numbers = {
-        "steps": result.steps, "tokens": result.tokens, "seconds": result.seconds,
+        "steps": result.steps, "tokens": result.tokens, "seconds": state.seconds,
         "data": asdict(plan.examples) if plan.examples else None,
         "unread": {n: {"documents": d, "tokens": t} for n, (d, t) in unread.items()},
     }  # fmt: skip
@@ -279,9 +304,10 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
     if run.keeps_masters:  # before what it belongs to: a published stage has its masters
         publish_masters(run.masters(stage), engine, info)
     _publish(run, run.checkpoint(stage), engine, info)
+    discard(stage_resume(run, stage))
     if stage > 1:
         remove(run.masters(stage - 1))
-    publish_seconds = time.perf_counter() - start
+    publish_seconds = time.perf_counter() - since
     return {**numbers, "publish_seconds": publish_seconds}
 
 
@@ -308,7 +334,9 @@ def _evaluate_within(
     name = run.recipe.stages[stage - 1].name
     target = step_folder(stage_folder(run.folder, stage, name), step) / "checkpoint"
     info = {"stage": stage, "name": name, "steps": step, "progress": progress}
-    _publish(run, target, engine, info)
+    if not on_rank0(lambda: is_published(target) and not damage(target)):
+        _publish(run, target, engine, info)
+    run.holds = str(target)
     measure(Evaluation(run.folder, stage, name, str(target), None, step, progress))
     run.holds = None
 
@@ -354,6 +382,8 @@ def _require_space(run: Run, engine: Engine) -> None:
     split = is_split(engine.module)
     parameters: list[Any] = [p for p in engine.module.parameters() if p.requires_grad or split]
     size = getattr(torch, run.recipe.train.publish_dtype).itemsize + 4 * run.keeps_masters
+    if run.recipe.resume is not None:  # fp32 and two moments; the new one beside those kept
+        size += 12 * (run.recipe.resume.keep + 1)
     numbers = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
     on_rank0(partial(require_space, run.folder, numbers * size))
 
@@ -403,11 +433,16 @@ def _within(run: Run, stage: int) -> list[Evaluation]:
     return tasks
 
 
-def _clear_within(run: Run, stage: int) -> None:
-    """Delete what a broken attempt of this stage published."""
+def _clear_within(run: Run, stage: int, behind: int) -> None:
+    """Delete what a broken attempt of this stage published, unless this one goes on from it."""
     folder = stage_folder(run.folder, stage, run.recipe.stages[stage - 1].name)
     for leftover in folder.glob("step-*"):
-        shutil.rmtree(leftover)
+        if not behind:
+            shutil.rmtree(leftover)
+
+
+def stage_resume(run: Run, stage: int) -> Path:
+    return run.checkpoint(stage).with_name(RESUME)
 
 
 def _place(task: Evaluation) -> str:

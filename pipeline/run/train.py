@@ -48,6 +48,7 @@ def train_stage(
     domains: list[str] | None = None,
     separation: Separation | None = None,
     methods: Sequence[Method] = (),
+    behind: int = 0,
 ) -> StageResult:
     """Train `steps` steps; the model, the optimizer and the schedule start fresh with the stage.
 
@@ -62,6 +63,7 @@ def train_stage(
         separation: how the packed batches of `collate` are given to the model; None: the batches
             are what its forward takes, with labels.
         methods: prepared for the stage; the engine knows how many micro-batches they add.
+        behind: steps that an earlier attempt has done; engine, batches and methods are as after it.
 
     Raises:
         TrainingStopped: before the optimizer step, so the weights are those of the last good step.
@@ -71,7 +73,7 @@ def train_stage(
     peak_lr = recipe.stages[stage - 1].lr or recipe.optimizer.lr
     head = PredictedPositions(engine.module) if _trims_head(recipe, mask) else None
     title = f"{recipe.name}: stage {stage}/{len(recipe.stages)} {name}"
-    progress = StageProgress(title, steps) if rank() == 0 else None
+    progress = StageProgress(title, steps, behind) if rank() == 0 else None
     by_domain = DomainLosses(domains, engine.device) if domains and len(domains) > 1 else None
     timer, speed = Stopwatch(engine.device), Speed(engine.module, recipe, engine.device)
     tokens_per_step = recipe.train.batch_size * recipe.data.sequence_length
@@ -93,7 +95,7 @@ def train_stage(
             minimized = method.weigh(minimized, logits, targets, inputs)
         return minimized.sum(), losses.detach().sum()
 
-    for step in range(1, steps + 1):
+    for step in range(behind + 1, steps + 1):
         timer.begin()
         with timer("data"):
             micro_batches = next(batches)

@@ -1,0 +1,110 @@
+"""What resume checkpoints cost: a loop that saves every so many steps against the loop without.
+
+    python benchmarks/resume_cost.py --every 20 --rounds 6
+
+Prints the ratio of the times of `every` steps with one save among them and without, in turn; how
+long a step waits for a save, and how long a save takes alone; and its size. How long it takes to be
+at a position of the data: data_order.py.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from transformers import RobertaConfig, RobertaForMaskedLM
+
+from pipeline.engine.config import resolve_ds_config
+from pipeline.engine.zero import ZeroEngine
+from pipeline.recipe import Resume
+from pipeline.run.recipe_file import load_recipe
+from pipeline.run.resume import Saver, StageState
+
+
+class NoData:
+    """The position of data that has none."""
+
+    def state_dict(self) -> dict:
+        return {}
+
+
+def saving(args: argparse.Namespace) -> None:
+    recipe = load_recipe("demo", [f"train.batch_size={args.batch}", "train.precision=fp32"])
+    torch.manual_seed(0)
+    model = RobertaForMaskedLM(
+        RobertaConfig(
+            vocab_size=args.vocabulary,
+            hidden_size=args.hidden,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.hidden // 64,
+            intermediate_size=4 * args.hidden,
+            max_position_embeddings=args.length + 2,
+        )
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    zero = {"zero_optimization": {"stage": args.stage}}
+    engine = ZeroEngine(model.train(), resolve_ds_config(zero, recipe, 1, device), recipe.optimizer)
+    ids = torch.randint(5, args.vocabulary, (args.batch, args.length), device=engine.device)
+    waited: list[float] = []
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        saver = Saver(Path(folder), Resume(), StageState(engine, NoData()))
+
+        def steps(number: int, save: bool) -> float:
+            start = time.perf_counter()
+            for step in range(args.every):
+                logits = engine.forward(input_ids=ids).logits
+                engine.backward(F.cross_entropy(logits.flatten(0, 1), ids.flatten()), last=True)
+                engine.step(1e-4)
+                if save and step == 0:
+                    since = time.perf_counter()
+                    saver.save(number)
+                    waited.append(time.perf_counter() - since)
+            return time.perf_counter() - start
+
+        steps(0, save=True)  # the buffers are made
+        saver.finish()
+        waited.clear()
+        pairs = []
+        for i in range(args.rounds):
+            order = (True, False) if i % 2 else (False, True)
+            times = {}
+            for save in order:
+                times[save] = steps(i + 1, save)
+                saver.finish()  # outside: each half pays for itself alone
+            pairs.append((times[True], times[False]))
+        since = time.perf_counter()
+        saver.save(args.rounds + 1)
+        saver.finish()
+        alone = time.perf_counter() - since
+        [newest, *_] = sorted(Path(folder).glob("step-*"), reverse=True)
+        size = sum(p.stat().st_size for p in newest.iterdir())
+    ratio = statistics.median(a / b for a, b in pairs)
+    without = statistics.median(b for _, b in pairs)
+    print(
+        f"{args.every} steps: {without:.2f} s without; with one save x "
+        f"{ratio:.3f}\na save: {size / 1e6:.0f} MB, {alone:.2f} s alone, of which a step waits "
+        f"{statistics.median(waited):.3f} s ({statistics.median(waited) / alone:.0%})"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--every", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--stage", type=int, default=2)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int, default=8000)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--folder", help="where to save; default: among the temporary files")
+    saving(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

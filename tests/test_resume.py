@@ -1,0 +1,240 @@
+"""What the ranks hold of a stage is saved by weight: any engine on any ranks goes on from it."""
+
+import io
+import itertools
+import time
+from contextlib import redirect_stdout
+
+import pytest
+import torch
+
+from pipeline.errors import UserError
+from pipeline.migu.gradient_mask import GradientMask
+from pipeline.ranks import meet, rank, world_size
+from pipeline.recipe import Resume
+from pipeline.run.resume import Attempt, Saver, StageState, newest
+from pipeline.run.train import train_stage
+from tests.reference import MODELS, micro_batches
+from tests.spawn import run_ranks
+from tests.test_engine import BUILDS, EVERYTHING, start
+
+STEPS = 2  # before a checkpoint and behind it
+BATCH = 2  # micro-batches of a step
+
+
+def train(engine, settings, name, first, steps):
+    """Train steps [first, first + steps) of the same documents on any number of ranks."""
+    mask = GradientMask(engine.module, settings.mask, seed=0)
+    rows = micro_batches(name, 8, BATCH)[first : first + steps]
+    mine = iter([row[rank() :: world_size()] for row in rows])
+    train_stage(engine, mask, mine, settings, 1, steps, None)
+    mask.close()
+
+
+def engine_of(name, kind, precision):
+    engine, settings = start(name, kind, precision)
+    settings.train.batch_size = 2 * BATCH
+    return engine, settings
+
+
+class Position:
+    """Of data that needs none."""
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        assert state == {}
+
+
+def save(folder, engine, step):
+    saver = Saver(folder, Resume(), StageState(engine, Position()))
+    saver.save(step)
+    assert saver.finish() is None
+
+
+def moved(name, kinds, precision, folder):
+    """Train STEPS in each of `kinds` in turn, each from the checkpoint of the one before; the
+    largest difference of a weight, of what the module holds, and of a moment from one engine of the
+    last kind that trained all the steps."""
+    one, settings = engine_of(name, kinds[-1], precision)
+    for i in range(len(kinds)):  # as the others: in goes of STEPS
+        train(one, settings, name, STEPS * i, STEPS)
+    for i, kind in enumerate(kinds):
+        engine, settings = engine_of(name, kind, precision)
+        found = newest(folder)
+        assert (found is None) == (i == 0)
+        if found:
+            assert StageState(engine, Position()).load(found) == STEPS * i
+        train(engine, settings, name, STEPS * i, STEPS)
+        save(folder, engine, STEPS * (i + 1))
+        if i < len(kinds) - 1:
+            engine.close()
+    expected, got = dict(one.full_weights()), dict(engine.full_weights())
+    worst = max(float((w - expected[n]).abs().max()) for n, w in got.items())
+    for a, b in zip(one.state_shards(), engine.state_shards(), strict=True):
+        assert a.step == b.step == STEPS * len(kinds)
+        for moment, m in a.moments.items():
+            worst = max(worst, float((m - b.moments[moment]).abs().max()))
+    names = list(expected)
+    for x, y in zip(
+        one.shards.weight_shards(names), engine.shards.weight_shards(names), strict=True
+    ):
+        worst = max(worst, float((x.tensor - y.tensor).float().abs().max()))
+    one.close()
+    engine.close()
+    return worst
+
+
+def in_the_same_engine(folder):
+    names = list(MODELS)
+    return {
+        (name, kind, precision): moved(
+            name, [kind, kind], precision, folder / f"{name} {kind} {precision} {world_size()}"
+        )
+        for name, kind, precision in itertools.product(MODELS, BUILDS, ("fp32", "bf16"))
+        if EVERYTHING
+        or (
+            (precision == "fp32" or kind in ("zero1", "zero3"))
+            and names.index(name) == list(BUILDS).index(kind) % 4
+        )
+    }
+
+
+def test_a_new_engine_goes_on_with_the_same_bits(results):
+    for found in results["same"]:
+        assert {kind for _, kind, _ in found} == set(BUILDS)
+        assert {case: d for case, d in found.items() if d != 0.0} == {}
+
+
+def across_engines(folder):
+    """From each engine to the next, around."""
+    kinds = list(BUILDS)
+    return {
+        (one, other): moved(name, [one, other], "fp32", folder / f"{one} to {other}")
+        for name, one, other in zip(
+            itertools.cycle(MODELS), kinds, [*kinds[1:], kinds[0]], strict=False
+        )
+    }
+
+
+def test_another_engine_goes_on_within_a_millionth(results):
+    for found in results["across"]:
+        assert {case: d for case, d in found.items() if d > 1e-6} == {}
+
+
+def as_it_was(engine):
+    return [t.tensor.clone() for _, t in StageState(engine, Position()).pieces()]
+
+
+def damaged(folder):
+    """What is said of three checkpoints of which two are damaged, and of another model."""
+    engine, _ = engine_of("roberta", "zero2", "fp32")
+    saver = Saver(folder, Resume(keep=3), StageState(engine, Position()))
+    shapes = [s.shape for s in engine.shards.weight_shards([n for n, _ in engine.full_weights()])]
+    assert len(shapes) > 10
+    states = []
+    for step in (1, 2, 3):
+        for shard in engine.shards.master_shards([n for n, _ in engine.full_weights()]):
+            shard.tensor.add_(step)
+        saver.save(step)
+        states.append(as_it_was(engine))
+    assert saver.finish() is None
+    if rank() == 0:
+        path = folder / "step-000003" / "rank-00001.safetensors"
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        path = folder / "step-000002" / "rank-00000.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+    meet()
+    said = io.StringIO()
+    with redirect_stdout(said):
+        found = newest(folder)
+    assert found == folder / "step-000001"
+    assert StageState(engine, Position()).load(found) == 1
+    assert all(torch.equal(a, b) for a, b in zip(as_it_was(engine), states[0], strict=True))
+    other, _ = engine_of("llama", "zero1", "fp32")
+    with pytest.raises(UserError, match="is trained now and was not when it was saved"):
+        StageState(other, Position()).load(found)
+    other.close()
+    engine.close()
+    return said.getvalue()
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_another_models_refused(results):
+    said, _ = results["damaged"]
+    assert "step-000003/rank-00001.safetensors: differs from its SHA-256" in said
+    assert "step-000002/rank-00000.safetensors: differs from its SHA-256" in said
+
+
+def when_saved(folder, settings, seconds):
+    """The steps of 7 whose checkpoints are there after each step; a step takes so long."""
+    engine, _ = engine_of("roberta", "zero0", "fp32")
+    attempt = Attempt(folder, settings, StageState(engine, Position()), 7)
+    there = []
+    for step in range(1, 8):
+        time.sleep(seconds)
+        attempt.after_step(step)
+        attempt.finish()
+        meet()
+        there.append(sorted(int(p.name[5:]) for p in folder.glob("step-*")))
+    engine.close()
+    return there
+
+
+def in_every_way(folder):
+    return [
+        when_saved(folder / "none", None, 0),
+        when_saved(folder / "steps", Resume(steps=2, minutes=None, keep=2), 0),
+        when_saved(folder / "one", Resume(steps=2, minutes=None, keep=1), 0),
+        when_saved(folder / "minutes", Resume(steps=None, minutes=0.15 / 60), 0.1)[3],
+    ]
+
+
+def test_a_stage_is_saved_when_the_recipe_says(results):
+    none, steps, one, minutes = results["when"][0]
+    assert none == [[]] * 7
+    assert steps == [[], [2], [2], [2, 4], [2, 4], [4, 6], [4, 6]]  # the last step is published
+    assert one == [[], [2], [2], [4], [4], [6], [6]]
+    assert minutes == [2, 4]
+
+
+def without_a_shared_folder(folder):
+    """Two nodes that do not see each other's files: what one wrote reaches the other."""
+    own = folder / f"node-{rank()}" / "resume"
+    engine, settings = engine_of("gpt2", "zero3", "fp32")
+    train(engine, settings, "gpt2", 0, 1)
+    save(own, engine, 1)
+    assert len(list(own.glob("step-000001/*.safetensors"))) == 1
+    before = as_it_was(engine)
+    train(engine, settings, "gpt2", 1, 1)
+    found = newest(own)
+    assert StageState(engine, Position()).load(found) == 1
+    assert len(list(own.glob("step-000001/*.safetensors"))) == 2
+    return all(torch.equal(a, b) for a, b in zip(as_it_was(engine), before, strict=True))
+
+
+def test_nodes_without_a_shared_folder_exchange_their_parts(results):
+    assert results["nodes"] == [True, True]
+
+
+def everything(folder):
+    parts = {
+        "same": in_the_same_engine, "across": across_engines, "damaged": damaged,
+        "when": in_every_way, "nodes": without_a_shared_folder,
+    }  # fmt: skip
+    return {name: part(folder / name) for name, part in parts.items()}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Of each part, what each of two ranks found."""
+    found = run_ranks(everything, 2, tmp_path_factory.mktemp("resume"))
+    return {name: [one[name] for one in found] for name in found[0]}
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="RUN_EVERYTHING=1: the same on one rank")
+def test_on_one_rank_too(tmp_path):
+    [found] = run_ranks(in_the_same_engine, 1, tmp_path)
+    assert {case: d for case, d in found.items() if d != 0.0} == {}
