@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import time
 from contextlib import redirect_stdout
 
@@ -200,6 +201,37 @@ def test_a_stage_is_saved_when_the_recipe_says(results):
     assert minutes == [2, 4]
 
 
+def masks_go_on(_folder):
+    """Largest weight difference of a stage whose mask goes on from its state, by what it keeps."""
+    out = {}
+    for refresh, backward in ((3, "dense"), (3, "row_sparse"), (1, "previous")):
+        weights = []
+        for parts in ((4,), (2, 2)):
+            engine, settings = engine_of("llama", "zero1", "fp32")
+            settings.mask.refresh, settings.mask.backward = refresh, backward
+            state, first = None, 0
+            for steps in parts:
+                mask = GradientMask(engine.module, settings.mask, seed=0)
+                if state is not None:
+                    mask.load_state_dict(json.loads(state))
+                rows = micro_batches("llama", 8, BATCH)[first : first + steps]
+                mine = iter([row[rank() :: world_size()] for row in rows])
+                train_stage(engine, mask, mine, settings, 1, first + steps, None, behind=first)
+                state, first = json.dumps(mask.state_dict()), first + steps
+                mask.close()
+            weights.append(dict(engine.full_weights()))
+            engine.close()
+        one, other = weights
+        out[refresh, backward] = max(float((w - other[n]).abs().max()) for n, w in one.items())
+    return out
+
+
+def test_a_mask_goes_on_with_the_rows_that_it_keeps(results):
+    for found in results["masks"]:
+        assert len(found) == 3
+        assert set(found.values()) == {0.0}
+
+
 def without_a_shared_folder(folder):
     """Two nodes that do not see each other's files: what one wrote reaches the other."""
     own = folder / f"node-{rank()}" / "resume"
@@ -223,6 +255,7 @@ def everything(folder):
     parts = {
         "same": in_the_same_engine, "across": across_engines, "damaged": damaged,
         "when": in_every_way, "nodes": without_a_shared_folder,
+        "masks": masks_go_on,
     }  # fmt: skip
     return {name: part(folder / name) for name, part in parts.items()}
 

@@ -1,9 +1,11 @@
 """The mask of a training run: record, select, apply."""
 
+import base64
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -198,6 +200,28 @@ class GradientMask:
         parts = flat.split(self.sizes)
         return {t.name: (p, t.output_dim) for t, p in zip(self.targets, parts, strict=True)}
 
+    def state_dict(self) -> dict[str, Any]:
+        """The rows that later steps go on with; JSON, the same on every rank."""
+        coming = self._coming and [_as_text(self._coming[0]), self._coming[1]]
+        keep = None if self.keep is None else [_as_text(self.keep), self._kept]
+        return {"keep": keep, "coming": coming, "age": self._age}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on behind the step that `state` is of, on any number of ranks."""
+
+        def rows(known: tuple[str, float] | None) -> tuple[Tensor, float] | None:
+            if known is None:
+                return None
+            keep = _from_text(known[0], sum(self.sizes))
+            return keep.to(self.targets[0].weight.device), known[1]
+
+        self._coming, self._age = rows(state["coming"]), state["age"]
+        known = rows(state["keep"])
+        if known is not None:
+            self.keep, self._kept = known
+            if self.sparse:
+                self.sparse.keep((self._coming or known)[0])
+
     def close(self) -> None:
         if self.recorder:
             self.recorder.close()
@@ -282,3 +306,12 @@ class GradientMask:
                 return target.name
             row -= target.rows
         raise IndexError(row)
+
+
+def _as_text(keep: Tensor) -> str:
+    return base64.b64encode(np.packbits(keep.cpu().numpy()).tobytes()).decode()
+
+
+def _from_text(text: str, rows: int) -> Tensor:
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=rows)
+    return torch.from_numpy(bits).bool()

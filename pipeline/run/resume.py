@@ -40,12 +40,20 @@ State = dict[str, Any]
 class StageState:
     """The live objects of a stage whose states a checkpoint keeps."""
 
-    def __init__(self, engine: Any, batches: Any, methods: Sequence[Any] = (), seed: int = 0):
+    def __init__(
+        self,
+        engine: Any,
+        batches: Any,
+        mask: Any = None,
+        methods: Sequence[Any] = (),
+        seed: int = 0,
+    ):
         """batches: a `StageBatches`, or whatever has its `state_dict`. methods: prepared.
 
         seed: of the random states where the ranks are others than those that saved.
         """
-        self.engine, self.batches, self.methods, self.seed = engine, batches, methods, seed
+        self.engine, self.batches, self.mask = engine, batches, mask
+        self.methods, self.seed = methods, seed
         self.seconds = 0.0  # of training, in all attempts, up to the last `not_training`
         self._clock: float | None = None  # since when it trains
 
@@ -75,6 +83,7 @@ class StageState:
         return {
             "data": self.batches.state_dict(),
             "loss_scale": self.engine.loss_scale(),
+            "mask": self.mask.state_dict() if self.mask else None,
             "methods": {m.name: m.state_dict() for m in self.methods},
             "seconds": self.seconds,
             "ranks": world_size(),
@@ -118,6 +127,8 @@ class StageState:
         self.engine.state_changed()
         self.engine.load_loss_scale(state["loss_scale"])
         self.batches.load_state_dict(state["data"])
+        if self.mask:
+            self.mask.load_state_dict(state["mask"])
         for method in self.methods:
             method.load_state_dict(state["methods"][method.name])
         self.seconds = state["seconds"]

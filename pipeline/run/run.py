@@ -255,7 +255,7 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
     batches = run.data.batches(stage)
     pauses = plan.pauses(s.evaluate_every)
 
-    state = StageState(engine, batches, run.methods, recipe.stage_seed(stage))
+    state = StageState(engine, batches, mask, run.methods, recipe.stage_seed(stage))
     attempt = Attempt(stage_resume(run, stage), recipe.resume, state, plan.steps)
     if attempt.behind:
         _tell(f"stage {stage} {s.name}: goes on behind step {attempt.behind} of {plan.steps}")

@@ -172,6 +172,12 @@ class FrozenRows:
     def hold(self, *_: Any) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
