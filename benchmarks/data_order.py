@@ -16,11 +16,11 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from pipeline.data.encode import Tokens
+from pipeline.data.encode import Frame, Tokens
 from pipeline.data.mixture import Mixture, Part, Source
 from pipeline.data.packing import Packer, Shape
 from pipeline.data.prepared import Corpus
-from pipeline.data.sequences import Frame, read_rows
+from pipeline.data.sequences import read_rows
 from pipeline.data.shards import ShardWriter
 
 LENGTH, ROWS, DOCUMENTS = 2048, 32, 100_000
@@ -71,7 +71,7 @@ def main() -> None:
         packer, parts = packer_of(corpus)
         start = time.process_time()
         for rows in packer:
-            read_rows(rows, parts, LENGTH, Frame([], [], 0), masked=False)
+            read_rows(rows, parts, LENGTH, Frame([], [], 0))
         ours = tokens / (time.process_time() - start)
         some = [corpus.piece(i, 0, None).ids.astype(np.int32) for i in range(20_000)]
         Dataset.from_dict({"input_ids": some}).save_to_disk(f"{name}/documents")

@@ -43,7 +43,7 @@ class Model:
     train_tokenizer: int | None = (
         None  # vocabulary of a byte-level BPE trained on the first corpora
     )
-    objective: Literal["masked", "causal"] = "masked"
+    objective: Literal["masked", "causal", "seq2seq"] = "masked"
     lora: Lora | None = None  # {}: LoRA with the paper's settings
     gradient_checkpointing: bool = False
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -93,7 +93,9 @@ class Data:
     masking: float = 0.15  # fraction of the tokens to predict (masked LM)
     heldout_masking: float = 0.15  # fixed, so that runs with another `masking` stay comparable
     whole_word: bool = False
-    template: Literal["alpaca", "chat"] = "alpaca"  # of instructions; chat: the tokenizer's own
+    # of instructions; chat: the tokenizer's own; plain: the prompt as it is
+    template: Literal["alpaca", "chat", "plain"] = "alpaca"
+    packing: bool = True  # several documents share a sequence; false: one a sequence
     cross_document: bool = False  # let documents that share a sequence see each other
     # How a model is told where a document ends (docs/models.md). auto: the way that is shown to be
     # right on the loaded model; the others are taken without proof.

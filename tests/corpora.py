@@ -9,8 +9,8 @@ from pipeline.data.encode import Encoder, Tokens
 from pipeline.data.instruct import Document
 from pipeline.data.mixture import Mixture, Part, Source
 from pipeline.data.packing import POOL, Packer, Shape
-from pipeline.data.sequences import Frame, read_rows
 from pipeline.data.sequences import Sequence as Packed
+from pipeline.data.sequences import read_rows
 from pipeline.data.stream import HeldDocuments
 
 
@@ -37,19 +37,19 @@ def packed(
     documents: Sequence[Document],
     tokenizer: PreTrainedTokenizerFast,
     length: int,
-    masked: bool,
+    objective: str,
     template: str = "alpaca",
     pack_examples: bool = True,
 ) -> list[Packed]:
     """The sequences of some documents, tokenized and packed in their order, one row a step."""
     if not pack_examples:
-        return [s for d in documents for s in packed([d], tokenizer, length, masked, template)]
-    encoder = Encoder.of(tokenizer, masked, template)
-    frame = Frame(*((encoder.before, encoder.after) if masked else ([], [])), encoder.pad)
+        return [s for d in documents for s in packed([d], tokenizer, length, objective, template)]
+    encoder = Encoder.of(tokenizer, objective, template)
+    frame = encoder.frame
     tokens = encoder.encode(documents)
     whole = any(t.whole for t in tokens)
     parts = [Part("documents", HeldDocuments(dict(enumerate(tokens)), whole))]
     source = Source(parts, [0], None, limit=len(documents))
     shape = Shape(length, frame.ends)
     packer = Packer(Mixture([source], length), 1, shape, POOL if whole else 0)
-    return read_rows([row for (row,) in packer], parts, length, frame, masked)
+    return read_rows([row for (row,) in packer], parts, length, frame)

@@ -66,7 +66,7 @@ def test_the_turns_of_the_assistant_are_learnt_and_nothing_else(tokenizer, templ
     conversation, reason = conversation_of(rows_of(turns, style))
     assert reason is None
     assert conversation == Conversation(tuple(turns))
-    (tokens,) = Encoder.of(tokenizer, False, "alpaca").encode([conversation])
+    (tokens,) = Encoder.of(tokenizer, "causal", "alpaca").encode([conversation])
     assert tokens.whole
     messages = rows_of(turns)
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -117,13 +117,13 @@ def test_what_follows_the_last_answer_is_left_out_and_parts_are_joined():
 def test_a_template_that_hides_or_refuses_answers(tokenizer, tmp_path):
     two = Conversation((("user", "a"), ("assistant", "b")) * 2)
     tokenizer.chat_template = FORGETFUL
-    encoder = Encoder.of(tokenizer, False, "alpaca")
+    encoder = Encoder.of(tokenizer, "causal", "alpaca")
     assert len(encoder.encode([Conversation(two.messages[:2])])[0].ids)
     with pytest.raises(UserError, match=r"writes an answer differently .* generation %}"):
         encoder.encode([two])
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
-        Encoder.of(tokenizer, False, "alpaca").encode([two])
+        Encoder.of(tokenizer, "causal", "alpaca").encode([two])
 
     tokenizer.chat_template = STRICT + PLAIN  # refuses some rows: they are counted
     chats = [[("user", f"q{i}"), ("assistant", f"a{i}")] for i in range(40)]

@@ -297,7 +297,7 @@ def test_a_tokenizer_that_cannot_be_used_is_explained(tmp_path):
 
 def test_every_token_of_an_epoch_is_packed_once(tokenizer):
     """The pieces of a document, put together again, are the document; padding is rare."""
-    sequences = packed(TEXTS, tokenizer, 32, True)
+    sequences = packed(TEXTS, tokenizer, 32, "masked")
     content, padding = [], 0
     for s in sequences:
         assert s.ids.dtype == s.words.dtype == np.int32
@@ -313,14 +313,14 @@ def test_every_token_of_an_epoch_is_packed_once(tokenizer):
     assert content == list(itertools.chain.from_iterable(ids))
     assert padding < 0.1 * 32 * len(sequences)
 
-    causal = packed(TEXTS, tokenizer, 32, False)
+    causal = packed(TEXTS, tokenizer, 32, "causal")
     joined = np.concatenate([s.ids[s.segments >= 0] for s in causal])
     assert joined.tolist() == list(itertools.chain.from_iterable([0, *i, 2] for i in ids))
     assert all((s.segments >= 0).all() for s in causal[:-1])
 
 
 def test_words_are_whole_words(tokenizer):
-    (sequence,) = packed(["zebra quagga okapi", "and more"], tokenizer, 64, True)
+    (sequence,) = packed(["zebra quagga okapi", "and more"], tokenizer, 64, "masked")
     words = [
         tokenizer.decode(sequence.ids[sequence.words == w]).strip()
         for w in range(sequence.words.max() + 1)
@@ -329,7 +329,7 @@ def test_words_are_whole_words(tokenizer):
 
 
 def test_special_tokens_in_a_document_are_text(tokenizer):
-    (sequence,) = packed(["a <mask> b </s> c"], tokenizer, 64, True)
+    (sequence,) = packed(["a <mask> b </s> c"], tokenizer, 64, "masked")
     assert 4 not in sequence.ids
     assert (sequence.ids == 2).sum() == 1
     assert tokenizer("<mask>", add_special_tokens=False).input_ids == [
@@ -344,4 +344,4 @@ def test_a_tokenizer_without_mask_cannot_feed_a_masked_model(tokenizer):
         tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>", bos_token="<s>"
     )
     with pytest.raises(UserError, match="no mask_token and no pad_token"):
-        packed(TEXTS, causal, 32, True)
+        packed(TEXTS, causal, 32, "masked")

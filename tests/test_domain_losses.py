@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pipeline.model.attention import targets_of
+from pipeline.data.objective import targets_of
 from pipeline.run.domain_losses import DomainLosses
 
 

@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.data import embedded
 from pipeline.data.bad_lines import BadLines
-from pipeline.data.batches import example
 from pipeline.data.encode import Encoder
 from pipeline.data.instruct import Example, prompt_text
 from pipeline.data.mlm import collate
+from pipeline.data.objective import OBJECTIVES
 from pipeline.data.reader import document_of, read_documents
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
@@ -52,7 +52,7 @@ def examples(count: int, seed: int = 0) -> list[Example]:
 
 
 def sequences_of(items, tokenizer, length=96, template="alpaca", pack=True):
-    return packed(items, tokenizer, length, False, template, pack)
+    return packed(items, tokenizer, length, "causal", template, pack)
 
 
 @pytest.mark.parametrize("template", ["alpaca", "chat"])
@@ -66,7 +66,7 @@ def test_only_the_response_is_learnt(tokenizer, template):
     assert "</s>" in learnt  # the model learns to stop
     assert given_.endswith(prompt_text(template, tokenizer, one.prompt, one.context))
     assert not sequence.predicted[~used].any()
-    _, labels, _ = example(sequence, tokenizer, False, None, 0.15, False)
+    _, labels, _ = OBJECTIVES["causal"].row(sequence, tokenizer, None, 0.15, False)
     assert (labels[sequence.predicted] == sequence.ids[sequence.predicted]).all()
     assert (labels[~sequence.predicted] == -100).all()
 
@@ -84,7 +84,7 @@ def test_chat_needs_a_template(tokenizer):
 @given(st.integers(0, 10_000), st.integers(80, 200), st.booleans())
 def test_examples_are_packed_whole(tokenizer, seed, length, pack):
     items = examples(40, seed)
-    lengths = [len(t.ids) for t in Encoder.of(tokenizer, False, "alpaca").encode(items)]
+    lengths = [len(t.ids) for t in Encoder.of(tokenizer, "causal", "alpaca").encode(items)]
     fitting = [n for n in lengths if n <= length]
     sequences = sequences_of(items, tokenizer, length, pack=pack)
     sizes = [int((s.segments == i).sum()) for s in sequences for i in range(s.segments.max() + 1)]
@@ -103,7 +103,7 @@ def test_packed_examples_do_not_see_each_other(tokenizer):
 
     def loss(pack: bool) -> float:
         rows = [
-            example(s, tokenizer, False, None, 0.15, False)
+            OBJECTIVES["causal"].row(s, tokenizer, None, 0.15, False)
             for s in sequences_of(examples(9), tokenizer, 300, pack=pack)
         ]
         inputs, tokens = separate_documents(model, True, False, "auto", 300).arrange(

@@ -46,7 +46,7 @@ RANK, ALPHA, STEPS = 5, 10, 2
 
 def with_adapter(model: nn.Module) -> nn.Module:
     """Adds an adapter whose B is not zero, so that A has a gradient in the first step."""
-    add_adapter(model, Lora(r=RANK, alpha=ALPHA, dropout=0.0), None, None, False, seed=3)
+    add_adapter(model, Lora(r=RANK, alpha=ALPHA, dropout=0.0), None, None, None, seed=3)
     return randomize_b(model)
 
 

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.data.encode import Frame
 from pipeline.data.mixture import Mixture, Part, Source
 from pipeline.data.packing import POOL, SMALLEST_PIECE, Packer, Shape
-from pipeline.data.sequences import Frame, read_rows
+from pipeline.data.sequences import read_rows
 from tests.corpora import MemoryCorpus
 
 LENGTH = 32
@@ -132,7 +133,7 @@ def test_rows_are_read_as_planned(stage):
     parts, _, count, ends, _ = stage
     frame = Frame([1] * (ends // 2), [2] * (ends // 2), 3)
     for step in packer(stage):
-        sequences = read_rows(step, parts, LENGTH, frame, masked=bool(ends))
+        sequences = read_rows(step, parts, LENGTH, frame)
         assert len(sequences) == count
         for row, s in zip(step, sequences, strict=True):
             ids: list[int] = []

@@ -102,7 +102,7 @@ def test_a_corpus_is_its_documents_tokenized(corpus, tokenizer, small_units, kin
         given = TEXTS
         recipe = recipe_of(corpus, "masked" if masked else "causal")
     prepared = prepare(recipe, "a", tokenizer)
-    expected = Encoder.of(tokenizer, masked, "alpaca").encode(given)
+    expected = Encoder.of(tokenizer, "masked" if masked else "causal", "alpaca").encode(given)
 
     def content(d):
         flags = [None if f is None else tuple(f.tolist()) for f in (d.word_starts, d.predicted)]
@@ -335,7 +335,7 @@ def test_the_estimate_is_near(tmp_path, tokenizer):
     units = sources.units_of(domain)
     sources_head, sources.HEAD = sources.HEAD, 1 << 14
     try:
-        guess = sources.estimate(domain, units, Encoder.of(tokenizer, False, "alpaca"))
+        guess = sources.estimate(domain, units, Encoder.of(tokenizer, "causal", "alpaca"))
     finally:
         sources.HEAD = sources_head
     prepared = prepare(recipe_of(folder), "a", tokenizer)
@@ -447,7 +447,7 @@ def test_a_faster_core_is_used_only_where_it_is_exact(kind):
 
 
 def test_a_core_that_differs_on_a_document_is_dropped(tokenizer, monkeypatch):
-    encoder = Encoder.of(tokenizer, False, "alpaca")
+    encoder = Encoder.of(tokenizer, "causal", "alpaca")
     expected = [t.ids.tolist() for t in encoder.encode(TEXTS)]
     encoder.speed_up()
     assert encoder.core == "tiktoken"
@@ -460,4 +460,4 @@ def test_a_core_that_differs_on_a_document_is_dropped(tokenizer, monkeypatch):
     encoder.fast.ids[:] += 1
     wrong = [t.ids.tolist() for t in encoder.encode(TEXTS[:5])]
     assert encoder.core == "tokenizers"
-    assert wrong == [t.ids.tolist() for t in Encoder.of(tokenizer, False, "").encode(TEXTS[:5])]
+    assert wrong == [t.ids.tolist() for t in Encoder.of(tokenizer, "causal", "").encode(TEXTS[:5])]

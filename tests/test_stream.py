@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.encode import Tokens
+from pipeline.data.encode import Frame, Tokens
 from pipeline.data.packing import Shape
-from pipeline.data.sequences import Frame
 from pipeline.data.stream import Shard, ShardReader, StreamedRows, StreamedSource, merge_states
 from pipeline.errors import UserError
 

@@ -91,7 +91,7 @@ def test_a_response_continues_its_prompt(tmp_path, make, template):
     tokenizer = make(tmp_path)
     kind = "alpaca" if template == "alpaca" else "chat"
     tokenizer.chat_template = None if kind == "alpaca" else template
-    encoder = Encoder.of(tokenizer, False, kind)
+    encoder = Encoder.of(tokenizer, "causal", kind)
     for response in RESPONSES:
         example = Example("add two numbers", "one and two", response)
         (tokens,) = encoder.encode([example])
@@ -132,7 +132,7 @@ chats = st.lists(st.tuples(asked, st.tuples(st.sampled_from(["", "\n", " "]), as
 def test_every_answer_of_a_conversation_continues_its_prompt(tmp_path, make, template):
     tokenizer = make(tmp_path)
     tokenizer.chat_template = template
-    encoder = Encoder.of(tokenizer, False, "chat")
+    encoder = Encoder.of(tokenizer, "causal", "chat")
 
     def given_to_the_model(messages):
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

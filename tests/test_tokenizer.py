@@ -66,7 +66,7 @@ def test_a_sentencepiece_bpe_encodes_as_the_library_does(tmp_path, corpus, optio
     assert vocabulary_size(loaded) == original.vocab_size()
     loaded.save_pretrained(tmp_path / "saved")
     for tokenizer in (loaded, load_tokenizer(str(tmp_path / "saved"))):
-        encoder = Encoder.of(tokenizer, False, "alpaca")  # what a corpus goes through
+        encoder = Encoder.of(tokenizer, "causal", "alpaca")  # what a corpus goes through
         for text in CORPUS:
             ids = [original.bos_id(), *original.encode(text), original.eos_id()]
             assert encoder.encode([text])[0].ids.tolist() == ids
@@ -132,7 +132,7 @@ def test_a_tokenizer_says_how_it_frames_a_text(single, before, after):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[e]", unk_token="[u]")
     frame = [words[w] for w in before], [words[w] for w in after]
     assert text_frame(tokenizer) == frame
-    encoder = Encoder.of(tokenizer, False, "alpaca")
+    encoder = Encoder.of(tokenizer, "causal", "alpaca")
     assert encoder.encode(["a a"])[0].ids.tolist() == [*frame[0], 0, 0, words["[e]"]]
 
 

@@ -20,11 +20,12 @@ from tqdm import tqdm
 from eval.measure.results import write_arrays, write_json
 from pipeline.data.heldout import load_heldout
 from pipeline.data.mlm import collate
+from pipeline.data.objective import targets_of
 from pipeline.engine.config import precision_of
 from pipeline.migu.magnitude import MagnitudeRecorder
 from pipeline.migu.mask import select_rows
 from pipeline.migu.targets import find_targets
-from pipeline.model.attention import Separation, arrange, separate_documents, targets_of
+from pipeline.model.attention import Separation, arrange, separate_documents
 from pipeline.model.load import PredictedPositions
 from pipeline.ranks import end_if_asked, on_rank0, rank, world_size
 from pipeline.recipe import Recipe
@@ -180,7 +181,9 @@ def _evaluate(
             targets = targets_of(tokens["labels"], manifest["objective"])
             head.select(targets >= 0)
             recorded = (
-                recorder.recording(tokens.get("real")) if recorder and mine else nullcontext()
+                recorder.recording(tokens.get("real"), tokens.get("decoder_real"))
+                if recorder and mine
+                else nullcontext()
             )
             with recorded:
                 logits = forward(**inputs).logits
@@ -261,8 +264,8 @@ def _write_result(
 
 
 def _predicted(labels: np.ndarray, objective: str) -> np.ndarray:
-    """Number of predicted tokens of each sequence; a causal LM does not predict the first."""
-    return ((labels if objective == "masked" else labels[:, 1:]) >= 0).sum(axis=1)
+    """Number of predicted tokens of each sequence."""
+    return (targets_of(torch.from_numpy(labels), objective) >= 0).sum(dim=1).numpy()
 
 
 def _overlap(

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.data.encode import Encoder
+from pipeline.data.encode import Encoder, Frame
 from pipeline.data.mixture import Corpus
-from pipeline.data.mlm import IGNORED, collate, mask_tokens
-from pipeline.data.sequences import Frame, Sequence, read_rows
+from pipeline.data.mlm import collate, pad_rows
+from pipeline.data.objective import OBJECTIVES
+from pipeline.data.sequences import Sequence, read_rows
 from pipeline.data.stage import domains_of, shares_of, stage_packer
-from pipeline.data.tokenizer import never_drawn, vocabulary_size
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 
@@ -73,6 +73,7 @@ class StageBatches:
             "train.batch_size": recipe.train.batch_size,
             "seed": recipe.seed,
             "model.objective": recipe.model.objective,
+            "data.packing": recipe.data.packing,
             "domains": [[list(s.domains), s.share] for s in shares_of(recipe, stage)],
             **settings,
         }
@@ -126,15 +127,14 @@ class StageBatches:
             self._ahead.close()
 
     def _steps(self, done: int) -> Iterator[tuple[list[Batch], dict[str, Any]]]:
-        recipe, masked = self.recipe, self.recipe.model.objective == "masked"
+        recipe, objective = self.recipe, OBJECTIVES[self.recipe.model.objective]
         owned = range(self.rank, recipe.train.batch_size, self.ranks)
         size = recipe.train.micro_batch_size or len(owned)
         for step, sequences in enumerate(self.rows, start=done):
             rows = [
-                example(
+                objective.row(
                     sequence,
                     self.tokenizer,
-                    masked,
                     np.random.default_rng((recipe.seed, self.stage, row, step)),
                     recipe.data.masking,
                     recipe.data.whole_word,
@@ -146,8 +146,14 @@ class StageBatches:
                 here = slice(first, first + size)
                 batch = collate(rows[here])
                 if len(self.domains) > 1:
-                    domains = np.stack([s.domains for s in sequences[here]])
-                    batch["domains"] = torch.from_numpy(domains)
+                    domains = [
+                        domains_of_row(sequence, segments)
+                        for sequence, (_, _, segments) in zip(
+                            sequences[here], rows[here], strict=True
+                        )
+                    ]
+                    length = batch["segments"].shape[1]
+                    batch["domains"] = torch.from_numpy(pad_rows(domains, length, -1))
                 batches.append(_pinned(batch))
             yield batches, {"step": step + 1, "rows": self.rows.state_dict()}
 
@@ -165,13 +171,13 @@ class PreparedRows:
         ranks: int,
     ):
         self.packer, self.parts, _ = stage_packer(recipe, stage, corpora, frame)
-        self.frame, self.masked = frame, recipe.model.objective == "masked"
+        self.frame = frame
         self.rank, self.ranks = rank, ranks
 
     def __iter__(self) -> Iterator[list[Sequence]]:
         for rows in self.packer:
             own, length = rows[self.rank :: self.ranks], self.packer.shape.length
-            yield read_rows(own, self.parts, length, self.frame, self.masked)
+            yield read_rows(own, self.parts, length, self.frame)
 
     def state_dict(self) -> dict[str, Any]:
         return self.packer.state_dict()
@@ -192,10 +198,7 @@ def frame_of(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Frame:
     Raises:
         UserError: the tokenizer lacks one.
     """
-    masked = recipe.model.objective == "masked"
-    encoder = Encoder.of(tokenizer, masked, recipe.data.template)
-    ends = (encoder.before, encoder.after) if masked else ([], [])
-    return Frame(*ends, encoder.pad)
+    return Encoder.of(tokenizer, recipe.model.objective, recipe.data.template).frame
 
 
 def training_batches(
@@ -216,37 +219,16 @@ def training_batches(
     return StageBatches(recipe, stage, tokenizer, rows, settings, rank, ranks)
 
 
+def domains_of_row(sequence: Sequence, segments: np.ndarray) -> np.ndarray:
+    """int16, for each token of the row that was made of a sequence: the domain of its document."""
+    known = np.full(int(sequence.segments.max(initial=-1)) + 2, -1, np.int16)  # the last: padding
+    known[sequence.segments] = sequence.domains
+    return known[segments]
+
+
 def _pinned(batch: Batch) -> Batch:
     """In memory from which a GPU can copy while it computes."""
     return {k: t.pin_memory() for k, t in batch.items()} if torch.cuda.is_available() else batch
-
-
-def example(
-    sequence: Sequence,
-    tokenizer: PreTrainedTokenizerFast,
-    masked: bool,
-    rng: np.random.Generator,
-    probability: float,
-    whole_word: bool,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(input_ids, labels, segments) of a packed sequence, each [length].
-
-    A causal model does not predict a document's first token: nothing of the document is before it.
-    """
-    if masked:
-        ids, labels = mask_tokens(
-            sequence,
-            rng,
-            probability=probability,
-            whole_word=whole_word,
-            mask_id=tokenizer.mask_token_id,
-            vocab_size=vocabulary_size(tokenizer),
-            special_ids=never_drawn(tokenizer),
-        )
-        return ids, labels, sequence.segments
-    ids, segments = sequence.ids.astype(np.int64), sequence.segments
-    first = np.diff(segments, prepend=-1) != 0
-    return ids, np.where(sequence.predicted & ~first, ids, IGNORED), segments
 
 
 def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:

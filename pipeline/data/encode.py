@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 COMPARED = 500  # texts of a corpus on which a faster core has to agree before it is used alone
+# The special tokens that each objective needs.
+NEEDED = {
+    "masked": ["mask_token", "pad_token", "cls_token", "sep_token"],
+    "causal": ["eos_token"],
+    "seq2seq": ["eos_token", "pad_token"],
+}
 ANCHORS = ("\n", ":", "x")  # what a response may stand behind; tokens seldom span one of them
 
 
@@ -40,32 +46,43 @@ class Tokens:
     refused: str = ""  # why the chat template refuses it; it has no tokens then
 
 
+@dataclass(frozen=True)
+class Frame:
+    """The special tokens of a row: around every piece (masked models only), and the padding."""
+
+    before: list[int]
+    after: list[int]
+    pad: int
+
+    @property
+    def ends(self) -> int:
+        return len(self.before) + len(self.after)
+
+
 @dataclass
 class Encoder:
     """Text to tokens. Special tokens that are written in a document are text."""
 
     tokenizer: "PreTrainedTokenizerFast"
     backend: Any  # tokenizers.Tokenizer
-    masked: bool
+    objective: str  # of the model
     before: list[int]  # special tokens before a piece (masked) or document (causal)
-    after: list[int]
+    after: list[int]  # of an example for an encoder-decoder (seq2seq): of the prompt too
     pad: int
     template: str
     fast: FastBpe | None = None  # of texts for causal models; see `speed_up`
     compared: int = 0  # texts for which `fast` gave the same
 
     @classmethod
-    def of(cls, tokenizer: "PreTrainedTokenizerFast", masked: bool, template: str) -> "Encoder":
+    def of(cls, tokenizer: "PreTrainedTokenizerFast", objective: str, template: str) -> "Encoder":
         """Raises UserError for a tokenizer that lacks a special token that such models need."""
         from tokenizers import Tokenizer
 
-        needed = ["mask_token", "pad_token", "cls_token", "sep_token"] if masked else ["eos_token"]
-        missing = [name for name in needed if getattr(tokenizer, name) is None]
+        missing = [name for name in NEEDED[objective] if getattr(tokenizer, name) is None]
         if missing:
-            kind = "masked" if masked else "causal"
             raise UserError(
-                f"the tokenizer has no {' and no '.join(missing)}, which a {kind} language model "
-                "needs; choose another tokenizer, or another model.objective"
+                f"the tokenizer has no {' and no '.join(missing)}, which a {objective} language "
+                "model needs; choose another tokenizer, or another model.objective"
             )
         # a copy, as the settings would change what the caller's tokenizer does
         backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -73,12 +90,21 @@ class Encoder:
         backend.no_truncation()
         backend.encode_special_tokens = True  # "</s>" in a document is text
         before, after = text_frame(tokenizer)
-        if masked:  # where the tokenizer itself puts none
+        if objective == "masked":  # where the tokenizer itself puts none
             before, after = before or [tokenizer.cls_token_id], after or [tokenizer.sep_token_id]
         else:  # most tokenizers end no text by themselves
             after = [tokenizer.eos_token_id]
+        if objective == "seq2seq":
+            before = []
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else after[0]
-        return cls(tokenizer, backend, masked, before, after, pad, template)
+        return cls(tokenizer, backend, objective, before, after, pad, template)
+
+    @property
+    def frame(self) -> Frame:
+        """The special tokens that packing adds: a causal model's documents bring their own, and
+        what ends a text that is corrupted comes with its corruption."""
+        ends = (self.before, self.after) if self.objective == "masked" else ([], [])
+        return Frame(*ends, self.pad)
 
     @property
     def largest_id(self) -> int:
@@ -100,7 +126,7 @@ class Encoder:
 
     def speed_up(self) -> None:
         """Encode texts with tiktoken where it gives the same ids; for corpora of many texts."""
-        if not self.masked:  # whole words are known to the tokenizers library only
+        if self.objective != "masked":  # whole words are known to the tokenizers library only
             self.fast = FastBpe.of(self.backend)
 
     @property
@@ -122,9 +148,11 @@ class Encoder:
         return [next(encoded[type(d)]) for d in documents]
 
     def _encode_texts(self, texts: list[str]) -> list[Tokens]:
-        if self.masked:
+        if self.objective == "masked":
             encoded = self.backend.encode_batch(texts, add_special_tokens=False)
             return [Tokens(np.array(e.ids, np.int32), _word_starts(e.word_ids)) for e in encoded]
+        if self.objective == "seq2seq":
+            return [Tokens(ids) for ids in self._text_ids(texts)]
         before, after = np.array(self.before, np.int32), np.array(self.after, np.int32)
         return [Tokens(np.concatenate([before, ids, after])) for ids in self._text_ids(texts)]
 
@@ -151,6 +179,10 @@ class Encoder:
 
     def _encode_examples(self, examples: list[Example]) -> list[Tokens]:
         pairs = [example_texts(self.template, self.tokenizer, e) for e in examples]
+        if self.objective == "seq2seq":
+            return self._encode_pairs(pairs)
+        if self.template == "plain":  # what ends a prompt is no part of the first word behind it
+            pairs = [(prompt.rstrip(), " " + answer) for prompt, answer in pairs]
         chat = self.template == "chat"  # its special tokens stand in the text
         self.backend.encode_special_tokens = not chat
         try:
@@ -168,6 +200,21 @@ class Encoder:
             ids = np.array(prompt + tail + ([] if chat else self.after), np.int32)
             found.append(Tokens(ids, None, np.arange(len(ids)) >= len(prompt), whole=True))
         return found
+
+    def _encode_pairs(self, pairs: list[tuple[str, str]]) -> list[Tokens]:
+        """Prompts and responses for two sides of a model, so that each is a text of its own."""
+        sides = [
+            [ids.tolist() + self.after for ids in self._text_ids([pair[i] for pair in pairs])]
+            for i in (0, 1)
+        ]
+        return [
+            Tokens(
+                np.array(source + target, np.int32),
+                predicted=np.arange(len(source) + len(target)) >= len(source),
+                whole=True,
+            )
+            for source, target in zip(*sides, strict=True)
+        ]
 
     def _encode_conversation(self, conversation: Conversation) -> Tokens:
         try:

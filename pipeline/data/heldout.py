@@ -15,11 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.checkpoint import publish
-from pipeline.data.batches import example, frame_of
-from pipeline.data.encode import Tokens
+from pipeline.data.batches import frame_of
+from pipeline.data.encode import Frame, Tokens
 from pipeline.data.mixture import Corpus, Mixture, Part, Source
+from pipeline.data.mlm import collate
+from pipeline.data.objective import OBJECTIVES
 from pipeline.data.packing import POOL, Packer, Shape
-from pipeline.data.sequences import Frame, Sequence, read_rows
+from pipeline.data.sequences import Sequence, read_rows
 from pipeline.data.tokenizer import vocabulary_size
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
@@ -72,30 +74,32 @@ def prepare_heldout(
     The masks depend on the domain's name and the sequence, not on the seed of the run: runs with
     several seeds are measured on the same tokens.
     """
-    masked = recipe.model.objective == "masked"
+    objective = OBJECTIVES[recipe.model.objective]
     frame = frame_of(recipe, tokenizer)
 
     def write(target: Path) -> None:
         for name in recipe.heldout_domains():
             sequences = heldout_sequences(recipe, corpora[name].heldout, frame)
             rows = [
-                example(
+                objective.row(
                     sequence,
                     tokenizer,
-                    masked,
                     np.random.default_rng((zlib.crc32(name.encode()), i)),
                     recipe.data.heldout_masking,
                     False,
                 )
                 for i, sequence in enumerate(sequences)
             ]
-            ids, labels, segments = (np.stack(column) for column in zip(*rows, strict=True))
-            unigram = _unigram_loss(recipe, corpora[name].train, vocabulary_size(tokenizer), labels)
+            batch = collate(rows)
+            labels = batch["labels"]
+            unigram = _unigram_loss(
+                recipe, corpora[name].train, vocabulary_size(tokenizer), labels.numpy()
+            )
             save_file(
                 {
-                    "input_ids": torch.from_numpy(ids).int(),
-                    "labels": torch.from_numpy(labels).int(),
-                    "segments": torch.from_numpy(segments).to(torch.int16),
+                    "input_ids": batch["input_ids"].int(),
+                    "labels": labels.int(),
+                    "segments": batch["segments"].to(torch.int16),
                 },
                 target / f"{name}.safetensors",
                 metadata={"unigram_loss": repr(unigram)},
@@ -128,7 +132,7 @@ def heldout_sequences(recipe: Recipe, corpus: HeldoutCorpus, frame: Frame) -> li
     length = recipe.data.sequence_length
     parts = [Part("heldout", Reordered(corpus, np.argsort(corpus.digests(), kind="stable")))]
     source = Source(parts, [0], None, limit=corpus.documents)
-    shape = Shape(length, frame.ends)
+    shape = Shape(length, frame.ends, alone=not recipe.data.packing)
     packer = Packer(Mixture([source], length), 1, shape, POOL if corpus.whole else 0)
     rows = [row for (row,) in islice(packer, recipe.data.heldout_sequences)]
     if not rows:
@@ -136,7 +140,7 @@ def heldout_sequences(recipe: Recipe, corpus: HeldoutCorpus, frame: Frame) -> li
             "the corpus has no held-out document, or only examples that are longer than a sequence "
             f"({length} tokens, data.sequence_length)"
         )
-    return read_rows(rows, parts, length, frame, recipe.model.objective == "masked")
+    return read_rows(rows, parts, length, frame)
 
 
 def training_sequences(

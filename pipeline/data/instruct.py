@@ -59,13 +59,16 @@ def document_text(document: Document) -> str:
 def prompt_text(
     template: str, tokenizer: "PreTrainedTokenizerFast", prompt: str, context: str | None = None
 ) -> str:
-    """What stands before the response. template: "alpaca", or "chat" for the tokenizer's own.
+    """What stands before the response. template: "alpaca", "chat" for the
+    tokenizer's own, or "plain" for the prompt as it is.
 
     Raises:
         UserError: the tokenizer has no chat template.
     """
     if template == "chat":
         return _chat(tokenizer, [_user(prompt, context)], add_generation_prompt=True)
+    if template == "plain":
+        return f"{prompt}\n{context}" if context else prompt
     if context:
         return ALPACA_CONTEXT.format(prompt=prompt, context=context)
     return ALPACA.format(prompt=prompt)

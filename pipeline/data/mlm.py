@@ -1,12 +1,14 @@
 """Examples for masked and causal language models: which tokens to predict, and batches of them."""
 
 from collections.abc import Sequence as Items
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from pipeline.data.sequences import Sequence
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IGNORED = -100  # the label that the loss leaves out
 
@@ -60,13 +62,28 @@ def mask_tokens(
     return ids, labels
 
 
-def collate(rows: Items[Row]) -> dict[str, Tensor]:
+def collate(rows: Items[Row]) -> dict[str, "Tensor"]:
     """A batch as the data gives it; `Separation.arrange` makes of it what a model takes.
 
     Returns input_ids, labels and segments, int64 [B, L], and, where there is padding, real: bool
-    [B, L], False on it. The labels are not shifted.
+    [B, L], False on it. L is the length of the longest row. The labels are not shifted.
     """
-    ids, labels, segments = (torch.from_numpy(np.stack(c)).long() for c in zip(*rows, strict=True))
-    batch = {"input_ids": ids, "labels": labels, "segments": segments}
-    real = segments >= 0
+    import torch  # preparing a corpus needs none
+
+    longest = max(len(ids) for ids, _, _ in rows)
+    columns = zip(*rows, strict=True)
+    fills = {"input_ids": 0, "labels": IGNORED, "segments": -1}
+    batch = {
+        name: torch.from_numpy(pad_rows(column, longest, fill)).long()
+        for (name, fill), column in zip(fills.items(), columns, strict=True)
+    }
+    real = batch["segments"] >= 0
     return batch if real.all() else {**batch, "real": real}
+
+
+def pad_rows(rows: Items[np.ndarray], length: int, fill: int) -> np.ndarray:
+    """[rows, length]; `fill` stands behind a row that is shorter."""
+    padded = np.full((len(rows), length), fill, rows[0].dtype)
+    for line, row in zip(padded, rows, strict=True):
+        line[: len(row)] = row
+    return padded

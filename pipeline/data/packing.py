@@ -38,11 +38,12 @@ Row = list[Piece]
 class Shape:
     """What a row holds.
 
-    length: tokens. ends: special tokens around every piece (masked models).
+    length: tokens. ends: special tokens around every piece (masked models). alone: one piece only.
     """
 
     length: int
     ends: int = 0
+    alone: bool = False
 
 
 class Packer:
@@ -78,7 +79,7 @@ class Packer:
             room -= take + self.shape.ends
             rest = offset + take < document.length
             self.held[holder] = (document, offset + take) if rest else None
-            if room <= self.shape.ends:
+            if room <= self.shape.ends or self.shape.alone:
                 break
         return pieces
 

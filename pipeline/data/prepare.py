@@ -145,8 +145,7 @@ def _job(
 ) -> tuple[Job, dict[str, Any]]:
     """What there is to do, and what the manifest says of it beforehand."""
     domain = recipe.data.domains[name]
-    masked = recipe.model.objective == "masked"
-    encoder = Encoder.of(tokenizer, masked, recipe.data.template)
+    encoder = Encoder.of(tokenizer, recipe.model.objective, recipe.data.template)
     whole = domain.instruction is not None or domain.chat_field is not None
     units = units_of(domain)
     sources = identity(domain, units)
@@ -171,7 +170,7 @@ def _job(
         locks=Path(),
         bad_lines=recipe.data.bad_lines,
         dtype="uint16" if encoder.largest_id < 1 << 16 else "uint32",
-        flags=("word_starts",) if masked else ("predicted",) if whole else (),
+        flags=("word_starts",) if encoder.frame.ends else ("predicted",) if whole else (),
         overlap=overlap,
     )
     return job, manifest

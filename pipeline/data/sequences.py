@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.data.encode import Tokens
+from pipeline.data.encode import Frame, Tokens
 from pipeline.data.mixture import Part
 from pipeline.data.packing import Row
 
@@ -30,22 +30,7 @@ class Sequence:
     domains: np.ndarray
 
 
-@dataclass(frozen=True)
-class Frame:
-    """The special tokens of a row: around every piece (masked models only), and the padding."""
-
-    before: list[int]
-    after: list[int]
-    pad: int
-
-    @property
-    def ends(self) -> int:
-        return len(self.before) + len(self.after)
-
-
-def read_rows(
-    rows: Items[Row], parts: Items[Part], length: int, frame: Frame, masked: bool
-) -> list[Sequence]:
+def read_rows(rows: Items[Row], parts: Items[Part], length: int, frame: Frame) -> list[Sequence]:
     """The tokens of planned rows; of a document only the piece is read.
 
     A word that is cut by the end of a piece counts as two.
@@ -62,7 +47,7 @@ def read_rows(
         room = length
         for segment, (part, place, start, stop) in enumerate(row):
             piece = parts[part].corpus.piece(place, start, stop)
-            if masked:
+            if frame.ends:
                 tokens += (before, piece.ids, after)
                 marks += (no[: len(before)], _starts(piece), no[: len(after)])
             else:
@@ -79,6 +64,7 @@ def read_rows(
         segments.append(-1)
         domains.append(-1)
     shape = len(rows), length
+    masked = bool(frame.ends)
     ids = np.concatenate(tokens, dtype=np.int32).reshape(shape)
     mark = np.concatenate(marks).reshape(shape)
     segment_of = np.repeat(np.array(segments, np.int16), counts).reshape(shape)

@@ -7,10 +7,10 @@ from itertools import count, islice, takewhile
 
 import numpy as np
 
+from pipeline.data.encode import Frame
 from pipeline.data.instruct import ExampleStatistics
 from pipeline.data.mixture import BLOCK, Corpus, Mixture, Part, Source
 from pipeline.data.packing import POOL, Packer, Shape
-from pipeline.data.sequences import Frame
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 
@@ -63,7 +63,7 @@ def stage_packer(
         if i == 0 and s.epochs is not None:
             source.limit = max(1, round(s.epochs * source.documents))
         sources.append(source)
-    shape = Shape(recipe.data.sequence_length, frame.ends)
+    shape = Shape(recipe.data.sequence_length, frame.ends, alone=not recipe.data.packing)
     pool = POOL if any(p.corpus.whole for p in parts) else 0
     mixture = Mixture(sources, longest=shape.length)
     return Packer(mixture, recipe.train.batch_size, shape, pool), parts, sources

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from pipeline.data.encode import Encoder, Tokens
+from pipeline.data.encode import Encoder, Frame, Tokens
 from pipeline.data.instruct import Document
 from pipeline.data.mixture import Mixture, Part
 from pipeline.data.order import Permutation
 from pipeline.data.packing import Packer, Shape, first_used
-from pipeline.data.sequences import Frame, read_rows
 from pipeline.data.sequences import Sequence as Packed
+from pipeline.data.sequences import read_rows
 from pipeline.errors import UserError
 
 BATCH = 16  # documents that are tokenized in one call
@@ -268,7 +268,7 @@ class StreamedRows:
         together: int = 8,
     ):
         """parts: the stage's domains: (name, whether its documents are whole)."""
-        self._length, self._frame, self._masked = shape.length, frame, encoder.masked
+        self._length, self._frame = shape.length, frame
         self._ranks = ranks
         self._dealers: dict[str, Dealer] = {}  # by "source/group"
         self._rows: dict[int, _Row] = {}
@@ -294,7 +294,7 @@ class StreamedRows:
             packed = []
             for row in self._rows.values():
                 planned = next(row.packer)
-                packed += read_rows(planned, row.parts, self._length, self._frame, self._masked)
+                packed += read_rows(planned, row.parts, self._length, self._frame)
                 for source, first in zip(row.sources, row.packer.first_used(), strict=True):
                     source.forget(first)
             yield packed

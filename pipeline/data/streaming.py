@@ -40,7 +40,7 @@ def open_streams(
     Raises:
         UserError: a domain without held-out documents.
     """
-    encoder = Encoder.of(tokenizer, recipe.model.objective == "masked", recipe.data.template)
+    encoder = Encoder.of(tokenizer, recipe.model.objective, recipe.data.template)
     wanted = recipe.data.heldout_sequences * recipe.data.sequence_length  # tokens
     found = {}
     for name in recipe.heldout_domains():
@@ -66,7 +66,7 @@ def streamed_batches(
     """The batches of a stage that reads its domains as it goes. bad: filled by domain."""
     s, data = recipe.stages[stage - 1], recipe.data
     names = domains_of(recipe, stage)
-    encoder = Encoder.of(tokenizer, recipe.model.objective == "masked", data.template)
+    encoder = Encoder.of(tokenizer, recipe.model.objective, data.template)
     frame = frame_of(recipe, tokenizer)
     sources = []
     for share in shares_of(recipe, stage):
@@ -83,7 +83,7 @@ def streamed_batches(
         [(name, _whole(recipe, name)) for name in names],
         encoder,
         frame,
-        Shape(data.sequence_length, frame.ends),
+        Shape(data.sequence_length, frame.ends, alone=not data.packing),
         recipe.train.batch_size,
         rank=rank,
         ranks=ranks,

@@ -24,7 +24,8 @@ def load_tokenizer(path_or_id: str, revision: str | None = None) -> "PreTrainedT
 
     A folder that holds only `vocab.json` and `merges.txt` is read as RoBERTa's byte-level BPE if
     the vocabulary has `<mask>`, else as GPT-2's. One that holds a SentencePiece model and no
-    `tokenizer.json` is read as the SentencePiece library reads it, or refused.
+    `tokenizer.json` is read as the SentencePiece library reads it, or refused; `spiece.model` alone
+    is T5's, with its 100 sentinels.
 
     Raises:
         UserError: the folder or id cannot be read, or gives no (or next to no) vocabulary.
@@ -45,12 +46,14 @@ def load_tokenizer(path_or_id: str, revision: str | None = None) -> "PreTrainedT
     elif folder.exists() or path_or_id.startswith(("/", ".", "~")) or path_or_id.count("/") > 1:
         raise UserError(f"tokenizer {path_or_id}: no such folder (give a folder or a hub id)")
 
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, T5Tokenizer
 
+    alone = folder.is_dir() and not known and pieces is not None and pieces.name == "spiece.model"
+    loader: Any = T5Tokenizer if alone else AutoTokenizer
     try:
         tokenizer = retried(
             f"tokenizer {path_or_id}",
-            lambda: AutoTokenizer.from_pretrained(
+            lambda: loader.from_pretrained(
                 str(folder) if folder.is_dir() else path_or_id,
                 revision=revision,
                 trust_remote_code=False,
@@ -104,8 +107,12 @@ def never_drawn(tokenizer: "PreTrainedTokenizerFast") -> tuple[int, ...]:
     return tuple(sorted(holes | set(tokenizer.all_special_ids)))
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, sentinels: int = 0
+) -> "PreTrainedTokenizerFast":
     """Train a byte-level BPE with RoBERTa's special tokens (ids 0 to 4); deterministic.
+
+    sentinels: how many of T5's <extra_id_0>, ... it has too, which stand for spans of a text.
 
     Any text can be encoded, so `<unk>` never occurs. Raises UserError without text.
     """
@@ -115,7 +122,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[*SPECIAL[:-1], AddedToken(**MASK)],
+        special_tokens=[
+            *SPECIAL[:-1],
+            AddedToken(**MASK),
+            *(f"<extra_id_{i}>" for i in range(sentinels)),
+        ],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

@@ -14,14 +14,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PretrainedConfig, masking_utils
 
 from pipeline.errors import UserError
 from pipeline.model.positions import first_position
 from pipeline.recipe import Recipe
 
-Way = Literal["together", "positions", "masks", "rows"]
+Way = Literal["together", "positions", "masks", "rows", "pairs"]
 PROBE_LENGTH = 16  # tokens
 # The largest difference, of the norm of a document's hidden states: rounding stays below.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2}
@@ -41,7 +40,8 @@ class Separation:
     way: "positions": position_ids that begin anew with each document, from which the model makes
     its own masks (sliding windows included). "masks": the library's masks of the model's layers,
     cut at the documents, and the same position_ids. "rows": one document a row, padded.
-    "together": the documents of a row see each other.
+    "together": the documents of a row see each other. "pairs", of an encoder-decoder: one document
+    a row, its tokens without labels for the encoder, those with labels for the decoder.
     first: the position of a document's first token; None where the model takes no position_ids.
     flat: all rows as one long one, which is how flash attention takes position_ids.
     """
@@ -67,13 +67,18 @@ class Separation:
         Returns:
             (inputs, tokens): the keyword arguments of the forward, and the batch's other tensors
             as the input's tokens now stand: `labels`, `real` (bool; absent where nothing is
-            padding), ... [batch, length], or other sizes for "rows" and `flat`.
+            padding), ... [batch, length], or other sizes for "rows" and `flat`. For "pairs" they
+            are of what the decoder writes, but for `real`, of what the encoder reads;
+            `decoder_real` is the decoder's.
         """
         tokens = {k: t for k, t in batch.items() if k != "segments"}
         segments = batch["segments"]
         inputs: dict[str, Any] = {"use_cache": False} if self.takes_cache else {}
+        if self.way == "pairs":
+            given, tokens = self._pairs(tokens, segments)
+            return {**given, **inputs}, tokens
         if self.way == "rows":
-            tokens = _one_a_row(tokens, segments, self._padding())
+            tokens = _one_a_row(tokens, segments, segments >= 0, self._padding())
             inputs["attention_mask"] = tokens.pop("attention_mask")
         elif self.way == "together":
             inputs["attention_mask"] = (segments >= 0).long()
@@ -88,6 +93,24 @@ class Separation:
                     for x in (tokens, inputs)
                 )
         return {"input_ids": tokens.pop("input_ids"), **inputs}, tokens
+
+    def _pairs(
+        self, tokens: dict[str, Tensor], segments: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The decoder reads what it is to write, a token later, behind the model's start token."""
+        real, learnt = segments >= 0, tokens["labels"] >= 0
+        source = _one_a_row(tokens, segments, real & ~learnt, self._padding())
+        target = _one_a_row(tokens, segments, real & learnt, self._padding())
+        written = target.pop("input_ids")
+        inputs = {
+            "input_ids": source["input_ids"],
+            "attention_mask": source["attention_mask"],
+            "decoder_input_ids": torch.cat(
+                [torch.full_like(written[:, :1], start_token(self.config)), written[:, :-1]], dim=1
+            ),
+            "decoder_attention_mask": target.pop("attention_mask"),
+        }
+        return inputs, {**target, "real": source["real"], "decoder_real": target["real"]}
 
     def _masks(self, segments: Tensor, dtype: torch.dtype) -> Any:
         full, windowed = MAKERS[self.causal]
@@ -105,6 +128,12 @@ class Separation:
     def _padding(self) -> int:
         padding = getattr(self.config, "pad_token_id", None)
         return 0 if padding is None or padding < 0 else int(padding)
+
+
+def start_token(config: PretrainedConfig) -> int:
+    """What the decoder of an encoder-decoder reads first."""
+    found = getattr(config, "decoder_start_token_id", None)
+    return int(found if found is not None else config.pad_token_id or 0)
 
 
 def arrange(
@@ -125,12 +154,6 @@ def arrange(
     return inputs, tokens
 
 
-def targets_of(values: Tensor, objective: str) -> Tensor:
-    """[batch, length], of what each position predicts, -100 where that is nothing; a causal LM
-    predicts the next token."""
-    return values if objective == "masked" else F.pad(values[:, 1:], (0, 1), value=-100)
-
-
 def separate_documents(
     net: nn.Module, causal: bool, cross_document: bool, way: str, length: int
 ) -> Separation:
@@ -146,6 +169,8 @@ def separate_documents(
     Raises:
         UserError: no way keeps documents apart.
     """
+    if getattr(net.config, "is_encoder_decoder", False):
+        return _describe(net, causal, "pairs", flash=False)
     flash = "flash" in net.config._attn_implementation  # type: ignore[union-attr,operator]
     if cross_document or way != "auto":
         return _describe(net, causal, "together" if cross_document else way, flash)
@@ -215,12 +240,12 @@ def _describe(net: nn.Module, causal: bool, way: Any, flash: bool) -> Separation
     config: Any = net.config
     return Separation(
         way,
-        config.get_text_config(),
+        config if way == "pairs" else config.get_text_config(),
         causal,
         first=first_position(net) if _takes(net, "position_ids") else None,
         windows=_makes(net, MAKERS[causal][1]) and _kinds(config),
         flat=way == "positions" and flash,
-        takes_cache=causal and _takes(net, "use_cache"),
+        takes_cache=(causal or way == "pairs") and _takes(net, "use_cache"),
     )
 
 
@@ -320,18 +345,20 @@ def _positions(segments: Tensor) -> Tensor:
     return index - index.where(_starts(segments), 0).cummax(dim=1).values
 
 
-def _one_a_row(tokens: dict[str, Tensor], segments: Tensor, padding: int) -> dict[str, Tensor]:
-    """The same tokens, each document in a row of its own; with `attention_mask` and `real`."""
-    real = segments >= 0
-    row = (_starts(segments) & real).flatten().cumsum(0).view_as(segments)[real] - 1
-    place = _positions(segments)[real]
-    documents = int(row[-1]) + 1 if len(row) else 1
-    shape = (documents, int(place.max()) + 1 if len(place) else 1)
+def _one_a_row(
+    tokens: dict[str, Tensor], segments: Tensor, chosen: Tensor, padding: int
+) -> dict[str, Tensor]:
+    """The chosen tokens, those of each document in a row of their own; with `attention_mask` and
+    `real`. chosen: bool, as the segments."""
+    starts = _starts(segments) & (segments >= 0)
+    row = starts.flatten().cumsum(0).view_as(segments)[chosen] - 1
+    place = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
+    shape = (max(1, int(starts.sum())), int(place.max()) + 1 if len(place) else 1)
     out = {}
-    for name, tensor in {**tokens, "real": real}.items():
+    for name, tensor in {**tokens, "real": segments >= 0}.items():
         fill = {"input_ids": padding, "labels": -100, "real": 0}.get(name, -1)
         out[name] = torch.full(shape, fill, dtype=tensor.dtype, device=tensor.device)
-        out[name][row, place] = tensor[real]
+        out[name][row, place] = tensor[chosen]
     out["attention_mask"] = out["real"].long()
     out["attention_mask"][:, 0] = 1  # also of a batch that is padding only
     return out

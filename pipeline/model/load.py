@@ -3,15 +3,22 @@
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+)
 
 from pipeline.errors import UserError
 from pipeline.model.gguf import local_weights
 from pipeline.model.lora import (
+    TASK_TYPES,
     add_adapter,
     add_beside,
     base_of,
@@ -26,7 +33,11 @@ from pipeline.network import retried
 from pipeline.recipe import Lora, Model, Recipe
 
 FLASH = "flash_attention_2"  # needs a GPU to be built with
-AUTO = {"masked": AutoModelForMaskedLM, "causal": AutoModelForCausalLM}
+AUTO = {
+    "masked": AutoModelForMaskedLM,
+    "causal": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+}
 
 
 def load_config(model: Model, vocab_size: int | None = None) -> PretrainedConfig:
@@ -156,14 +167,13 @@ def build_model(
             initialize = seed if checkpoint is None and model.initialize_missing else None
             kwargs |= {"config": config, "revision": revision}
             net = load_pretrained(auto, source, initialize, **kwargs)
+            kind = TASK_TYPES.get(model.objective)
             if adapter is not None and model.lora is not None and model.lora.incremental:
-                causal = model.objective == "causal"
-                add_beside(net, adapter, model.lora, causal, seed)
+                add_beside(net, adapter, model.lora, kind, seed)
             elif adapter is not None:
                 load_adapter(net, adapter)
             elif model.lora is not None:
-                causal = model.objective == "causal"
-                add_adapter(net, model.lora, str(source), revision, causal, seed)
+                add_adapter(net, model.lora, str(source), revision, kind, seed)
             compute_in_input_dtype(net)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model: cannot build {source or config.model_type}: {error}") from None
@@ -200,7 +210,7 @@ def _sinusoidal_positions(net: nn.Module, config: PretrainedConfig) -> None:
 
 def load_for_evaluation(
     checkpoint: str | Path,
-    objective: Literal["masked", "causal"],
+    objective: str,
     attention: str,
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -239,7 +249,7 @@ def empty_model(model: Model, config: PretrainedConfig) -> nn.Module:
     net = _without_weights(model, config)
     if model.lora is not None:
         with torch.device("meta"):
-            add_adapter(net, model.lora, model.path, None, model.objective == "causal", 0)
+            add_adapter(net, model.lora, model.path, None, TASK_TYPES.get(model.objective), 0)
     return net
 
 

@@ -26,6 +26,8 @@ from pipeline.recipe import Lora
 
 ADAPTER = "adapter_config.json"
 EARLIER = "earlier"  # the name of the frozen adapters of the stages before, as one
+# PEFT's names by objective; it has none for masked language models.
+TASK_TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
 
 
 def is_adapter(folder: str | Path | None) -> bool:
@@ -79,10 +81,16 @@ def adapted_linears(net: nn.Module, lora: Lora) -> list[str]:
 
 
 def add_adapter(
-    net: nn.Module, lora: Lora, base: str | None, revision: str | None, causal: bool, seed: int
+    net: nn.Module,
+    lora: Lora,
+    base: str | None,
+    revision: str | None,
+    task_type: str | None,
+    seed: int,
 ) -> None:
     """Freeze `net` and give it a new adapter: A random from `seed`, B zero (so it changes nothing).
 
+    task_type: PEFT's, of TASK_TYPES.
     base: what the adapter's configuration records; a folder becomes an absolute path.
     """
     names = adapted_linears(net, lora)
@@ -94,7 +102,7 @@ def add_adapter(
         target_modules=names,
         fan_in_fan_out=transposed,
         revision=revision,
-        task_type="CAUSAL_LM" if causal else None,
+        task_type=task_type,
     )
     with torch.random.fork_rng(devices=[]):  # the same A on every rank
         torch.manual_seed(seed)
@@ -106,7 +114,9 @@ def add_adapter(
     settings.target_modules = sorted(settings.target_modules)  # type: ignore[arg-type]
 
 
-def add_beside(net: Any, adapter: str | Path, lora: Lora, causal: bool, seed: int) -> None:
+def add_beside(
+    net: Any, adapter: str | Path, lora: Lora, task_type: str | None, seed: int
+) -> None:
     """Load what the stages before have published, frozen, and add a new adapter to be trained
     beside it: the layer's output is the sum of both (IncLoRA)."""
     load_adapter(net, adapter, EARLIER)
@@ -114,7 +124,7 @@ def add_beside(net: Any, adapter: str | Path, lora: Lora, causal: bool, seed: in
     base, revision = earlier.base_model_name_or_path, earlier.revision
     with warnings.catch_warnings():  # that there is an adapter already
         warnings.simplefilter("ignore", UserWarning)
-        add_adapter(net, lora, base, revision, causal, seed * 1009 + earlier.r)
+        add_adapter(net, lora, base, revision, task_type, seed * 1009 + earlier.r)
     net.set_adapter([EARLIER, "default"])
     for name, p in net.named_parameters():
         p.requires_grad_(".lora_" in name and ".default." in name)

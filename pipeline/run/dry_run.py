@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.batches import frame_of
+from pipeline.data.encode import Frame
 from pipeline.data.mixture import Corpus
 from pipeline.data.prepare import describe as describe_domain
 from pipeline.data.prepare import estimated_tokens, prepared_before
-from pipeline.data.sequences import Frame
 from pipeline.data.stage import StagePlan, domains_of, plan_stage, shares_of
 from pipeline.data.tokenizer import load_tokenizer, vocabulary_size
 from pipeline.engine.config import check_quantized, describe, precision_of

@@ -97,6 +97,11 @@ def recipe_problems(r: Recipe) -> list[str]:
     need(d.bad_lines >= 0, "data.bad_lines: must be at least 0")
     need(d.prefetch >= 0, "data.prefetch: must be at least 0")
     need(
+        m.objective != "seq2seq" or not (d.cross_document or d.keep_apart != "auto"),
+        "data: cross_document and keep_apart have no effect on an encoder-decoder, which reads one "
+        "document a row; remove them",
+    )
+    need(
         not d.cross_document or d.keep_apart == "auto",
         "data.keep_apart: has no effect with data.cross_document, which lets documents see each "
         "other; remove one",
@@ -112,13 +117,19 @@ def recipe_problems(r: Recipe) -> list[str]:
     found += streaming_problems(r)
     instructions = [n for n, domain in d.domains.items() if domain.instruction]
     need(
-        not instructions or m.objective == "causal",
+        not instructions or m.objective != "masked",
         f"data.domains.{(instructions or [''])[0]}.instruction: responses are learnt by a causal "
-        "model; set model.objective=causal",
+        "or an encoder-decoder model; set model.objective=causal, or seq2seq",
     )
     need(
         bool(instructions) or d.template == "alpaca",
         "data.template: has no effect without a domain of instructions; remove it",
+    )
+    chats = [n for n, domain in d.domains.items() if domain.chat_field]
+    need(
+        m.objective != "seq2seq" or not (chats or d.template == "chat"),
+        f"data.{f'domains.{chats[0]}.chat_field' if chats else 'template'}: an encoder-decoder has "
+        "no chats here; give `instruction` and template=plain or alpaca",
     )
     need(bool(r.stages), "stages: list at least one domain to train on")
     for i, stage in enumerate(r.stages):
@@ -150,8 +161,9 @@ def recipe_problems(r: Recipe) -> list[str]:
         need(
             not getattr(r.evaluate, what) or m.objective == "causal",
             f"evaluate.{what}: needs a causal model: a masked LM such as RoBERTa gives text no "
-            "likelihood, and its scores would mean nothing. Remove it, or set "
-            "model.objective=causal",
+            "likelihood, and its scores would mean nothing"
+            + (", and an encoder-decoder continues no text" if m.objective == "seq2seq" else "")
+            + ". Remove it, or set model.objective=causal",
         )
     found += anchor_problems(r)
     found += method_problems(r) + baseline_problems(r)

@@ -16,6 +16,7 @@ from pipeline.ranks import on_rank0
 from pipeline.recipe import Recipe
 
 TOKENIZER_DOCUMENTS = 100_000
+SENTINELS = 100  # as T5 has
 
 
 def run_tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerFast:
@@ -31,7 +32,8 @@ def run_tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerFast:
         documents = training_documents(recipe, recipe.stages[0].domains)
         every = (document_text(d).replace("\0", "\n") for d in documents)
         texts = islice(every, TOKENIZER_DOCUMENTS)
-        trained = train_tokenizer(texts, vocabulary)
+        sentinels = SENTINELS if recipe.model.objective == "seq2seq" else 0
+        trained = train_tokenizer(texts, vocabulary, sentinels)
 
         def write(folder: Path) -> None:
             trained.save_pretrained(folder)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.data.objective import targets_of
 from pipeline.errors import TrainingStopped
 from pipeline.methods.method import Method
 from pipeline.migu.gradient_mask import GradientMask, NonFiniteMagnitude
-from pipeline.model.attention import Separation, arrange, targets_of
+from pipeline.model.attention import Separation, arrange
 from pipeline.model.load import PredictedPositions, predict
 from pipeline.progress import EventLog, StageProgress
 from pipeline.ranks import rank, summed, totals, world_size
@@ -84,7 +85,8 @@ def train_stage(
         """(what is minimised, the loss): sums over the predictions of a micro-batch."""
         inputs, tokens = arrange(_to(waiting, engine.device), separation, engine.module)
         targets = targets_of(tokens["labels"], objective)
-        with timer("forward"), mask.recording(tokens.get("real")) if mask else nullcontext():
+        real = tokens.get("real"), tokens.get("decoder_real")
+        with timer("forward"), mask.recording(*real) if mask else nullcontext():
             logits = _predictions(engine, head, inputs, targets)
             losses = F.cross_entropy(logits, targets[targets >= 0], reduction="none")
         if by_domain is not None:

@@ -17,6 +17,11 @@ def unused_keys(r: Recipe) -> list[str]:
     m, d, e = r.model, r.data, r.evaluate
     hub = [x for x in (m.path, m.tokenizer) if x and not Path(x).exists() and ".gguf" not in x]
     unused(m.revision and not hub, "model.revision", "without a model or tokenizer of the hub")
+    unused(
+        m.objective == "seq2seq" and d.whole_word,
+        "data.whole_word",
+        "on an encoder-decoder, whose spans are cut between any tokens",
+    )
     if m.objective == "causal":
         for key in ("whole_word", "masking", "heldout_masking"):
             unused(_is_set(Data, d, key), f"data.{key}", "on a causal model, which masks nothing")
