@@ -35,6 +35,7 @@ def main() -> None:
     import torch
 
     from eval.measure.checkpoint import Checkpoint, check, measure_share, merge, objective_of
+    from pipeline.data.heldout import load_tasks
     from pipeline.errors import UserError
     from pipeline.recipe import Mask
     from pipeline.run.recipe_file import load_recipe
@@ -49,11 +50,13 @@ def main() -> None:
             "`heldout` folder of a run"
         )
     objective = objective_of(args.heldout)
-    if objective == "masked" and {"benchmarks", "humaneval"} & set(kinds):
+    if objective != "causal" and {"benchmarks", "humaneval"} & set(kinds):
         raise UserError(
             "--tasks: benchmarks and HumanEval need a causal model: a masked LM such as RoBERTa "
             "gives text no likelihood, and its scores would mean nothing"
         )
+    if "tasks" in kinds and (args.heldout is None or not load_tasks(args.heldout)):
+        raise UserError("--tasks tasks: give --heldout of a run that has tasks")
     checkpoint = Checkpoint(
         args.checkpoint,
         args.revision,
@@ -101,9 +104,9 @@ def _parser() -> argparse.ArgumentParser:
         "--tasks",
         nargs="+",
         metavar="TASK",
-        help="heldout, humaneval, end_tasks, benchmarks (those of the recipe), or names of the "
-        "recipe's benchmarks or of lm-eval's log-likelihood tasks (default: what the recipe "
-        "measures; without a recipe, heldout)",
+        help="heldout, tasks (those of the held-out folder), humaneval, end_tasks, benchmarks "
+        "(those of the recipe), or names of the recipe's benchmarks or of lm-eval's log-likelihood "
+        "tasks (default: what the recipe measures; without a recipe, heldout)",
     )
     add(
         "--recipe",
@@ -129,7 +132,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--end-task-files", metavar="DIR", help="folder with <name>/{train,dev,test}.jsonl[.gz]")
     add("--seeds", type=int, nargs="+", metavar="N", help="of the end tasks (default: five)")
     add("--samples", type=int, metavar="N", help="HumanEval completions beside the greedy one")
-    add("--max-new-tokens", type=int, metavar="N", help="of a HumanEval completion (default: 512)")
+    add(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="of an answer (default: 50) or a HumanEval completion (512)",
+    )
     add("--sandbox", choices=("auto", "bubblewrap", "landlock", "unsafe"), help="for HumanEval")
     add("--batch-size", type=int, help="sequences (default: 32, HumanEval: 16)")
     add("--precision", choices=("fp32", "bf16"), help="of the weights (default: fp32)")
@@ -146,8 +154,8 @@ def _parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="DIR",
-        help="write eval.json, benchmarks.json, humaneval.json, end_tasks.json and what belongs to "
-        "them here; end tasks that lie there are not done again (default: print the numbers only)",
+        help="write eval.json, tasks.json, benchmarks.json, humaneval.json, end_tasks.json and their "
+        "files here; end tasks that lie there are not done again (default: print the numbers only)",
     )
     add("--share", metavar="R/N", help=argparse.SUPPRESS)  # a rank's part, written to --output
     return parser
@@ -168,6 +176,7 @@ def _settings(args: argparse.Namespace, recipe: Any) -> tuple[Any, list[str]]:
         tasks += ["benchmarks"] * bool(settings.benchmarks)
         tasks += ["humaneval"] * bool(settings.humaneval)
         tasks += ["end_tasks"] * bool(settings.end_tasks)
+        tasks += ["tasks"] * bool(recipe and recipe.tasks())
     if args.end_tasks and "end_tasks" not in tasks:
         tasks = ["end_tasks"] if args.tasks is None and not recipe else [*tasks, "end_tasks"]
     known = settings.benchmarks
@@ -190,6 +199,8 @@ def _settings(args: argparse.Namespace, recipe: Any) -> tuple[Any, list[str]]:
         }
         given = {k: v for k, v in given.items() if v is not None}
         humaneval = replace(settings.humaneval or HumanEval(), **given, **limit)
+    answers = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size, **limit}
+    answers = {k: v for k, v in answers.items() if v is not None}
     settings = replace(
         settings,
         benchmarks=benchmarks,
@@ -197,11 +208,13 @@ def _settings(args: argparse.Namespace, recipe: Any) -> tuple[Any, list[str]]:
         end_tasks=_end_tasks(args, settings.end_tasks) if "end_tasks" in tasks else None,
         batch_size=args.batch_size or settings.batch_size,
         benchmark_files=args.benchmark_files or settings.benchmark_files,
+        answers=replace(settings.answers, **answers) if "tasks" in tasks else settings.answers,
         overlap=settings.overlap and not args.no_overlap,
         precision=args.precision or settings.precision,
     )
     kinds = ["heldout"] * ("heldout" in tasks) + ["benchmarks"] * bool(benchmarks)
     kinds += ["humaneval"] * bool(humaneval) + ["end_tasks"] * bool(settings.end_tasks)
+    kinds += ["tasks"] * ("tasks" in tasks)
     problems = evaluation_problems(settings) + _without_effect(args, kinds)
     if args.threshold is not None and not 0 <= args.threshold < 1:
         problems += [f"--threshold {args.threshold}: must be at least 0 and below 1"]
@@ -227,14 +240,14 @@ def _end_tasks(args: argparse.Namespace, known: Any) -> Any:
     return replace(settings, **{k: v for k, v in given.items() if v is not None})
 
 
-KINDS = ("heldout", "humaneval", "benchmarks", "end_tasks")
+KINDS = ("heldout", "humaneval", "benchmarks", "end_tasks", "tasks")
 # What only some measurements read.
 READ_BY = {
-    "limit": ("benchmarks", "humaneval"),
+    "limit": ("benchmarks", "humaneval", "tasks"),
     "shots": ("benchmarks",),
     "benchmark_files": ("benchmarks",),
     "samples": ("humaneval",),
-    "max_new_tokens": ("humaneval",),
+    "max_new_tokens": ("humaneval", "tasks"),
     "sandbox": ("humaneval",),
     "no_overlap": ("heldout",),
     "threshold": ("heldout",),

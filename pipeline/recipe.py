@@ -59,6 +59,20 @@ class Instruction:
 
 
 @dataclass
+class Task:
+    """A classification task as text to text: which option fits a text (docs/tasks.md)."""
+
+    instruction: str  # what is asked; the options and the text follow it
+    labels: list[str] | str  # the options, or a file that lists them (labels.json)
+    text: str = "sentence"  # fields of a row
+    label: str = "label"  # a label, or its number in `labels` from 0
+    leave_out: list[str] = field(default_factory=list)  # labels whose rows are left out
+    max_words: int | None = None  # of a text; the rest is cut off
+    train_rows: int | None = None  # to train on, drawn by hash; the paper's: 1000
+    test_rows: int | None = None  # of each label, drawn by hash; the paper's: 500
+
+
+@dataclass
 class Domain:
     """One corpus: exactly one of `embedded`, `files`, `hub`."""
 
@@ -71,6 +85,7 @@ class Domain:
     text_field: str = "text"
     instruction: Instruction | None = None  # rows are prompts and responses; {}: default fields
     chat_field: str | None = None  # rows are conversations: the field of their messages
+    task: Task | None = None  # rows are texts and their labels
     txt_documents: Literal["paragraph", "line"] = "paragraph"  # what a document is in a .txt file
     heldout_files: list[str] = field(default_factory=list)
     heldout_split: str | None = None
@@ -80,6 +95,16 @@ class Domain:
     sample_seed: int = 0
     deduplicate: bool = False  # leave out documents that are equal to an earlier one
     decontaminate: list[str] = field(default_factory=list)  # humaneval, or evaluation tasks
+
+    @property
+    def whole(self) -> bool:
+        """Whether its documents are examples, which are not cut."""
+        return bool(self.instruction or self.task) or self.chat_field is not None
+
+    @property
+    def counted(self) -> bool:
+        """Whether which documents there are depends on how many there are."""
+        return self.max_documents is not None or self.task is not None
 
 
 @dataclass
@@ -310,6 +335,16 @@ class HumanEval:
 
 
 @dataclass
+class Answers:
+    """How the answers of the domains that are tasks are generated, greedily (docs/tasks.md)."""
+
+    max_new_tokens: int = 50
+    constrained: bool = False  # to the task's labels
+    batch_size: int = 32  # prompts
+    limit: int | None = None  # rows of each task
+
+
+@dataclass
 class Evaluation:
     domains: list[str] | None = None  # default: every domain
     batch_size: int = 32  # sequences
@@ -320,6 +355,7 @@ class Evaluation:
     unreachable: Literal["fail", "skip"] = "fail"
     humaneval: HumanEval | None = None  # {}: with the defaults
     end_tasks: EndTasks | None = None  # fine-tune copies of the checkpoints on tasks
+    answers: Answers = field(default_factory=Answers)
     # of the weights that benchmarks and HumanEval run on; the held-out loss has the engine's
     precision: Literal["fp32", "bf16"] = "fp32"
 
@@ -369,6 +405,10 @@ class Recipe:
     def stage_of(self, domain: str) -> int:
         """The stage that first trains on a domain, 0 for none."""
         return next((i for i, s in enumerate(self.stages, start=1) if domain in s.domains), 0)
+
+    def tasks(self) -> list[str]:
+        """The domains whose answers are measured."""
+        return [n for n in self.heldout_domains() if self.data.domains[n].task]
 
     def to_yaml(self) -> str:
         """As a file, without passwords and tokens."""
@@ -443,8 +483,8 @@ def _refresh_problems(mask: Mask) -> list[str]:
 
 # Whoever validates one of them refuses unknown keys: `run/recipe_file.py`, `pipeline.attach`.
 for _cls in (
-    Lora, Model, Instruction, Domain, Data, Stage, Mask, Anchor, OLora,
+    Lora, Model, Instruction, Task, Domain, Data, Stage, Mask, Anchor, OLora,
     L2ToStart, Half, SourceColumns, Das, Distill, Ewc, DerPlusPlus, Optimizer, Train, Engine,
-    Benchmark, HumanEval, EndTask, EndTasks, Evaluation, Resume, Recipe,
+    Benchmark, HumanEval, Answers, EndTask, EndTasks, Evaluation, Resume, Recipe,
 ):  # fmt: skip
     _cls.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # type: ignore[union-attr]

@@ -11,13 +11,14 @@ from tokenizers.models import WordLevel
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.data.objective import targets_of
 from pipeline.data.order import Permutation
 from pipeline.methods.anchor import STREAM, Anchor
 from pipeline.methods.anchor_text import make_text
 from pipeline.methods.divergence import summed_kl, summed_kl_top_k, top_k
 from pipeline.methods.method import Start, Teacher
 from pipeline.methods.sampled_text import BLOCK, sample_block
-from pipeline.model.attention import separate_documents, targets_of
+from pipeline.model.attention import separate_documents
 from pipeline.ranks import rank, world_size
 from pipeline.recipe import Anchor as Settings
 from pipeline.run.train import train_stage

@@ -7,9 +7,12 @@ from torch.nn import functional as F
 
 from pipeline.data.encode import Encoder
 from pipeline.data.instruct import Example
+from pipeline.data.mixture import Mixture, Part, Source
 from pipeline.data.mlm import collate
 from pipeline.data.objective import OBJECTIVES, targets_of
+from pipeline.data.packing import Packer, Shape
 from pipeline.data.span_corruption import corrupt, sentinels
+from pipeline.data.stream import HeldDocuments
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.model.attention import separate_documents
 from pipeline.model.load import PredictedPositions
@@ -115,3 +118,16 @@ def test_a_tokenizer_without_an_end_is_refused(tokenizer):
     bare.eos_token = None
     with pytest.raises(UserError, match="eos_token"):
         Encoder.of(bare, "seq2seq", "plain")
+
+
+@pytest.mark.parametrize("objective", ["seq2seq", "causal"])
+def test_without_packing_a_row_has_one_document(tokenizer, objective):
+    encoder = Encoder.of(tokenizer, objective, "plain")
+    tokens = encoder.encode([*EXAMPLES, " ".join(TEXTS * 9)])  # examples, and a long text
+    corpus = HeldDocuments(dict(enumerate(tokens)), True)
+    source = Source([Part("x", corpus)], [0], None, limit=len(tokens))
+    packer = Packer(Mixture([source], 64), 4, Shape(64, encoder.frame.ends, alone=True), 16)
+    rows = [row for step in packer for row in step if row]
+    assert all(len(row) == 1 for row in rows)
+    read = [tokens[p.place].ids[p.start : p.stop] for (p,) in rows]
+    assert sum(map(len, read)) == sum(len(t.ids) for t in tokens)  # and every one is read

@@ -52,6 +52,7 @@ class Point:
     sequences: dict[str, np.ndarray] | None  # losses and tokens of each sequence, by domain
     humaneval: dict  # humaneval.json
     benchmarks: dict  # benchmarks.json
+    tasks: dict = field(default_factory=dict)  # tasks.json
     documents: dict[str, np.ndarray] = field(default_factory=dict)  # benchmarks.npz
     completions: list[dict] = field(default_factory=list)  # of HumanEval, the greedy ones
     damage: list[str] = field(default_factory=list)  # why no verdict rests on its tasks
@@ -73,6 +74,11 @@ class Point:
         return _scores(self.benchmarks.get("benchmarks"))
 
     @property
+    def task_scores(self) -> dict[str, Score]:
+        """The exact matches of each task of the recipe, a share."""
+        return _scores(self.tasks.get("tasks"))
+
+    @property
     def average(self) -> Score | None:
         """The mean over the benchmarks that were measured, taken as independent; as that of
         benchmarks.json, which is left out there where a benchmark was skipped."""
@@ -85,7 +91,7 @@ class Point:
 
     @property
     def has_tasks(self) -> bool:
-        return bool(self.greedy or self.sampled or self.scores or self.skipped)
+        return bool(self.greedy or self.sampled or self.scores or self.skipped or self.task_scores)
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -152,7 +158,7 @@ def load_points(
                 findings.damaged(f"{named(here / 'eval.json')} lacks the loss of a domain.")
             point = Point(stage, step, None, None, here, "", row, errors, None, {}, {})
             _read_tasks(point, findings)
-            files = (record, point.humaneval, point.benchmarks)
+            files = (record, point.humaneval, point.benchmarks, point.tasks)
             known = [finite(file.get("progress")) for file in files]
             progress = next((value for value in known if value is not None), None)
             point.share = progress / length if progress is not None and length else None
@@ -249,6 +255,13 @@ def _read_tasks(point: Point, findings: Findings) -> None:
     except Damaged as error:
         damaged(error)
     try:
+        point.tasks = read_json(folder / "tasks.json") or {}
+        if problem := _scores_problem(point.tasks, "tasks"):
+            point.tasks = {}
+            raise Damaged(f"{named(folder / 'tasks.json')} is left out: {problem}.")
+    except Damaged as error:
+        damaged(error)
+    try:
         point.documents = read_arrays(folder / "benchmarks.npz") or {}
     except Damaged as error:
         damaged(error)
@@ -277,9 +290,13 @@ def _humaneval_problem(record: dict) -> str:
 def _benchmarks_problem(record: dict) -> str:
     if not isinstance(record.get("skipped") or {}, dict):
         return "skipped holds no keys"
-    entries = record.get("benchmarks")
+    return _scores_problem(record, "benchmarks")
+
+
+def _scores_problem(record: dict, key: str) -> str:
+    entries = record.get(key)
     if record and not isinstance(entries, dict):
-        return "it holds no benchmarks"
+        return f"it holds no {key}"
     for name, entry in (entries or {}).items():
         if not isinstance(entry, dict) or finite(entry.get("value")) is None:
             return f"the value of {name} is no number"
@@ -288,7 +305,7 @@ def _benchmarks_problem(record: dict) -> str:
 
 def _tell_missing_tasks(points: list[Point], findings: Findings) -> None:
     """Results that other points of the run have."""
-    for file in ("humaneval.json", "benchmarks.json", "benchmarks.npz"):
+    for file in ("humaneval.json", "tasks.json", "benchmarks.json", "benchmarks.npz"):
         paths = [point.folder / file for point in points]
         if any(path.exists() for path in paths):
             lacking = [named(path) for path in paths if not path.exists()]

@@ -1,4 +1,4 @@
-"""Everything that is measured of one checkpoint: held-out loss, benchmarks, HumanEval, end tasks.
+"""Everything that is measured of one checkpoint: held-out loss, tasks, benchmarks, HumanEval, ...
 
 `launch/evaluate.py` runs `measure_share` once per rank, each in a process of its own and on its
 share of the work; `merge` puts the shares together. A part that fails leaves the others whole.
@@ -24,7 +24,13 @@ from pipeline.model.load import load_for_evaluation
 from pipeline.recipe import Evaluation, Lora
 from pipeline.run.run import RESULTS
 
-SUFFIXES = {"heldout": "npz", "benchmarks": "json", "humaneval": "jsonl", "end_tasks": "json"}
+SUFFIXES = {
+    "heldout": "npz",
+    "tasks": "jsonl",
+    "benchmarks": "json",
+    "humaneval": "jsonl",
+    "end_tasks": "json",
+}
 
 
 @dataclass
@@ -34,7 +40,7 @@ class Checkpoint:
     path: str
     revision: str | None
     tokenizer_path: str | None  # default: the checkpoint's own
-    objective: Literal["masked", "causal"]
+    objective: str
     precision: Literal["fp32", "bf16"]
     attention: str
     device: str
@@ -145,6 +151,18 @@ def measure_share(
                 )
                 now = list(settings.end_tasks.tasks) if end_tasks_now is None else end_tasks_now
                 end_tasks.evaluate_share(source, settings.end_tasks, now, output, share)
+            elif kind == "tasks":
+                from eval.measure import tasks
+
+                assert heldout is not None
+                tasks.evaluate_share(
+                    checkpoint.model,
+                    checkpoint.tokenizer,
+                    heldout,
+                    settings.answers,
+                    output,
+                    share,
+                )
             else:
                 from eval.measure import humaneval
 
@@ -196,6 +214,10 @@ def merge(
             from eval.measure import end_tasks
 
             end_tasks.merge_shares(parts, output, info)
+        elif kind == "tasks":
+            from eval.measure import tasks
+
+            tasks.merge_shares(parts, output, described)
         else:
             from eval.measure import humaneval
 
@@ -204,6 +226,6 @@ def merge(
     return failed
 
 
-def objective_of(heldout: Path | None) -> Literal["masked", "causal"]:
+def objective_of(heldout: Path | None) -> str:
     """Of the checkpoint: what the held-out text was made for; tasks need a causal model."""
     return load_heldout(heldout)[0]["objective"] if heldout else "causal"

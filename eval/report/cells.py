@@ -1,5 +1,6 @@
 """Tables whose cells are coloured by their value: losses by stage and domain, and overlap."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from eval.analysis.load import Run
@@ -22,7 +23,13 @@ class Cell:
 
 def losses(run: Run) -> list[tuple[str, list[Cell]]]:
     """A row per stage: (its name, a cell per domain), coloured by the change since stage 0."""
-    matrix = run.matrix
+    return matrix_cells(run.matrix, number, signed)
+
+
+def matrix_cells(
+    matrix: Matrix, write: Callable[[float], str], write_change: Callable[[float], str]
+) -> list[tuple[str, list[Cell]]]:
+    """A row per stage: (its name, a cell per domain), coloured by the change since stage 0."""
     changes = [[change_of(matrix, t, d) for d in matrix.domains] for t in range(matrix.last + 1)]
     largest = max((abs(c) for row in changes for c in row if c is not None), default=0.0) or 1.0
 
@@ -32,9 +39,10 @@ def losses(run: Run) -> list[tuple[str, list[Cell]]]:
         if value is None:
             return Cell("not yet", kind=f"missing {kind}".strip())
         share = (change or 0.0) / largest
-        colour = _mix(SAME, BETTER if share < 0 else WORSE, abs(share))
-        note = "" if stage == 0 or change is None else signed(change)
-        return Cell(number(value), colour, note, kind)
+        better = (share < 0) == matrix.lower_is_better
+        colour = _mix(SAME, BETTER if better else WORSE, abs(share))
+        note = "" if stage == 0 or change is None else write_change(change)
+        return Cell(write(value), colour, note, kind)
 
     return [
         (

@@ -9,6 +9,8 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from eval.analysis.accuracy import DEFINITIONS as ACCURACY_DEFINITIONS
+from eval.analysis.accuracy import accuracy_matrix, estimates
 from eval.analysis.curves import POINT_DEFINITIONS
 from eval.analysis.load import Run, StageTime, load_run
 from eval.analysis.log import PARTS
@@ -72,6 +74,10 @@ def write_report(run_dir: Path | str) -> Path:
     }
     threshold = next((o.get("threshold") for o in run.overlap.values()), None)
     completed, completions = tasks.completions(run)
+    scores = accuracy_matrix(run)
+    accuracies = (
+        None if scores is None else (scores, cells.matrix_cells(scores, percent, signed_percent))
+    )
     page = render(
         "run.html.j2",
         title=f"{run.name}: learning and forgetting",
@@ -95,6 +101,8 @@ def write_report(run_dir: Path | str) -> Path:
         ],
         shares=shares,
         corpora=cells.corpora(run),
+        accuracies=accuracies,
+        accuracy_metrics=accuracy_metrics(run),
         times=_time_table(run.times),
         facts=_facts(run),
         recipe=yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True),
@@ -123,6 +131,7 @@ def run_numbers(run: Run, learning: tuning.Learning) -> dict:
         "unigram_loss": run.unigram,
         "metrics": metrics,
         "definitions": {key: DEFINITIONS[key] for key in metrics},
+        "tasks": _task_numbers(run),
         "learning_curve": curve,
         "points": tuning.numbers(run, learning),
         "point_definitions": POINT_DEFINITIONS,
@@ -132,6 +141,33 @@ def run_numbers(run: Run, learning: tuning.Learning) -> dict:
         "environment": run.environment,
         "recipe": run.recipe,
     }
+
+
+def _task_numbers(run: Run) -> dict | None:
+    matrix = accuracy_matrix(run)
+    if matrix is None:
+        return None
+    return {
+        "tasks": matrix.domains,
+        "accuracy": matrix.values,
+        "metrics": {key: vars(found) for key, found in estimates([matrix]).items()},
+        "definitions": ACCURACY_DEFINITIONS,
+    }
+
+
+def accuracy_metrics(run: Run) -> list[tuple[str, str, str, str]]:
+    """(name, value, interval, definition) of the metrics of the tasks' accuracies, in %."""
+    matrix = accuracy_matrix(run)
+    if matrix is None:
+        return []
+    done = max((t for t, row in enumerate(matrix.values) if None not in row), default=0)
+    found = []
+    for key, estimate in estimates([matrix.until(done)]).items():
+        write = percent if key == "acc" else signed_percent
+        interval = "" if estimate.interval is None else " to ".join(map(write, estimate.interval))
+        name, _, definition = ACCURACY_DEFINITIONS[key].partition(": ")
+        found.append((name, write(estimate.value), interval, definition))
+    return found
 
 
 def summary(run: Run) -> str:

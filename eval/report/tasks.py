@@ -48,6 +48,9 @@ def tables(run: Run) -> list[Table]:
         for kind in dict.fromkeys(kind for point in points for kind in point.sampled):
             cells = [_cell(point.sampled.get(kind)) for point in points]
             columns.append(("HumanEval", f"sampled {kind}, {note}", cells))
+    for name in dict.fromkeys(name for point in points for name in point.task_scores):
+        cells = [_cell(point.task_scores.get(name)) for point in points]
+        columns.append((name, "exact match", cells))
     for name in dict.fromkeys([*names, *(n for p in points for n in p.skipped)]):
         cells = [
             Cell("skipped") if name in p.skipped else _cell(p.scores.get(name)) for p in points

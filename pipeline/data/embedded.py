@@ -25,6 +25,7 @@ from itertools import chain
 from pathlib import Path
 
 from pipeline.data.instruct import Document, Example
+from pipeline.data.toy_tasks import TOY_TASKS, toy_examples
 from pipeline.errors import UserError
 
 EMBEDDED: dict[str, str] = {
@@ -90,6 +91,8 @@ def embedded_documents(name: str) -> list[Document]:
     prefix is a fair sample. Raises UserError for an unknown name and for a package that is not
     installed.
     """
+    if name in TOY_TASKS:
+        return list(toy_examples(name))
     if name not in EMBEDDED:
         raise UserError(f"no embedded corpus is called {name!r}; choose one of: {choices()}")
     from filelock import FileLock
@@ -109,11 +112,13 @@ def embedded_documents(name: str) -> list[Document]:
 
 def choices() -> str:
     """The names of the embedded corpora, as one line for messages."""
-    return ", ".join(EMBEDDED)
+    return ", ".join([*EMBEDDED, *TOY_TASKS])
 
 
 def embedded_version(name: str) -> str:
     """Twelve hex digits that change with whatever changes the extracted text."""
+    if name in TOY_TASKS:
+        return hashlib.sha1(repr(toy_examples(name)).encode()).hexdigest()[:12]
     versions = [f"{package} {_version(package)}" for package in PACKAGES[name]]
     key = f"{VERSION} {name} {platform.python_version()} {versions}"
     return hashlib.sha1(key.encode()).hexdigest()[:12]

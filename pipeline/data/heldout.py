@@ -17,11 +17,14 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.checkpoint import publish
 from pipeline.data.batches import frame_of
 from pipeline.data.encode import Frame, Tokens
+from pipeline.data.instruct import Example
 from pipeline.data.mixture import Corpus, Mixture, Part, Source
 from pipeline.data.mlm import collate
 from pipeline.data.objective import OBJECTIVES
 from pipeline.data.packing import POOL, Packer, Shape
 from pipeline.data.sequences import Sequence, read_rows
+from pipeline.data.sources import task_examples
+from pipeline.data.tasks import options_of
 from pipeline.data.tokenizer import vocabulary_size
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
@@ -105,7 +108,15 @@ def prepare_heldout(
                 metadata={"unigram_loss": repr(unigram)},
             )
 
+        for name in recipe.tasks():
+            rows = task_examples(recipe.data.domains[name], recipe.data.bad_lines)["heldout"]
+            text = "".join(json.dumps([e.prompt, e.response]) + "\n" for e in rows)
+            (target / f"{name}.tasks.jsonl").write_text(text, encoding="utf-8")
+
+    tasks = {n: options_of(t) for n in recipe.tasks() if (t := recipe.data.domains[n].task)}
     info = {
+        "tasks": tasks,
+        "template": recipe.data.template,
         "domains": recipe.heldout_domains(),
         "objective": recipe.model.objective,
         "cross_document": recipe.data.cross_document,
@@ -119,6 +130,17 @@ def load_heldout(folder: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
     """(manifest, tensors of each domain)."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     return manifest, {n: load_file(folder / f"{n}.safetensors") for n in manifest["domains"]}
+
+
+def load_tasks(folder: Path) -> dict[str, tuple[list[str], list[Example]]]:
+    """Of each task of a held-out folder its options, and its rows to test on."""
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    found = {}
+    for name, options in manifest.get("tasks", {}).items():
+        lines = (folder / f"{name}.tasks.jsonl").read_text(encoding="utf-8").splitlines()
+        pairs = [json.loads(line) for line in lines]
+        found[name] = options, [Example(prompt, "", response) for prompt, response in pairs]
+    return found
 
 
 def heldout_sequences(recipe: Recipe, corpus: HeldoutCorpus, frame: Frame) -> list[Sequence]:

@@ -25,6 +25,7 @@ from pipeline.data.encode import Encoder
 from pipeline.data.prepare_progress import PrepareProgress
 from pipeline.data.prepared import Prepared, open_prepared
 from pipeline.data.sources import Estimate, estimate, file_identity, identity, units_of
+from pipeline.data.tasks import options_of
 from pipeline.data.work import Job, is_free, owner, work
 from pipeline.errors import UserError
 from pipeline.progress import say
@@ -37,7 +38,7 @@ FORMAT = 4  # raise it when prepared corpora of before can no longer be used
 SMALL = 8 << 20  # bytes of text that are not worth starting processes for
 SETTINGS = (
     "text_field", "instruction", "chat_field", "txt_documents", "heldout_fraction",
-    "max_documents", "sample", "sample_seed", "deduplicate",
+    "max_documents", "sample", "sample_seed", "deduplicate", "task",
 )  # fmt: skip
 
 
@@ -146,7 +147,10 @@ def _job(
     """What there is to do, and what the manifest says of it beforehand."""
     domain = recipe.data.domains[name]
     encoder = Encoder.of(tokenizer, recipe.model.objective, recipe.data.template)
-    whole = domain.instruction is not None or domain.chat_field is not None
+    whole = domain.whole
+    settings = {key: asdict(domain)[key] for key in SETTINGS}
+    if domain.task is not None:
+        settings["task"]["labels"] = options_of(domain.task)  # a file of them may change
     units = units_of(domain)
     sources = identity(domain, units)
     overlap, tasks = _overlap(recipe, domain)
@@ -156,7 +160,7 @@ def _job(
         "objective": recipe.model.objective,
         "whole": whole,
         "tokenizer": encoder.identity(whole, domain.chat_field is not None),
-        "settings": {key: asdict(domain)[key] for key in SETTINGS},
+        "settings": settings,
         "sources": sources,
         "decontaminate": tasks,
     }

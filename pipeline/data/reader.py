@@ -22,6 +22,8 @@ from pipeline.data.formats.raw import SUFFIXES, kind_by_name, layout_of
 from pipeline.data.formats.text import read_text
 from pipeline.data.hub import hub_files, stream_hub
 from pipeline.data.instruct import Conversation, Document, Example, document_text
+from pipeline.data.tasks import task_problems
+from pipeline.data.toy_tasks import TOY_TASKS
 from pipeline.errors import UserError
 from pipeline.recipe import Domain
 
@@ -45,7 +47,7 @@ def check_domain(name: str, domain: Domain) -> list[str]:
     need(len(sources) == 1, "", f"give exactly one of `embedded`, `files` and `hub`; {given}")
     if domain.embedded:
         need(
-            domain.embedded in EMBEDDED,
+            domain.embedded in EMBEDDED or domain.embedded in TOY_TASKS,
             ".embedded",
             f"no embedded corpus is called {domain.embedded!r}; choose one of: {choices()}",
         )
@@ -83,7 +85,10 @@ def check_domain(name: str, domain: Domain) -> list[str]:
         ".sample_seed",
         "has no effect without `sample`; remove it",
     )
+    if domain.embedded in TOY_TASKS:
+        need(domain.task, ".task", "give `instruction` and `labels`: this corpus is a task")
     if domain.embedded in EMBEDDED:
+        need(not domain.task, ".task", "has no effect on an embedded text; remove it")
         pairs = domain.embedded in INSTRUCTIONS
         need(
             pairs == (domain.instruction is not None),
@@ -123,7 +128,7 @@ def check_domain(name: str, domain: Domain) -> list[str]:
             ".files",
             "a .txt file has no fields for prompt and response; use .jsonl or .parquet",
         )
-    return found
+    return found + task_problems(name, domain)
 
 
 def read_documents(

@@ -12,11 +12,12 @@ from pipeline.data.embedded import embedded_documents, embedded_version
 from pipeline.data.encode import Encoder
 from pipeline.data.formats.raw import layout_of
 from pipeline.data.hub import hub_files, hub_parts, stream_hub
-from pipeline.data.instruct import Document, document_text
+from pipeline.data.instruct import Document, Example, document_text
 from pipeline.data.prepared import Side, fingerprint
 from pipeline.data.reader import _digest, _resolve, read_file
+from pipeline.data.tasks import drawn, renderer
 from pipeline.errors import UserError
-from pipeline.recipe import Domain
+from pipeline.recipe import Domain, Task
 
 UNIT = 256 << 20  # bytes of files in a unit: small files are read together
 HEAD = 1 << 20  # bytes of a file that are read to estimate the rest
@@ -58,7 +59,7 @@ def units_of(domain: Domain) -> list[Unit]:
         wanted = [(None, domain.files, domain.split)]
     for side, files, split in wanted:
         if files:
-            groups = _groups(_resolve(files), together=domain.max_documents is not None)
+            groups = _groups(_resolve(files), together=domain.counted)
             found += [Unit(len(found) + i, side, group) for i, group in enumerate(groups)]
         elif domain.hub:
             found += _hub_units(domain, side, str(split), len(found))
@@ -69,7 +70,7 @@ def units_of(domain: Domain) -> list[Unit]:
 
 def _hub_units(domain: Domain, side: Side | None, split: str, first: int) -> list[Unit]:
     """Of a split; all of it where `max_documents` counts."""
-    together = domain.max_documents is not None
+    together = domain.counted
     files = hub_files(domain, split)
     if files is not None:
         groups = _groups(files, together)
@@ -96,6 +97,10 @@ def _groups(paths: list[str], together: bool) -> list[tuple[str, ...]]:
 def read_unit(unit: Unit, domain: Domain, bad: BadLines) -> Iterator[Document]:
     """Its documents; `max_documents` counts those of a side's sources in their order."""
     documents: Iterator[Document]
+    if domain.task is not None:
+        examples = _task_rows(unit, domain, domain.task, bad)
+        sided = ((side_of(unit, domain, d := _digest(e._asdict())), d, e) for e in examples)
+        return iter(drawn(sided, domain.task, unit.place))
     if unit.files:
         documents = (d for path in unit.files for d in read_file(path, domain, bad))
     elif unit.hub_split:
@@ -103,6 +108,30 @@ def read_unit(unit: Unit, domain: Domain, bad: BadLines) -> Iterator[Document]:
     else:
         documents = iter(embedded_documents(domain.embedded or ""))
     return islice(documents, domain.max_documents)
+
+
+def _task_rows(unit: Unit, domain: Domain, task: Task, bad: BadLines) -> Iterator[Example]:
+    """All of them, as examples."""
+    if unit.files:
+        rows = (d for path in unit.files for d in read_file(path, domain, bad))
+    elif unit.hub_split:
+        rows = stream_hub(domain, unit.hub_split, bad, unit.hub_part)
+    else:
+        render, name = renderer(task), str(domain.embedded)
+        bare = enumerate(embedded_documents(name), start=1)
+        rows = (render(e.prompt, e.response, name, i) for i, e in bare if isinstance(e, Example))
+    return (row for row in rows if isinstance(row, Example))
+
+
+def task_examples(domain: Domain, bad_lines: int) -> dict[str, list[Example]]:
+    """The rows of a task by side ("train", "heldout"), as the prepared corpus has them."""
+    found: dict[str, list[Example]] = {"train": [], "heldout": []}
+    for unit in units_of(domain):
+        for example in read_unit(unit, domain, BadLines(bad_lines)):
+            if isinstance(example, Example):
+                side = side_of(unit, domain, _digest(example._asdict()))
+                found[side].append(example)
+    return found
 
 
 def side_of(unit: Unit, domain: Domain, digest: int) -> Side:

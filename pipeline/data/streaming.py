@@ -116,8 +116,7 @@ def training_documents(recipe: Recipe, names: list[str]) -> Iterator[Document]:
 
 
 def _whole(recipe: Recipe, name: str) -> bool:
-    domain = recipe.data.domains[name]
-    return domain.instruction is not None or domain.chat_field is not None
+    return recipe.data.domains[name].whole
 
 
 def _units(recipe: Recipe, name: str, side: Side) -> list[Unit]:

@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from pipeline.data.batches import example
 from pipeline.data.mlm import IGNORED, collate
+from pipeline.data.objective import OBJECTIVES, targets_of
 from pipeline.data.order import Permutation
 from pipeline.data.sequences import Sequence
 from pipeline.methods.anchor_text import AnchorText, Row, make_text
 from pipeline.methods.divergence import summed_kl, summed_kl_top_k
 from pipeline.methods.method import Method, Start, Teacher
 from pipeline.methods.sampled_text import BLOCK, random_block, sample_block
-from pipeline.model.attention import Separation, arrange, separation_of, targets_of
+from pipeline.model.attention import Separation, arrange, separation_of
 from pipeline.model.load import PredictedPositions, predict
 from pipeline.ranks import rank, world_size
 from pipeline.recipe import Recipe
@@ -175,10 +175,10 @@ class Anchor(Method):
             numbered = (
                 (i, s) for i, s in enumerate(of_domain) if i // BLOCK % share[1] == share[0]
             )
-        masking = self.recipe.data.masking
+        masking, row = self.recipe.data.masking, OBJECTIVES[self.objective].row
         for number, sequence in numbered:
             rng = np.random.default_rng((self.recipe.seed, STREAM, number))
-            yield number, example(sequence, start.tokenizer, masked, rng, masking, False)
+            yield number, row(sequence, start.tokenizer, rng, masking, False)
 
     def _sampled(
         self, start: Start, frozen: "_Frozen", share: tuple[int, int], masked: bool

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.checkpoint import is_published, publish, verify
+from pipeline.data.mlm import collate
 from pipeline.errors import UserError
 from pipeline.methods.divergence import top_k
 from pipeline.nodes import send_folder
@@ -132,12 +133,12 @@ def _cached(
 
 def _write(gathered: list[tuple[list, list]], folder: Path) -> None:
     rows = sorted((row for mine, _ in gathered for row in mine), key=lambda r: r[0])
-    ids, labels, segments = (np.stack(column) for column in zip(*(r for _, r in rows), strict=True))
+    batch = collate([row for _, row in rows])
     save_file(
         {
-            "input_ids": torch.from_numpy(ids).int(),
-            "labels": torch.from_numpy(labels).int(),
-            "segments": torch.from_numpy(segments).to(torch.int16),
+            "input_ids": batch["input_ids"].int(),
+            "labels": batch["labels"].int(),
+            "segments": batch["segments"].to(torch.int16),
         },
         folder / "text.safetensors",
     )

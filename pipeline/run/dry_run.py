@@ -8,7 +8,9 @@ from pipeline.data.encode import Frame
 from pipeline.data.mixture import Corpus
 from pipeline.data.prepare import describe as describe_domain
 from pipeline.data.prepare import estimated_tokens, prepared_before
+from pipeline.data.sources import task_examples
 from pipeline.data.stage import StagePlan, domains_of, plan_stage, shares_of
+from pipeline.data.tasks import described
 from pipeline.data.tokenizer import load_tokenizer, vocabulary_size
 from pipeline.engine.config import check_quantized, describe, precision_of
 from pipeline.migu.targets import count_rows, find_targets
@@ -50,6 +52,7 @@ def describe_run(recipe: Recipe, engine_config: dict[str, Any], ranks: int) -> s
         lines += _lora_lines(m.lora, model)
     lines += _mask_lines(recipe, model)
     lines += _data_lines(recipe, tokenizer)
+    lines += _task_lines(recipe)
     lines += _stage_lines(recipe, tokenizer)
     split_as_in_training(model, recipe)
     lines += memory_lines(model, recipe, engine_config, ranks)
@@ -89,6 +92,16 @@ def _data_lines(recipe: Recipe, tokenizer: Any) -> list[str]:
     names = dict.fromkeys(n for i in range(len(recipe.stages)) for n in domains_of(recipe, i + 1))
     every = [*names, *(n for n in recipe.heldout_domains() if n not in names)]
     return ["data", *(f"  {describe_domain(recipe, name, tokenizer)}" for name in every)]
+
+
+def _task_lines(recipe: Recipe) -> list[str]:
+    """Of each task its rows, its labels, and three prompts."""
+    lines = []
+    for name, domain in recipe.data.domains.items():
+        if domain.task:
+            examples = task_examples(domain, recipe.data.bad_lines)
+            lines += [f"  {line}" for line in described(name, domain.task, examples)]
+    return ["tasks", *lines] if lines else []
 
 
 def _stage_lines(recipe: Recipe, tokenizer: Any) -> list[str]:

@@ -115,11 +115,11 @@ def recipe_problems(r: Recipe) -> list[str]:
         "data.keep_apart: a masked model makes no masks from positions; choose masks or rows",
     )
     found += streaming_problems(r)
-    instructions = [n for n, domain in d.domains.items() if domain.instruction]
+    instructions = [n for n, domain in d.domains.items() if domain.instruction or domain.task]
     need(
         not instructions or m.objective != "masked",
-        f"data.domains.{(instructions or [''])[0]}.instruction: responses are learnt by a causal "
-        "or an encoder-decoder model; set model.objective=causal, or seq2seq",
+        f"data.domains.{(instructions or [''])[0]}: responses are learnt by a causal or an "
+        "encoder-decoder model; set model.objective=causal, or seq2seq",
     )
     need(
         bool(instructions) or d.template == "alpaca",
@@ -310,6 +310,10 @@ def anchor_problems(r: Recipe) -> list[str]:
     if a is None:
         return []
     found: list[str] = []
+    if a.text in ("self", "random") and r.model.objective == "seq2seq":
+        found.append(
+            "anchor.text: an encoder-decoder writes no text of its own; name one of data.domains"
+        )
     if a.text not in ("self", "random"):
         replayed = [s.replay for s in r.stages if isinstance(s.replay, dict)]
         trained = {n for names in [*(s.domains for s in r.stages), *replayed] for n in names}
@@ -440,6 +444,10 @@ def evaluation_problems(e: Evaluation) -> list[str]:
             benchmark.limit is None or benchmark.limit >= 1,
             f"{where}.limit: must be at least 1; leave it out for all documents",
         )
+    a = e.answers
+    for key in ("max_new_tokens", "batch_size", "limit"):
+        value = getattr(a, key)
+        need(value is None or value >= 1, f"evaluate.answers.{key}: must be at least 1")
     need(
         e.benchmark_files is None or Path(e.benchmark_files).is_dir(),
         f"evaluate.benchmark_files: no such folder: {e.benchmark_files}",

@@ -45,15 +45,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: one message that lists every problem with its key, file and a suggestion.
     """
     path = _find_recipe(path)
-    try:
-        config: Any = OmegaConf.create(read_yaml(path))
-    except UserError:
-        raise
-    except Exception as error:  # every YAML error is the user's
-        if "key type" in str(error):
-            raise UserError(f"{path}: {one_line(error)}. {NOT_TEXT}") from None
-        raise UserError(f"{path}: not a YAML file: {error}") from None
-    _check_keys(path, OmegaConf.to_container(config))
+    config = _read(path)
     problems: list[str] = []
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -86,6 +78,34 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if problems:
         raise _all(path, problems)
     return recipe
+
+
+def _read(path: Path, over: tuple[Path, ...] = ()) -> Any:
+    """The content of a recipe file, laid over that of the recipe that its `base` names.
+
+    over: the recipes that are laid over this one.
+    """
+    if path in over:
+        raise UserError(f"{path}: `base` leads back to this recipe; name another one")
+    try:
+        config: Any = OmegaConf.create(read_yaml(path))
+    except UserError:
+        raise
+    except Exception as error:  # every YAML error is the user's
+        if "key type" in str(error):
+            raise UserError(f"{path}: {one_line(error)}. {NOT_TEXT}") from None
+        raise UserError(f"{path}: not a YAML file: {error}") from None
+    content = OmegaConf.to_container(config)
+    _check_keys(path, content)
+    if not isinstance(content, dict) or "base" not in content:
+        return config
+    base = content["base"]
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base: name one recipe, a file or one of launch/recipes")
+    beside = path.parent / base
+    found = beside if beside.is_file() else _find_recipe(base)
+    del config["base"]
+    return OmegaConf.merge(_read(found, (*over, path)), config)
 
 
 def _switch_off(data: dict[Any, Any], given: set[str]) -> None:

@@ -45,7 +45,7 @@ from pipeline.run.train import train_stage
 GRACE = 120.0  # seconds from a signal to the end, where nothing is saved within a stage
 RESULTS = {
     "heldout": "eval.json", "benchmarks": "benchmarks.json", "humaneval": "humaneval.json",
-    "end_tasks": "end_tasks.json",
+    "end_tasks": "end_tasks.json", "tasks": "tasks.json",
 }  # fmt: skip
 
 
@@ -78,6 +78,7 @@ class Evaluation:
             "benchmarks": bool(recipe.evaluate.benchmarks),
             "humaneval": recipe.evaluate.humaneval is not None,
             "end_tasks": self.step is None and bool(recipe.end_tasks_after(self.stage)),
+            "tasks": bool(recipe.tasks()),
         }
         return [k for k, yes in wanted.items() if yes and not (self.folder / RESULTS[k]).is_file()]
 

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from pipeline.recipe import Data, Domain, Evaluation, Instruction, Mask, Optimizer, Recipe
+from pipeline.recipe import Answers, Data, Domain, Evaluation, Instruction, Mask, Optimizer, Recipe
 
 
 def unused_keys(r: Recipe) -> list[str]:
@@ -46,7 +46,10 @@ def unused_keys(r: Recipe) -> list[str]:
             if field.name != "enabled" and not measured:
                 set_ = _is_set(Mask, r.mask, field.name)
                 unused(set_, f"mask.{field.name}", "with mask.enabled=false")
-    return found + _unused_in_evaluation(e)
+    unused(
+        e.answers != Answers() and not r.tasks(), "evaluate.answers", "where no domain is a task"
+    )
+    return found + _unused_in_evaluation(e, bool(r.tasks()))
 
 
 def _unused_in_domain(where: str, d: Domain) -> list[str]:
@@ -70,15 +73,15 @@ def _unused_in_domain(where: str, d: Domain) -> list[str]:
     return found
 
 
-def _unused_in_evaluation(e: Evaluation) -> list[str]:
+def _unused_in_evaluation(e: Evaluation, tasks: bool) -> list[str]:
     found = []
     for key in ("benchmark_files", "unreachable"):
         if _is_set(Evaluation, e, key) and not e.benchmarks:
             found.append(f"evaluate.{key}: has no effect without `benchmarks`; remove it")
-    if _is_set(Evaluation, e, "precision") and not (e.benchmarks or e.humaneval):
+    if _is_set(Evaluation, e, "precision") and not (e.benchmarks or e.humaneval or tasks):
         found.append(
-            "evaluate.precision: has no effect without `benchmarks` or `humaneval`: the held-out "
-            "loss is computed in the precision of training; remove it"
+            "evaluate.precision: has no effect without `benchmarks`, `humaneval` or tasks: the "
+            "held-out loss is computed in the precision of training; remove it"
         )
     own = [bool(b.files) for b in e.benchmarks.values()]
     if e.benchmark_files and own and all(own):

@@ -7,6 +7,7 @@ from typing import Any
 from pipeline.data.bad_lines import BadLines
 from pipeline.data.conversations import conversation_of
 from pipeline.data.instruct import Document, Example
+from pipeline.data.tasks import Render, renderer
 from pipeline.errors import UserError
 from pipeline.recipe import Domain
 
@@ -19,15 +20,20 @@ class Fields:
     optional: list[str]
     instruction: bool
     chat: bool = False
+    render: Render | None = None  # of a task: (text, label, file, row) to an example
 
     @classmethod
     def of(cls, domain: Domain) -> "Fields":
+        if domain.task is not None:
+            names = [domain.task.text, domain.task.label]
+            return cls(names, [], True, render=renderer(domain.task))
         if domain.chat_field is not None:
             return cls([domain.chat_field], [], False, chat=True)
         if domain.instruction is None:
             return cls([domain.text_field], [], False)
-        names = domain.instruction
-        return cls([names.prompt, names.response], [names.input] if names.input else [], True)
+        fields = domain.instruction
+        more = [fields.input] if fields.input else []
+        return cls([fields.prompt, fields.response], more, True)
 
     def take(self, row: dict[str, Any], file: str, line: int, bad: BadLines) -> Document | None:
         """The document of a row that has the needed fields, or None: counted in `bad`.
@@ -39,6 +45,11 @@ class Fields:
         if any(is_blank(value) for value in values):
             bad.add_blank(file, line)
             return None
+        if self.render is not None:
+            if reason := problem(values[0]):
+                bad.add(file, line, f"{self.needed[0]!r} {reason}")
+                return None
+            return self.render(values[0], values[1], file, line)
         if self.chat and not isinstance(values[0], bytes):
             conversation, refused = conversation_of(values[0])
             if refused:
@@ -59,7 +70,9 @@ class Fields:
         names = ", ".join(sorted(map(repr, seen))) or "none"
         missing = " and ".join(repr(n) for n in self.needed if n not in seen)
         fix = (
-            "Set `prompt`, `input` and `response` of the domain's `instruction`."
+            "Set `text` and `label` of the domain's `task`."
+            if self.render
+            else "Set `prompt`, `input` and `response` of the domain's `instruction`."
             if self.instruction
             else "Set `chat_field` of the domain to the one that holds the messages."
             if self.chat

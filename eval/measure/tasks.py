@@ -1,0 +1,193 @@
+"""The answers of a model to the tasks of a run: exact match, ROUGE-L, and every answer kept.
+
+A row's prompt is tokenized as in training (`data/encode.py`) and answered greedily, in batches of
+prompts of like length. Each process answers its share of the rows.
+"""
+
+import json
+import string
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from eval.measure.results import replace_file, write_json
+from pipeline.data.encode import Encoder
+from pipeline.data.heldout import load_tasks
+from pipeline.data.instruct import Example
+from pipeline.model.attention import start_token
+from pipeline.recipe import Answers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+ANSWERS = "answers.jsonl"  # beside the result: what was said to every row
+
+
+@torch.inference_mode()
+def evaluate_share(
+    model: Any,
+    tokenizer: "PreTrainedTokenizerFast",
+    heldout: Path,
+    settings: Answers,
+    output: Path,
+    share: tuple[int, int] = (0, 1),
+) -> None:
+    """Answer the rows i of each task with i % share[1] == share[0]; one line a row in `output`."""
+    manifest = json.loads((heldout / "manifest.json").read_text(encoding="utf-8"))
+    encoder = Encoder.of(tokenizer, manifest["objective"], manifest["template"])
+    tasks = load_tasks(heldout)
+    lines = []
+    bar = tqdm(total=len(tasks), desc="tasks", disable=None if share[0] == 0 else True, leave=False)
+    for name, (options, examples) in tasks.items():
+        own = list(enumerate(examples[: settings.limit]))[share[0] :: share[1]]
+        said = answers(model, encoder, [e for _, e in own], options, settings)
+        lines += [
+            {"task": name, "row": row, "answer": example.response, "said": text}
+            for (row, example), text in zip(own, said, strict=True)
+        ]
+        bar.update()
+    bar.close()
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    output.write_text(text, encoding="utf-8")
+
+
+def answers(
+    model: Any, encoder: Encoder, examples: list[Example], options: list[str], settings: Answers
+) -> list[str]:
+    """What the model says to each prompt, greedily, at most `max_new_tokens`."""
+    tokens = encoder.encode(examples)
+    prompts = [t.ids[~t.predicted] for t in tokens if t.predicted is not None]
+    allowed = None
+    if settings.constrained and examples:
+        each = encoder.encode([Example(examples[0].prompt, "", option) for option in options])
+        allowed = Trie([t.ids[t.predicted].tolist() for t in each if t.predicted is not None])
+    said = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    for start in range(0, len(order), settings.batch_size):
+        block = order[start : start + settings.batch_size]
+        texts = _generate(model, encoder, [prompts[i] for i in block], settings, allowed)
+        for i, text in zip(block, texts, strict=True):
+            said[i] = text
+    return said
+
+
+def _generate(
+    model: Any,
+    encoder: Encoder,
+    prompts: list[np.ndarray],
+    settings: Answers,
+    allowed: "Trie | None",
+) -> list[str]:
+    paired = encoder.objective == "seq2seq"
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), encoder.pad)
+    attended = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):  # a decoder goes on behind the last token
+        place = slice(0, len(prompt)) if paired else slice(longest - len(prompt), longest)
+        ids[row, place] = torch.from_numpy(prompt).long()
+        attended[row, place] = 1
+    (end,) = encoder.after
+    # The model's own settings (a repetition penalty, say) would fill in what is not given here.
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=encoder.pad)
+    before = 1 if paired else longest
+    output = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=attended.to(model.device),
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=False,
+        **({"decoder_start_token_id": start_token(model.config)} if paired else {}),
+        **({"prefix_allowed_tokens_fn": allowed.after(before)} if allowed else {}),
+    )
+    return [_text(encoder, row, end) for row in output[:, before:].tolist()]
+
+
+def _text(encoder: Encoder, ids: list[int], end: int) -> str:
+    ids = ids[: ids.index(end)] if end in ids else ids
+    return encoder.backend.decode(ids, skip_special_tokens=True).strip()
+
+
+class Trie:
+    """The answers that may be given, token by token."""
+
+    def __init__(self, answers: list[list[int]]):
+        self.root: dict[int, dict] = {}
+        for answer in answers:
+            node = self.root
+            for token in answer:
+                node = node.setdefault(token, {})
+        self._last = answers[0][-1]
+
+    def after(self, before: int) -> Callable[[int, torch.Tensor], list[int]]:
+        """For `generate`: what may follow the ids behind the first `before` of a row."""
+
+        def allowed(_row: int, ids: torch.Tensor) -> list[int]:
+            node = self.root
+            for token in ids[before:].tolist():
+                node = node.get(token, {})
+            return list(node) or [self._last]  # behind the end: padding, which nobody reads
+
+        return allowed
+
+
+def merge_shares(parts: list[Path], output: Path, info: dict[str, Any]) -> None:
+    """Write tasks.json, and every answer beside it."""
+    rows = [json.loads(line) for part in parts for line in _lines(part)]
+    rows.sort(key=lambda row: (row["task"], row["row"]))
+    for row in rows:
+        row["correct"] = matches(row["said"], row["answer"])
+        row["rouge_l"] = round(rouge_l(row["said"], row["answer"]), 4)
+    tasks = dict.fromkeys(row["task"] for row in rows)
+    result = {**info, "tasks": {t: _scores([r for r in rows if r["task"] == t]) for t in tasks}}
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    replace_file(output.with_name(ANSWERS), text.encode())
+    write_json(output, result)
+    for part in parts:
+        part.unlink()
+
+
+def _lines(part: Path) -> Iterator[str]:
+    with part.open(encoding="utf-8") as file:  # not splitlines: an answer may have other breaks
+        yield from file
+
+
+def _scores(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """value: share of exact matches, with its standard error; majority: what the label that most
+    rows have would reach."""
+    correct = np.array([row["correct"] for row in rows], float)
+    labels = Counter(row["answer"] for row in rows)
+    n = len(rows)
+    return {
+        "value": correct.mean(),
+        "stderr": float(np.sqrt(correct.var() / max(1, n - 1))),
+        "rouge_l": float(np.mean([row["rouge_l"] for row in rows])),
+        "majority": max(labels.values()) / n,
+        "rows": n,
+    }
+
+
+def normalized(text: str) -> str:
+    """Lower case, no punctuation, single blanks, as Super-NaturalInstructions' scorer has it."""
+    return " ".join("".join(c for c in text.lower() if c not in string.punctuation).split())
+
+
+def matches(said: str, answer: str) -> bool:
+    return normalized(said) == normalized(answer)
+
+
+def rouge_l(said: str, answer: str) -> float:
+    """The F1 of the longest common subsequence of words (Lin 2004), of normalized texts."""
+    a, b = normalized(said).split(), normalized(answer).split()
+    lengths = [0] * (len(b) + 1)
+    for word in a:
+        before = 0
+        for j, other in enumerate(b, start=1):
+            diagonal, before = before, lengths[j]
+            lengths[j] = diagonal + 1 if word == other else max(lengths[j], lengths[j - 1])
+    common = lengths[-1]
+    return 2 * common / (len(a) + len(b)) if common else 0.0
