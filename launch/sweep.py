@@ -85,7 +85,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--seeds", type=int, metavar="N", help="run every setting with the seeds 0 to N-1")
     add("--config", metavar="JSON", help="DeepSpeed configuration of every run")
-    add("--program", choices=("cpt", "instruct"), help="what runs a point (default: cpt)")
+    add(
+        "--program",
+        choices=("cpt", "instruct", "finetune"),
+        help="what runs a point (default: cpt)",
+    )
     add("--runs", default="runs", metavar="DIR", help="where sweeps go (default: runs)")
     add("--sweep", metavar="NAME", help="its folder (default: RECIPE_sweep)")
     add("--jobs", type=int, metavar="N", help="runs at a time (default: what the machine takes)")

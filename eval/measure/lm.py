@@ -81,7 +81,7 @@ def losses_in_engine(
 @torch.inference_mode()
 def losses_of(model: nn.Module, heldout: Path, batch_size: int = 32) -> dict[str, float]:
     """Held-out loss (nats per predicted token) of every domain, of a model that is whole."""
-    separation, device = _separation(model, heldout), next(model.parameters()).device
+    separation, device = separation_of_heldout(model, heldout), next(model.parameters()).device
     sums = _evaluate(model, model, separation, device, heldout, (0, 1), batch_size, False)
     return _mean_losses(sums, heldout, load_heldout(heldout)[0]["domains"])
 
@@ -115,13 +115,13 @@ def evaluate_share(
     For a process without a process group, whose model is whole; `merge_shares` follows. The model
     is asked how documents are kept apart in it.
     """
-    separation, device = _separation(model, heldout), next(model.parameters()).device
+    separation, device = separation_of_heldout(model, heldout), next(model.parameters()).device
     sums = _evaluate(model, model, separation, device, heldout, share, batch_size, overlap)
     with output.open("wb") as file:
         np.savez(file, **sums)
 
 
-def _separation(model: nn.Module, heldout: Path) -> Separation:
+def separation_of_heldout(model: nn.Module, heldout: Path) -> Separation:
     """How the documents of a held-out folder are kept apart in a model that is whole."""
     manifest, domains = load_heldout(heldout)
     length = next(iter(domains.values()))["labels"].shape[1]

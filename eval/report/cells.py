@@ -104,12 +104,13 @@ def overlaps(run: Run) -> dict[str, list[Overlap]]:
         for kind, values in run.overlap[stage]["kinds"].items():
             off = [v for i, row in enumerate(values) for j, v in enumerate(row) if i != j]
             mean = sum(off) / len(off) if off else None
-            rows = [[_share(value) for value in row] for row in values]
+            rows = [[share_cell(value) for value in row] for row in values]
             found.setdefault(kind, []).append(Overlap(stage, domains, rows, mean))
     return found
 
 
-def _share(value: float) -> Cell:
+def share_cell(value: float) -> Cell:
+    """Of an overlap, 0 to 1."""
     text = "1" if value == 1 else f"{value:.2f}".removeprefix("0")
     return Cell(text, _mix(SAME, DARK, value), kind="light" if value > 0.6 else "")
 

@@ -155,7 +155,9 @@ def heldout_sequences(recipe: Recipe, corpus: HeldoutCorpus, frame: Frame) -> li
     parts = [Part("heldout", Reordered(corpus, np.argsort(corpus.digests(), kind="stable")))]
     source = Source(parts, [0], None, limit=corpus.documents)
     shape = Shape(length, frame.ends, alone=not recipe.data.packing)
-    packer = Packer(Mixture([source], length), 1, shape, POOL if corpus.whole else 0)
+    packer = Packer(
+        Mixture([source], length), 1, shape, POOL if corpus.whole and not shape.alone else 0
+    )
     rows = [row for (row,) in islice(packer, recipe.data.heldout_sequences)]
     if not rows:
         raise UserError(

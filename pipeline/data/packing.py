@@ -53,7 +53,7 @@ class Packer:
         """pool: how many documents wait for a row with room; 0 where none is whole."""
         self.mixture, self.shape = mixture, shape
         self.held: list[tuple[Drawn, int] | None] = [None] * rows  # document, its next token
-        self._pool_size = pool
+        self._pool_size = 0 if shape.alone else pool
         self._arrivals = 0
         self._whole: list[tuple[int, int, Drawn]] = []  # (length, arrival, document), sorted
         self._cuttable: list[tuple[int, Drawn]] = []  # texts beside whole documents, by arrival
