@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from eval.analysis import labels
+from eval.analysis.accuracy import DEFINITIONS as ACCURACY_DEFINITIONS
+from eval.analysis.accuracy import Estimate, accuracy_matrix, estimates
 from eval.analysis.at_equal_learning import DRAWS, AtEqualLearning
 from eval.analysis.curves import POINT_DEFINITIONS
 from eval.analysis.load import Run, load_run
@@ -17,7 +19,7 @@ from eval.analysis.matrix import DEFINITIONS, equal_learning
 from eval.analysis.noise import Noise
 from eval.analysis.points import Score
 from eval.analysis.settings import Pair, Reading, Setting, measure, pairs, readable
-from eval.analysis.text import number, percent, short_float
+from eval.analysis.text import number, percent, short_float, signed_percent
 from eval.report import tasks, trade_off_plots, tuning, verdict
 from eval.report.compared_runs import (
     COMPARED,
@@ -55,6 +57,7 @@ class Comparison:
     noise: str  # what "noise" means here
     benchmarks: list[str]  # of any of the runs
     task_differences: list[tuple[str, str, dict[str, TaskDifference]]]  # first, second, by task
+    accuracies: dict[str, dict[str, Estimate]]  # by setting, the metrics of the tasks' accuracies
     warnings: list[str]
 
     @property
@@ -135,8 +138,22 @@ def compare(run_dirs: Sequence[Path | str]) -> Comparison:
         ),
         benchmarks=names,
         task_differences=task_differences,
+        accuracies=_accuracies(rows, settings),
         warnings=_warnings(runs),
     )
+
+
+def _accuracies(rows: list[Row], settings: list[Setting]) -> dict[str, dict[str, Estimate]]:
+    """Of the settings whose runs have all answered the same tasks to the end."""
+    matrices = {s.name: [accuracy_matrix(rows[i].run) for i in s.runs] for s in settings}
+    known = {name: [m for m in found if m] for name, found in matrices.items()}
+    return {
+        name: estimates(found)
+        for name, found in known.items()
+        if found
+        and len(found) == len(matrices[name])
+        and len({tuple(m.domains) for m in found}) == 1
+    }
 
 
 def write_comparison(run_dirs: Sequence[Path | str], out_dir: Path | str) -> Path:
@@ -187,6 +204,8 @@ def write_comparison(run_dirs: Sequence[Path | str], out_dir: Path | str) -> Pat
         how_measured=tasks.how_measured(*(row.run for row in rows)),
         difference_columns=_difference_columns(comparison),
         end_tasks=end_tasks,
+        accuracies=_accuracy_table(comparison),
+        accuracy_definitions=ACCURACY_DEFINITIONS,
         detailed=detailed,
         difference=verdict.difference,
         figures=marked(figures),
@@ -299,6 +318,22 @@ def _task_notes(comparison: Comparison) -> dict[str, str]:
     }
 
 
+def _accuracy_table(comparison: Comparison) -> list[tuple[str, list[str]]]:
+    """A row per setting: (its name, each metric in %, with its interval)."""
+    return [
+        (name, [_estimate(key, found.get(key)) for key in ACCURACY_DEFINITIONS])
+        for name, found in comparison.accuracies.items()
+    ]
+
+
+def _estimate(key: str, estimate: Estimate | None) -> str:
+    if estimate is None:
+        return number(None)
+    write = percent if key == "acc" else signed_percent
+    interval = "" if not estimate.interval else f" ({' to '.join(map(write, estimate.interval))})"
+    return write(estimate.value) + interval
+
+
 def _difference_columns(comparison: Comparison) -> dict[str, str]:
     """The tasks that differ in some pair of settings, with their names."""
     names = {
@@ -334,6 +369,10 @@ def _as_json(comparison: Comparison) -> dict:
             {"first": a, "second": b, "tasks": {task: asdict(d) for task, d in found.items()}}
             for a, b, found in comparison.task_differences
         ],
+        "accuracies": {
+            name: {key: asdict(estimate) for key, estimate in found.items()}
+            for name, found in comparison.accuracies.items()
+        },
         "headline": comparison.headline,
         "verdict": comparison.verdict,
         "noise": comparison.noise,

@@ -1,0 +1,45 @@
+"""The magnitudes that `launch/inspect.py` shows are those that MIGU sums."""
+
+import json
+
+import numpy as np
+import pytest
+
+from eval.measure.magnitudes import Layer, choose, magnitudes_of, mean_overlap, overlap_of
+from eval.report.magnitude_page import write_magnitudes
+from pipeline.errors import UserError
+from tests.test_eval import evaluate, prepared  # noqa: F401
+
+
+def test_they_overlap_as_the_evaluation_says_and_are_drawn(prepared):  # noqa: F811
+    from pipeline.model.load import load_for_evaluation
+
+    folder, objective = prepared
+    model = load_for_evaluation(folder / "checkpoint", objective, "sdpa")
+    layers = magnitudes_of(model, folder / "heldout", None, 1000)
+    measured = evaluate(folder, "magnitudes", 1)["overlap"]
+    for kind, table in measured["kinds"].items():
+        own = [overlap_of(layer, 0.7) for layer in layers if layer.component == kind]
+        np.testing.assert_allclose(np.mean(own, axis=0), table, atol=1e-9)
+    for layer in layers:
+        assert set(layer.magnitudes) == {"a", "b"}
+        assert all(m.sum() == pytest.approx(1) for m in layer.magnitudes.values())
+    few = magnitudes_of(model, folder / "heldout", ["a"], 2)
+    assert list(few[0].magnitudes) == ["a"]
+    assert not np.allclose(few[0].magnitudes["a"], layers[0].magnitudes["a"])
+    with pytest.raises(UserError, match="has no 'c'"):
+        magnitudes_of(model, folder / "heldout", ["c"], 2)
+    assert choose(layers, None).component == "ffn_in"
+    with pytest.raises(UserError, match="no masked layer 'nothing'"):
+        choose(layers, "nothing")
+    page = write_magnitudes({"before": (layers, choose(layers, None))}, 0.7, 1000, folder / "page")
+    numbers = json.loads((folder / "page/report.json").read_text())["checkpoints"]["before"]
+    assert numbers["layer"] == choose(layers, None).name
+    assert "<svg" in page.read_text()
+
+
+def test_the_overlap_by_hand():
+    values = {"x": np.array([4.0, 3, 2, 1, 0]), "y": np.array([4.0, 0, 3, 1, 2])}
+    layer = Layer("l", "q", values)
+    np.testing.assert_allclose(overlap_of(layer, 0.6), [[1, 0.5], [0.5, 1]])  # two rows are kept
+    assert mean_overlap(layer, 0.6) == 0.5
