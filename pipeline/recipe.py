@@ -64,8 +64,8 @@ class Task:
 
     instruction: str  # what is asked; the options and the text follow it
     labels: list[str] | str  # the options, or a file that lists them (labels.json)
-    text: str = "sentence"  # fields of a row
-    label: str = "label"  # a label, or its number in `labels` from 0
+    text: str | list[str] = "sentence"  # the field of a row; of several, each a line "field: text"
+    label: str = "label"  # the field of a label, or of its number in `labels` from 0
     leave_out: list[str] = field(default_factory=list)  # labels whose rows are left out
     max_words: int | None = None  # of a text; the rest is cut off
     train_rows: int | None = None  # to train on, drawn by hash; the paper's: 1000

@@ -123,11 +123,14 @@ def test_a_tokenizer_without_an_end_is_refused(tokenizer):
 @pytest.mark.parametrize("objective", ["seq2seq", "causal"])
 def test_without_packing_a_row_has_one_document(tokenizer, objective):
     encoder = Encoder.of(tokenizer, objective, "plain")
-    tokens = encoder.encode([*EXAMPLES, " ".join(TEXTS * 9)])  # examples, and a long text
-    corpus = HeldDocuments(dict(enumerate(tokens)), True)
-    source = Source([Part("x", corpus)], [0], None, limit=len(tokens))
+    sides = [encoder.encode(documents) for documents in (EXAMPLES, [" ".join(TEXTS * 9)])]
+    parts = [
+        Part("x", HeldDocuments(dict(enumerate(tokens)), whole))
+        for tokens, whole in zip(sides, (True, False), strict=True)
+    ]
+    source = Source(parts, [0, 1], None, limit=sum(map(len, sides)))
     packer = Packer(Mixture([source], 64), 4, Shape(64, encoder.frame.ends, alone=True), 16)
     rows = [row for step in packer for row in step if row]
     assert all(len(row) == 1 for row in rows)
-    read = [tokens[p.place].ids[p.start : p.stop] for (p,) in rows]
-    assert sum(map(len, read)) == sum(len(t.ids) for t in tokens)  # and every one is read
+    read = [sides[p.part][p.place].ids[p.start : p.stop] for (p,) in rows]
+    assert sum(map(len, read)) == sum(len(t.ids) for tokens in sides for t in tokens)  # all of it

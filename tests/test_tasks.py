@@ -72,6 +72,11 @@ def test_long_texts_and_rows_without_a_label_are_cut_and_left_out(task_files):
     write_rows(folder / "test.jsonl", [*rows_of(6), {"label": "-", "sentence": "nobody knows"}])
     domain.task.leave_out = ["-"]
     assert len(task_examples(domain, 0)["heldout"]) == 6
+    write_rows(folder / "test.jsonl", [{**r, "more": f"no. {i}"} for i, r in enumerate(rows_of(6))])
+    domain.task.text = ["sentence", "more"]
+    domain.files = domain.heldout_files
+    prompts = [e.prompt for e in task_examples(domain, 0)["heldout"]]
+    assert any("\nsentence: row 4\nmore: no. 4\n" in prompt for prompt in prompts)
     domain.task.max_words = 2
     assert prompt_of("one two three", domain.task, LABELS).splitlines()[-2] == "one two"
 

@@ -20,7 +20,9 @@ from eval.measure.results import replace_file, write_json
 from pipeline.data.encode import Encoder
 from pipeline.data.heldout import load_tasks
 from pipeline.data.instruct import Example
+from pipeline.errors import UserError
 from pipeline.model.attention import start_token
+from pipeline.model.positions import longest_input
 from pipeline.recipe import Answers
 
 if TYPE_CHECKING:
@@ -63,6 +65,12 @@ def answers(
     """What the model says to each prompt, greedily, at most `max_new_tokens`."""
     tokens = encoder.encode(examples)
     prompts = [t.ids[~t.predicted] for t in tokens if t.predicted is not None]
+    limit = longest_input(model)
+    longest = max(map(len, prompts), default=0)
+    if limit is not None and longest > limit - (encoder.objective == "causal"):
+        raise UserError(
+            f"a prompt has {longest} tokens, the model takes {limit}: lower the task's max_words"
+        )
     allowed = None
     if settings.constrained and examples:
         each = encoder.encode([Example(examples[0].prompt, "", option) for option in options])
@@ -99,12 +107,20 @@ def _generate(
     output = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=attended.to(model.device),
-        max_new_tokens=settings.max_new_tokens,
+        max_new_tokens=_room(model, settings, before),
         do_sample=False,
         **({"decoder_start_token_id": start_token(model.config)} if paired else {}),
         **({"prefix_allowed_tokens_fn": allowed.after(before)} if allowed else {}),
     )
     return [_text(encoder, row, end) for row in output[:, before:].tolist()]
+
+
+def _room(model: Any, settings: Answers, before: int) -> int:
+    """How many tokens can be generated behind `before`."""
+    limit = longest_input(model)
+    return (
+        settings.max_new_tokens if limit is None else min(settings.max_new_tokens, limit - before)
+    )
 
 
 def _text(encoder: Encoder, ids: list[int], end: int) -> str:

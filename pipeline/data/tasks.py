@@ -44,6 +44,11 @@ def options_of(task: Task) -> list[str]:
     return labels
 
 
+def texts_of(task: Task) -> list[str]:
+    """The fields of a row that are its text."""
+    return [task.text] if isinstance(task.text, str) else task.text
+
+
 def example_of(
     text: str, label: Any, task: Task, options: list[str], file: str, line: int
 ) -> Example | None:
@@ -118,6 +123,7 @@ def task_problems(name: str, domain: Domain) -> list[str]:
         options_of(task)
     except UserError as error:
         found.append(f"data.domains.{name}.task.{error}")
+    need(texts_of(task), ".task.text", "names no field")
     need(task.instruction.strip(), ".task.instruction", "is empty; say what is to be done")
     for key in ("max_words", "train_rows", "test_rows"):
         value = getattr(task, key)

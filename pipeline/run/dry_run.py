@@ -10,7 +10,7 @@ from pipeline.data.prepare import describe as describe_domain
 from pipeline.data.prepare import estimated_tokens, prepared_before
 from pipeline.data.sources import task_examples
 from pipeline.data.stage import StagePlan, domains_of, plan_stage, shares_of
-from pipeline.data.tasks import described
+from pipeline.data.tasks import described, options_of
 from pipeline.data.tokenizer import load_tokenizer, vocabulary_size
 from pipeline.engine.config import check_quantized, describe, precision_of
 from pipeline.migu.targets import count_rows, find_targets
@@ -98,7 +98,9 @@ def _task_lines(recipe: Recipe) -> list[str]:
     """Of each task its rows, its labels, and three prompts."""
     lines = []
     for name, domain in recipe.data.domains.items():
-        if domain.task:
+        if domain.task and domain.hub:  # nothing is fetched for it
+            lines.append(f"  {name}: of {domain.hub}, labels {', '.join(options_of(domain.task))}")
+        elif domain.task:
             examples = task_examples(domain, recipe.data.bad_lines)
             lines += [f"  {line}" for line in described(name, domain.task, examples)]
     return ["tasks", *lines] if lines else []

@@ -90,7 +90,7 @@ def train_stage(
             logits = _predictions(engine, head, inputs, targets)
             losses = F.cross_entropy(logits, targets[targets >= 0], reduction="none")
         if by_domain is not None:
-            by_domain.count(tokens["domains"])
+            by_domain.count(waiting["domains"].to(engine.device))
             by_domain.add(losses, targets, targets_of(tokens["domains"], objective))
         minimized = losses
         for method in methods:

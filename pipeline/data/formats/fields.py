@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.data.bad_lines import BadLines
 from pipeline.data.conversations import conversation_of
 from pipeline.data.instruct import Document, Example
-from pipeline.data.tasks import Render, renderer
+from pipeline.data.tasks import Render, renderer, texts_of
 from pipeline.errors import UserError
 from pipeline.recipe import Domain
 
@@ -25,7 +25,7 @@ class Fields:
     @classmethod
     def of(cls, domain: Domain) -> "Fields":
         if domain.task is not None:
-            names = [domain.task.text, domain.task.label]
+            names = [*texts_of(domain.task), domain.task.label]
             return cls(names, [], True, render=renderer(domain.task))
         if domain.chat_field is not None:
             return cls([domain.chat_field], [], False, chat=True)
@@ -46,10 +46,14 @@ class Fields:
             bad.add_blank(file, line)
             return None
         if self.render is not None:
-            if reason := problem(values[0]):
-                bad.add(file, line, f"{self.needed[0]!r} {reason}")
-                return None
-            return self.render(values[0], values[1], file, line)
+            *texts, label = values
+            for name, text in zip(self.needed, texts, strict=False):
+                if reason := problem(text):
+                    bad.add(file, line, f"{name!r} {reason}")
+                    return None
+            if len(texts) > 1:
+                texts = [f"{n}: {text}" for n, text in zip(self.needed, texts, strict=False)]
+            return self.render("\n".join(texts), label, file, line)
         if self.chat and not isinstance(values[0], bytes):
             conversation, refused = conversation_of(values[0])
             if refused:
