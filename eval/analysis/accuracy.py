@@ -71,32 +71,26 @@ def bootstrap(
     metric: Callable[[Matrix], float | None], matrices: Sequence[Matrix], seed: int = 0
 ) -> tuple[float, float] | None:
     """The interval of LEVEL of the metric's mean over runs, drawing runs and tasks with
-    replacement; a draw without what the metric needs (no task before the last) is left out."""
+    replacement; a draw without a task that the metric is of is left out."""
     tasks = matrices[0].domains
     if len(tasks) < 2:
         return None
+    # Every metric is a mean over tasks, so that it is known of each task by itself.
+    parts = np.array([[metric(_alone(m, task)) for task in tasks] for m in matrices], float)
     rng = np.random.default_rng(seed)
-    draws = []
-    for _ in range(DRAWS):
-        chosen = rng.integers(len(tasks), size=len(tasks))
-        runs = rng.integers(len(matrices), size=len(matrices))
-        values = [metric(_drawn(matrices[r], chosen)) for r in runs]
-        known = [v for v in values if v is not None]
-        if len(known) == len(values):
-            draws.append(float(np.mean(known)))
-    if len(draws) < DRAWS // 2:
+    chosen = rng.integers(len(tasks), size=(DRAWS, 1, len(tasks)))
+    runs = rng.integers(len(matrices), size=(DRAWS, len(matrices), 1))
+    drawn = parts[runs, chosen].reshape(DRAWS, -1)
+    known = drawn[~np.isnan(drawn).all(axis=1)]
+    if len(known) < DRAWS // 2:
         return None
-    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(np.nanmean(known, axis=1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
-def _drawn(matrix: Matrix, columns: np.ndarray) -> Matrix:
-    """The matrix of some of its tasks, some of them more than once."""
-    names = [f"{i} {matrix.domains[c]}" for i, c in enumerate(columns)]
-    trained = {
-        name: matrix.trained[matrix.domains[c]]
-        for name, c in zip(names, columns, strict=True)
-        if matrix.domains[c] in matrix.trained
-    }
-    values = [[row[c] for c in columns] for row in matrix.values]
-    return Matrix(matrix.stages, names, trained, values, matrix.lower_is_better)
+def _alone(matrix: Matrix, task: str) -> Matrix:
+    """The matrix of one of its tasks."""
+    column = matrix.domains.index(task)
+    trained = {task: matrix.trained[task]} if task in matrix.trained else {}
+    values = [[row[column]] for row in matrix.values]
+    return Matrix(matrix.stages, [task], trained, values, matrix.lower_is_better)
