@@ -155,9 +155,7 @@ def heldout_sequences(recipe: Recipe, corpus: HeldoutCorpus, frame: Frame) -> li
     parts = [Part("heldout", Reordered(corpus, np.argsort(corpus.digests(), kind="stable")))]
     source = Source(parts, [0], None, limit=corpus.documents)
     shape = Shape(length, frame.ends, alone=not recipe.data.packing)
-    packer = Packer(
-        Mixture([source], length), 1, shape, POOL if corpus.whole and not shape.alone else 0
-    )
+    packer = Packer(Mixture([source], length), 1, shape, POOL if corpus.whole else 0)
     rows = [row for (row,) in islice(packer, recipe.data.heldout_sequences)]
     if not rows:
         raise UserError(
@@ -174,10 +172,10 @@ def training_sequences(
     length, frame = recipe.data.sequence_length, frame_of(recipe, tokenizer)
     parts = [Part("train", corpus)]
     source = Source(parts, [0], (recipe.seed,), limit=corpus.documents)
-    shape = Shape(length, frame.ends)
+    shape = Shape(length, frame.ends, alone=not recipe.data.packing)
     packer = Packer(Mixture([source], length), 1, shape, POOL if corpus.whole else 0)
     rows = [row for (row,) in islice(packer, count)]
-    return read_rows(rows, parts, length, frame, recipe.model.objective == "masked")
+    return read_rows(rows, parts, length, frame)
 
 
 def _unigram_loss(recipe: Recipe, corpus: Corpus, vocabulary: int, labels: np.ndarray) -> float:
