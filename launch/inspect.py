@@ -22,8 +22,9 @@ from pipeline.run.cli import run_command
 def main() -> None:
     args = _parser().parse_args()
 
+    from eval.analysis.magnitudes import Layer, choose
     from eval.measure.checkpoint import objective_of
-    from eval.measure.magnitudes import choose, magnitudes_of
+    from eval.measure.magnitudes import magnitudes_of
     from eval.report.magnitude_page import write_magnitudes
     from pipeline.errors import UserError
     from pipeline.model.load import load_for_evaluation
@@ -37,12 +38,13 @@ def main() -> None:
         raise UserError(f"--threshold {args.threshold}: must be at least 0 and below 1")
     if args.samples < 1:
         raise UserError(f"--samples {args.samples}: must be at least 1")
-    found = {}
+    shown = {}
     for checkpoint in args.checkpoint:
         model = load_for_evaluation(checkpoint, objective_of(args.heldout), args.attention)
-        layers = magnitudes_of(model, args.heldout, args.domains, args.samples)
-        found[_name(checkpoint)] = layers, choose(layers, args.layer)
-    page = write_magnitudes(found, args.threshold, args.samples, args.output)
+        measured = magnitudes_of(model, args.heldout, args.domains, args.samples)
+        layers = [Layer(*found) for found in measured]
+        shown[_name(checkpoint)] = layers, choose(layers, args.layer)
+    page = write_magnitudes(shown, args.threshold, args.samples, args.output)
     print(f"page: {page}")
 
 

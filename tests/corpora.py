@@ -1,6 +1,8 @@
 """Corpora in memory, and documents packed without any file."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -53,3 +55,25 @@ def packed(
     shape = Shape(length, frame.ends)
     packer = Packer(Mixture([source], length), 1, shape, POOL if whole else 0)
     return read_rows([row for (row,) in packer], parts, length, frame)
+
+
+CL_BENCHMARK = [
+    *("TC/dbpedia", "TC/yahoo", "TC/agnews", "SC/amazon", "SC/yelp", "SC/IMDB", "SC/SST-2"),
+    *("NLI/MNLI", "NLI/CB", "NLI/RTE", "WiC/WiC", "COPA/COPA", "QQP/QQP", "BoolQA/BoolQA"),
+    "MultiRC/MultiRC",
+]
+
+
+def write_cl_benchmark(root: Path, labels: Sequence[str] = ("yes", "no")) -> None:
+    """Files of every task of CL-benchmark: four rows of each label to train on, two to test on."""
+    for name in CL_BENCHMARK:
+        folder = root / name
+        folder.mkdir(parents=True)
+        (folder / "labels.json").write_text(json.dumps(list(labels)))
+        for side, rows in (("train", 4), ("test", 2)):
+            lines = [
+                json.dumps({"label": label, "sentence": f"row {i}"})
+                for i in range(rows)
+                for label in labels
+            ]
+            (folder / f"{side}.json").write_text("\n".join(lines))

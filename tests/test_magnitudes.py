@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from eval.measure.magnitudes import Layer, choose, magnitudes_of, mean_overlap, overlap_of
+from eval.analysis.magnitudes import Layer, choose, mean_overlap, overlap_of
+from eval.measure.magnitudes import magnitudes_of
 from eval.report.magnitude_page import write_magnitudes
 from pipeline.errors import UserError
 from tests.test_eval import evaluate, prepared  # noqa: F401
@@ -16,7 +17,7 @@ def test_they_overlap_as_the_evaluation_says_and_are_drawn(prepared):  # noqa: F
 
     folder, objective = prepared
     model = load_for_evaluation(folder / "checkpoint", objective, "sdpa")
-    layers = magnitudes_of(model, folder / "heldout", None, 1000)
+    layers = [Layer(*x) for x in magnitudes_of(model, folder / "heldout", None, 1000)]
     measured = evaluate(folder, "magnitudes", 1)["overlap"]
     for kind, table in measured["kinds"].items():
         own = [overlap_of(layer, 0.7) for layer in layers if layer.component == kind]
@@ -24,7 +25,7 @@ def test_they_overlap_as_the_evaluation_says_and_are_drawn(prepared):  # noqa: F
     for layer in layers:
         assert set(layer.magnitudes) == {"a", "b"}
         assert all(m.sum() == pytest.approx(1) for m in layer.magnitudes.values())
-    few = magnitudes_of(model, folder / "heldout", ["a"], 2)
+    few = [Layer(*x) for x in magnitudes_of(model, folder / "heldout", ["a"], 2)]
     assert list(few[0].magnitudes) == ["a"]
     assert not np.allclose(few[0].magnitudes["a"], layers[0].magnitudes["a"])
     with pytest.raises(UserError, match="has no 'c'"):

@@ -8,6 +8,7 @@ import pytest
 from pipeline.engine.config import load_ds_config, memory_per_rank, resolve_ds_config
 from pipeline.errors import UserError
 from pipeline.run.recipe_file import RECIPES, load_recipe
+from tests.corpora import write_cl_benchmark
 
 GOOD = """
 name: tiny
@@ -38,6 +39,8 @@ def das(tmp_path, monkeypatch):
     """Where the benchmark's corpora would be."""
     for name in ("yelp_restaurant", "acl_anthology", "ai_corpus", "format_pubmed_small"):
         (tmp_path / f"{name}.txt").write_text("a document\n")
+    write_cl_benchmark(tmp_path)
+    monkeypatch.setenv("CL_BENCHMARK", str(tmp_path))
     for name in ("phone", "camera"):
         (tmp_path / "absa/post_train").mkdir(parents=True, exist_ok=True)
         (tmp_path / f"absa/post_train/{name}.txt").write_text("a document\n")

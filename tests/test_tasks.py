@@ -22,6 +22,7 @@ from pipeline.model.attention import start_token
 from pipeline.recipe import Answers, Domain, Task
 from pipeline.run.dry_run import describe_run
 from pipeline.run.recipe_file import load_recipe
+from tests.corpora import write_cl_benchmark
 from tests.reference import tiny_llama, tiny_t5
 
 LABELS = ["good", "bad", "very bad"]
@@ -261,11 +262,6 @@ def test_toy_tasks_ask_for_different_things_of_the_same_words():
 
 
 ORDERS = {1: 4, 2: 4, 3: 4, 4: 15, 5: 15, 6: 15}
-FOLDERS = [
-    *("TC/dbpedia", "TC/yahoo", "TC/agnews", "SC/amazon", "SC/yelp", "SC/IMDB", "SC/SST-2"),
-    *("NLI/MNLI", "NLI/CB", "NLI/RTE", "WiC/WiC", "COPA/COPA", "QQP/QQP", "BoolQA/BoolQA"),
-    "MultiRC/MultiRC",
-]
 
 
 def test_the_papers_orders_resolve_and_show_rows_labels_and_prompts(tmp_path, monkeypatch):
@@ -273,12 +269,7 @@ def test_the_papers_orders_resolve_and_show_rows_labels_and_prompts(tmp_path, mo
     small = ["model.path=null", f"model.config={T5}", "model.train_tokenizer=300"]
     with pytest.raises(UserError, match=r"no file matches .*/WiC/WiC/train\.json"):
         load_recipe("t5_order4", small)
-    for path in FOLDERS:
-        folder = tmp_path / path
-        folder.mkdir(parents=True)
-        (folder / "labels.json").write_text(json.dumps(LABELS))
-        write_rows(folder / "train.json", rows_of(12))
-        write_rows(folder / "test.json", rows_of(6))
+    write_cl_benchmark(tmp_path, LABELS)
     sequences = []
     for order, tasks in ORDERS.items():
         recipe = load_recipe(f"t5_order{order}", small)

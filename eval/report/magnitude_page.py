@@ -5,8 +5,8 @@ from pathlib import Path
 import matplotlib
 from markupsafe import Markup
 
+from eval.analysis.magnitudes import Layer, mean_overlap, overlap_of
 from eval.analysis.text import number
-from eval.measure.magnitudes import Layer, mean_overlap, overlap_of
 from eval.report.cells import share_cell
 from eval.report.drawing import GREY, STYLE, new_figure, palette, svg_of
 from eval.report.page import render, write_folder
