@@ -22,10 +22,10 @@ data:
   domains:
     subject:
       embedded: toy_subject
-      task: {instruction: Of what?, labels: [animal, plant, tool, person], train_rows: 40}
+      task: {instruction: "Of what?", labels: [animal, plant, tool, person], train_rows: 40}
     mood:
       embedded: toy_mood
-      task: {instruction: How?, labels: [happy, sad], train_rows: 40}
+      task: {instruction: "How?", labels: [happy, sad], train_rows: 40}
   template: plain
   packing: false
   sequence_length: 96

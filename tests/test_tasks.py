@@ -98,7 +98,7 @@ data:
     a:
       files: [{tmp_path}/train.jsonl]
       heldout_files: [{tmp_path}/test.jsonl]
-      task: {{instruction: How was it?, labels: [good, bad, very bad]}}
+      task: {{instruction: "How was it?", labels: [good, bad, very bad]}}
 stages: [{{domain: a, steps: 2}}]
 """)
     override = override.replace("HERE", str(tmp_path))

@@ -114,9 +114,7 @@ def add_adapter(
     settings.target_modules = sorted(settings.target_modules)  # type: ignore[arg-type]
 
 
-def add_beside(
-    net: Any, adapter: str | Path, lora: Lora, task_type: str | None, seed: int
-) -> None:
+def add_beside(net: Any, adapter: str | Path, lora: Lora, task_type: str | None, seed: int) -> None:
     """Load what the stages before have published, frozen, and add a new adapter to be trained
     beside it: the layer's output is the sum of both (IncLoRA)."""
     load_adapter(net, adapter, EARLIER)
