@@ -109,8 +109,8 @@ def prepare_heldout(
             )
 
         for name in recipe.tasks():
-            rows = task_examples(recipe.data.domains[name], recipe.data.bad_lines)["heldout"]
-            text = "".join(json.dumps([e.prompt, e.response]) + "\n" for e in rows)
+            examples = task_examples(recipe.data.domains[name], recipe.data.bad_lines)["heldout"]
+            text = "".join(json.dumps([e.prompt, e.response]) + "\n" for e in examples)
             (target / f"{name}.tasks.jsonl").write_text(text, encoding="utf-8")
 
     tasks = {n: options_of(t) for n in recipe.tasks() if (t := recipe.data.domains[n].task)}

@@ -112,6 +112,7 @@ def read_unit(unit: Unit, domain: Domain, bad: BadLines) -> Iterator[Document]:
 
 def _task_rows(unit: Unit, domain: Domain, task: Task, bad: BadLines) -> Iterator[Example]:
     """All of them, as examples."""
+    rows: Iterator[Document | None]
     if unit.files:
         rows = (d for path in unit.files for d in read_file(path, domain, bad))
     elif unit.hub_split:

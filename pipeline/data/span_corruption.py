@@ -39,10 +39,13 @@ def corrupt(
     spans = min(max(round(taken / SPAN), 1), len(ids) - taken, len(marks))
     kept_lengths = _pieces(len(ids) - taken, spans, rng)
     span_lengths = _pieces(taken, spans, rng)
-    source, target, at = [], [], 0
+    source: list[np.ndarray] = []
+    target: list[np.ndarray] = []
+    at = 0
     for kept, span, mark in zip(kept_lengths, span_lengths, marks, strict=False):
-        source += [ids[at : at + kept], [mark]]
-        target += [[mark], ids[at + kept : at + kept + span]]
+        sentinel = np.array([mark], ids.dtype)
+        source += [ids[at : at + kept], sentinel]
+        target += [sentinel, ids[at + kept : at + kept + span]]
         at += kept + span
     return np.concatenate(source), np.concatenate(target)
 
