@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from pipeline.data.batches import example
 from pipeline.data.mlm import collate
+from pipeline.data.objective import targets_of
 from pipeline.errors import UserError
 from pipeline.methods.importance import (
     Gate,
@@ -32,7 +33,7 @@ from pipeline.methods.importance import (
     soft_masks,
 )
 from pipeline.methods.method import Method, Start
-from pipeline.model.attention import arrange, separation_of, targets_of
+from pipeline.model.attention import arrange, separation_of
 from pipeline.model.load import PredictedPositions, predict
 from pipeline.ranks import on_rank0, rank, world_size
 from pipeline.recipe import Recipe

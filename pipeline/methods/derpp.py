@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 from pipeline.data.batches import example
 from pipeline.data.mlm import IGNORED, collate
+from pipeline.data.objective import targets_of
 from pipeline.methods.method import Method, Start
-from pipeline.model.attention import Separation, arrange, separation_of, targets_of
+from pipeline.model.attention import Separation, arrange, separation_of
 from pipeline.model.load import PredictedPositions, predict
 from pipeline.ranks import on_rank0, rank, world_size
 from pipeline.recipe import Recipe

@@ -123,7 +123,7 @@ def _calibrate(
         for waiting in micro_batches:
             batch = {k: v.to(device) for k, v in waiting.items()}
             inputs, tokens = arrange(batch, separation, net)
-            with mask.recording(tokens.get("real")):
+            with mask.recording(tokens.get("real"), tokens.get("decoder_real")):
                 net(**inputs)
     net.train()
     if close := getattr(batches, "close", None):
