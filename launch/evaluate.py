@@ -155,7 +155,8 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         help="write eval.json, tasks.json, benchmarks.json, humaneval.json, end_tasks.json and "
-        "their files here; end tasks that lie there are not done again (default: print the numbers only)",
+        "their files here; end tasks that lie there are not done again (default: print the "
+        "numbers only)",
     )
     add("--share", metavar="R/N", help=argparse.SUPPRESS)  # a rank's part, written to --output
     return parser

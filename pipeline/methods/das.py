@@ -19,9 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.data.batches import example
 from pipeline.data.mlm import collate
-from pipeline.data.objective import targets_of
+from pipeline.data.objective import OBJECTIVES, targets_of
 from pipeline.errors import UserError
 from pipeline.methods.importance import (
     Gate,
@@ -157,8 +156,8 @@ def _batches(
     while block := list(islice(sequences, ROWS)):
         if number % world_size() == rank():
             rng = np.random.default_rng((r.seed, STREAM, number))
-            masked = das.objective == "masked"
-            rows = [example(s, start.tokenizer, masked, rng, r.data.masking, False) for s in block]
+            row = OBJECTIVES[das.objective].row
+            rows = [row(s, start.tokenizer, rng, r.data.masking, False) for s in block]
             batch = {k: v.to(device) for k, v in collate(rows).items()}
             yield (number, *arrange(batch, separation, net))
         number += 1

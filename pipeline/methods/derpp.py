@@ -18,9 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.data.batches import example
 from pipeline.data.mlm import IGNORED, collate
-from pipeline.data.objective import targets_of
+from pipeline.data.objective import OBJECTIVES, targets_of
 from pipeline.methods.method import Method, Start
 from pipeline.model.attention import Separation, arrange, separation_of
 from pipeline.model.load import PredictedPositions, predict
@@ -118,11 +117,11 @@ class DerPlusPlus(Method):
         domains = r.stages[start.stage - 2].domains
         each = max(1, self.settings.sequences // len(domains))
         sequences = (s for n in domains for s in islice(start.domain(n, each), each))
-        masked, device = self.objective == "masked", next(net.parameters()).device
+        row, device = OBJECTIVES[self.objective].row, next(net.parameters()).device
         found: list[dict[str, Tensor]] = []
         while block := list(islice(sequences, ROWS)):
             rng = np.random.default_rng((r.seed, STREAM, start.stage, len(found)))
-            rows = [example(s, start.tokenizer, masked, rng, r.data.masking, False) for s in block]
+            rows = [row(s, start.tokenizer, rng, r.data.masking, False) for s in block]
             batch = collate(rows)
             inputs, tokens = arrange({k: v.to(device) for k, v in batch.items()}, separation, net)
             with torch.no_grad():

@@ -165,6 +165,13 @@ def recipe_problems(r: Recipe) -> list[str]:
             + (", and an encoder-decoder continues no text" if m.objective == "seq2seq" else "")
             + ". Remove it, or set model.objective=causal",
         )
+    if m.objective == "seq2seq":
+        for key in ("das", "derpp", "ssu"):
+            need(
+                getattr(r, key) is None,
+                f"{key}: reads the hidden states or inputs of one stack of layers, and an "
+                "encoder-decoder has two; take another method",
+            )
     found += anchor_problems(r)
     found += method_problems(r) + baseline_problems(r)
     tasks = r.evaluate.end_tasks
