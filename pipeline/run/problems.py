@@ -17,6 +17,7 @@ from pipeline.recipe import (
 )
 from pipeline.run.baseline_problems import baseline_problems
 from pipeline.run.end_task_problems import end_task_problems
+from pipeline.run.seq2seq_problems import seq2seq_problems
 from pipeline.run.unused_keys import unused_keys
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a domain or a benchmark: it names files
@@ -97,11 +98,6 @@ def recipe_problems(r: Recipe) -> list[str]:
     need(d.bad_lines >= 0, "data.bad_lines: must be at least 0")
     need(d.prefetch >= 0, "data.prefetch: must be at least 0")
     need(
-        m.objective != "seq2seq" or not (d.cross_document or d.keep_apart != "auto"),
-        "data: cross_document and keep_apart have no effect on an encoder-decoder, which reads one "
-        "document a row; remove them",
-    )
-    need(
         not d.cross_document or d.keep_apart == "auto",
         "data.keep_apart: has no effect with data.cross_document, which lets documents see each "
         "other; remove one",
@@ -124,12 +120,6 @@ def recipe_problems(r: Recipe) -> list[str]:
     need(
         bool(instructions) or d.template == "alpaca",
         "data.template: has no effect without a domain of instructions; remove it",
-    )
-    chats = [n for n, domain in d.domains.items() if domain.chat_field]
-    need(
-        m.objective != "seq2seq" or not (chats or d.template == "chat"),
-        f"data.{f'domains.{chats[0]}.chat_field' if chats else 'template'}: an encoder-decoder has "
-        "no chats here; give `instruction` and template=plain or alpaca",
     )
     need(bool(r.stages), "stages: list at least one domain to train on")
     for i, stage in enumerate(r.stages):
@@ -165,14 +155,7 @@ def recipe_problems(r: Recipe) -> list[str]:
             + (", and an encoder-decoder continues no text" if m.objective == "seq2seq" else "")
             + ". Remove it, or set model.objective=causal",
         )
-    if m.objective == "seq2seq":
-        for key in ("das", "derpp", "ssu"):
-            need(
-                getattr(r, key) is None,
-                f"{key}: reads the hidden states or inputs of one stack of layers, and an "
-                "encoder-decoder has two; take another method",
-            )
-    found += anchor_problems(r)
+    found += seq2seq_problems(r) + anchor_problems(r)
     found += method_problems(r) + baseline_problems(r)
     tasks = r.evaluate.end_tasks
     for name, task in tasks.tasks.items() if tasks else ():
@@ -317,10 +300,6 @@ def anchor_problems(r: Recipe) -> list[str]:
     if a is None:
         return []
     found: list[str] = []
-    if a.text in ("self", "random") and r.model.objective == "seq2seq":
-        found.append(
-            "anchor.text: an encoder-decoder writes no text of its own; name one of data.domains"
-        )
     if a.text not in ("self", "random"):
         replayed = [s.replay for s in r.stages if isinstance(s.replay, dict)]
         trained = {n for names in [*(s.domains for s in r.stages), *replayed] for n in names}
