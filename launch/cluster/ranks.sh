@@ -26,15 +26,15 @@ done
 
 trap 'kill -TERM "${ranks[@]}" 2>/dev/null' TERM INT USR1
 
-# `wait` comes back early for every signal that is passed on: until the rank itself has ended. The
-# first failure that is not 75 (saved, start again) is the one to report.
+# `wait` comes back early for every signal that is passed on; asked again, it tells how a rank ended.
+# The first failure that is not 75 (saved, start again) is the one to report.
 code=0
 for rank in "${ranks[@]}"; do
-  while :; do
+  while kill -0 "$rank" 2>/dev/null; do
     wait "$rank"
-    ended=$?
-    kill -0 "$rank" 2>/dev/null || break
   done
+  wait "$rank"
+  ended=$?
   if [ "$code" -eq 0 ] || [ "$code" -eq 75 ]; then
     [ "$ended" -eq 0 ] || code=$ended
   fi
