@@ -3,7 +3,6 @@
 import io
 import itertools
 import json
-import time
 from contextlib import redirect_stdout
 
 import pytest
@@ -169,13 +168,12 @@ def test_a_damaged_checkpoint_is_passed_over_and_another_models_refused(results)
     assert "step-000002/rank-00000.safetensors: differs from its SHA-256" in said
 
 
-def when_saved(folder, settings, seconds):
-    """The steps of 7 whose checkpoints are there after each step; a step takes so long."""
+def when_saved(folder, settings):
+    """The steps of 7 whose checkpoints are there after each step."""
     engine, _ = engine_of("roberta", "zero0", "fp32")
     attempt = Attempt(folder, settings, StageState(engine, Position()), 7)
     there = []
     for step in range(1, 8):
-        time.sleep(seconds)
         attempt.after_step(step)
         attempt.finish()
         meet()
@@ -186,19 +184,20 @@ def when_saved(folder, settings, seconds):
 
 def in_every_way(folder):
     return [
-        when_saved(folder / "none", None, 0),
-        when_saved(folder / "steps", Resume(steps=2, minutes=None, keep=2), 0),
-        when_saved(folder / "one", Resume(steps=2, minutes=None, keep=1), 0),
-        when_saved(folder / "minutes", Resume(steps=None, minutes=0.15 / 60), 0.1)[3],
+        when_saved(folder / "none", None),
+        when_saved(folder / "steps", Resume(steps=2, minutes=None, keep=2)),
+        when_saved(folder / "one", Resume(steps=2, minutes=None, keep=1)),
+        when_saved(folder / "at once", Resume(steps=None, minutes=1e-9))[3],
+        when_saved(folder / "minutes", Resume(steps=None, minutes=60))[3],
     ]
 
 
 def test_a_stage_is_saved_when_the_recipe_says(results):
-    none, steps, one, minutes = results["when"][0]
+    none, steps, one, at_once, minutes = results["when"][0]
     assert none == [[]] * 7
     assert steps == [[], [2], [2], [2, 4], [2, 4], [4, 6], [4, 6]]  # the last step is published
     assert one == [[], [2], [2], [4], [4], [6], [6]]
-    assert minutes == [2, 4]
+    assert (at_once, minutes) == ([3, 4], [])
 
 
 def masks_go_on(_folder):
