@@ -1,4 +1,4 @@
-"""Publish a folder atomically, with a manifest that says whether it is whole."""
+"""Publish a folder atomically, with a manifest that says whether it is whole; replace a file."""
 
 import errno
 import hashlib
@@ -57,6 +57,17 @@ def seal(temporary: Path, folder: Path, info: dict[str, Any], digests: dict[str,
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     _fsync(folder.parent)
+
+
+def replace_file(path: Path, content: bytes | str) -> None:
+    """Readers see the old file or the new one, whole, also while several processes write it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def is_published(folder: Path) -> bool:

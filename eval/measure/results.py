@@ -2,11 +2,12 @@
 
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from pipeline.checkpoint import replace_file
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
@@ -18,10 +19,3 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     replace_file(path, buffer.getvalue())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Readers see the old file or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

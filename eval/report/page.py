@@ -21,6 +21,7 @@ from eval.analysis.text import number, percent, short_float, signed, signed_perc
 from eval.report import cells, run_plots, tasks, tuning
 from eval.report.drawing import colours_of
 from eval.report.end_tasks import end_tasks_of
+from pipeline.checkpoint import replace_file
 
 NAMES = {
     "acc": "ACC (mean final loss)",
@@ -243,14 +244,15 @@ def marked(figures: dict[str, str]) -> dict[str, Markup]:
 
 
 def write_folder(folder: Path, page: str, numbers: dict, figures: dict[str, str]) -> Path:
-    """Write page, numbers and figures; the page last, so that it never names what is not there."""
+    """Write page, numbers and figures, each in one stroke for whoever reads meanwhile; the page
+    last, so that it never names what is not there."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, svg in figures.items():
-        (folder / f"{name}.svg").write_text(svg + "\n", encoding="utf-8")
+        replace_file(folder / f"{name}.svg", svg + "\n")
     text = json.dumps(numbers, indent=1, ensure_ascii=False)
-    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+    replace_file(folder / "report.json", text + "\n")
     path = folder / "index.html"
-    path.write_text(page, encoding="utf-8")
+    replace_file(path, page)
     return path
 
 
