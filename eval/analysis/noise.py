@@ -26,10 +26,9 @@ from eval.analysis.curves import (
 )
 from eval.analysis.load import Run
 from eval.analysis.matrix import Curve, Matrix
-from eval.analysis.points import Row
+from eval.analysis.points import NOISE, Row
 from eval.analysis.settings import Difference, Name, Pair, Setting, measure
 
-NOISE = 2.0  # standard errors; a smaller difference is called noise
 RESAMPLES = 500
 READABLE = 0.9  # of the resamples must give a number; fewer: it lies near the end of its range
 

@@ -24,6 +24,7 @@ from eval.analysis.matrix import Matrix, complete
 from eval.analysis.text import amount
 
 LOSS = ("loss", "stderr")
+NOISE = 2.0  # standard errors; a smaller difference is called noise
 UNITS = ("epochs", "steps", "tokens")  # of a stage's length; runs that mix them: "stages"
 Row = list[float | None]
 """A value per domain, in the order of the matrix; None where it is not known."""
