@@ -18,6 +18,7 @@ from pipeline.run.folder import restart
 from pipeline.run.measure import measure_steps
 from pipeline.run.recipe_file import load_recipe
 from pipeline.run.run import run_recipe
+from pipeline.run.trackers import check_trackers
 
 
 def measured_run(args: argparse.Namespace) -> None:
@@ -33,6 +34,7 @@ def measured_run(args: argparse.Namespace) -> None:
     if args.dry_run or args.measure:
         if rank() == 0:
             check(recipe.evaluate)
+            check_trackers(recipe.track)
             print(describe_run(recipe, engine_config, world_size()))
         if args.measure:
             start_distributed()
@@ -42,6 +44,7 @@ def measured_run(args: argparse.Namespace) -> None:
         return
     start_distributed()
     on_rank0(lambda: check(recipe.evaluate))
+    on_rank0(lambda: check_trackers(recipe.track))
     if args.restart:
         on_rank0(lambda: restart(Path(args.runs), recipe))
     page = run_recipe(

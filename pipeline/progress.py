@@ -5,7 +5,7 @@ import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -22,11 +22,21 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+class Trackers(Protocol):
+    """Where numbers go beside the log (`run/trackers.py`)."""
+
+    def step(self, record: dict[str, Any]) -> None: ...
+    def evaluated(self, stage: int, folder: Path) -> None: ...
+    def close(self) -> None: ...
+
+
 class EventLog:
     """`log.jsonl`: one JSON object a line, flushed line by line."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, trackers: Trackers | None = None):
+        """`trackers` get the steps and the results too."""
         self._path = path
+        self._trackers = trackers
         self._file = path.open("a", encoding="utf-8")
         if half_line(path):  # of a process that was killed
             self._file.write("\n")
@@ -48,9 +58,18 @@ class EventLog:
         record = redacted({"event": event, **values, "time": now()})
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        if event == "step" and self._trackers is not None:
+            self._trackers.step(values)
+
+    def evaluated(self, stage: int, folder: Path) -> None:
+        """The results of a stage are in its folder."""
+        if self._trackers is not None:
+            self._trackers.evaluated(stage, folder)
 
     def close(self) -> None:
         self._file.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 def half_line(path: Path) -> bool:

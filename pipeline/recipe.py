@@ -383,6 +383,8 @@ class Recipe:
     start_from: Literal["previous", "base"] = "previous"  # what each stage starts from
     resume: Resume | None = field(default_factory=Resume)  # null: a stage starts over
     seed: int = 0
+    # where its numbers go as it trains, beside the log and the page (docs/runs.md)
+    track: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = field(default_factory=list)
 
     def stage_seed(self, stage: int) -> int:
         """For what is drawn once per stage, alike on every rank."""

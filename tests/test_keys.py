@@ -155,6 +155,7 @@ KEYS: dict[str, str | Change] = {
     "Recipe.engine": Change("engine.kind=fsdp", engine),
     "Recipe.evaluate": "test_a_run_is_measured_within_and_what_failed_is_retried_alone",
     "Recipe.seed": Change("seed=3", model, CAUSAL),
+    "Recipe.track": "test_steps_and_results_are_tracked",
     "Model.path": "test_whole_weights_pass",
     "Model.config": Change("model.config.n_layer=1", model, CAUSAL),
     "Model.overrides": Change("model.overrides={n_inner: 7}", model, CAUSAL),

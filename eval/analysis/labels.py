@@ -13,7 +13,7 @@ METHODS = (
     "anchor", "olora", "l2_to_start", "hft", "ssu", "das", "kd", "ewc", "derpp",
 )  # fmt: skip
 """The recipe's keys of methods beside the mask; where one is set, its key is part of the label."""
-FREE = ("mask", "optimizer", "seed", "name", "start_from", *METHODS)
+FREE = ("mask", "optimizer", "seed", "name", "track", "start_from", *METHODS)
 """What compared runs may differ in; with the adapter, the learning rate of single stages, and how
 and how often (not on what) the evaluation ran."""
 ALSO_FREE = (
@@ -95,7 +95,7 @@ def without_seed(run: Run) -> str:
         sorted(
             (key, repr(value))
             for key, value in recipe.items()
-            if key not in ("seed", "name") and not _how_evaluated(key)
+            if key not in ("seed", "name", "track") and not _how_evaluated(key)
             if masked or not key.startswith("mask.") or key == "mask.enabled"
         )
     )

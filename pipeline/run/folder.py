@@ -35,7 +35,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "num
 
 # They change how something is computed, not what: a run may be continued with other values.
 FREE = {
-    "train.micro_batch_size", "evaluate.batch_size", "evaluate.benchmark_files",
+    "track", "train.micro_batch_size", "evaluate.batch_size", "evaluate.benchmark_files",
     "evaluate.unreachable", "evaluate.humaneval.batch_size", "evaluate.humaneval.sandbox",
     "evaluate.end_tasks.files", "evaluate.end_tasks.processes",
 }  # fmt: skip

@@ -40,6 +40,7 @@ from pipeline.run.published import check_masters, publish_masters, publish_model
 from pipeline.run.resume import Attempt, StageState, discard
 from pipeline.run.stage_rows import mask_of_stage, split_for_stage, split_stage
 from pipeline.run.tokenizer import run_tokenizer
+from pipeline.run.trackers import Trackers
 from pipeline.run.train import train_stage
 
 GRACE = 120.0  # seconds from a signal to the end, where nothing is saved within a stage
@@ -169,6 +170,8 @@ def run_recipe(
                     failed.append(f"{task.folder}: {error}")
                     _tell(f"{_place(task)}: evaluation failed ({error}); training goes on")
                 on_rank0(partial(report, folder))
+                if run.log is not None and task.step is None:
+                    run.log.evaluated(task.stage, task.folder)
             return time.perf_counter() - start
 
         base = _base_checkpoint(run)
@@ -201,6 +204,8 @@ def run_recipe(
         _close_engine(run)
         remove(run.masters(len(recipe.stages)))
         page = on_rank0(partial(report, folder))
+        if run.log is not None:
+            run.log.close()
     if failed:
         raise UserError(
             "some evaluations failed; run the same command again to retry them alone:\n  "
@@ -221,7 +226,7 @@ def _prepare(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Run
         target = folder / "heldout"
         on_rank0(lambda: prepare_heldout(recipe, tokenizer, data.sides(), target))
     send_folder(folder / "heldout")
-    log = EventLog(folder / "log.jsonl") if rank() == 0 else None
+    log = EventLog(folder / "log.jsonl", Trackers(recipe, folder)) if rank() == 0 else None
     if log is not None:
         for name, counts in data.counts().items():
             log.write("corpus", domain=name, **counts)
