@@ -25,7 +25,7 @@ from pipeline.run.cli import run_command
 
 def main() -> None:
     args = _parser().parse_args()
-    if args.share:  # a rank of a run, which merges; without it, nobody waits for the result
+    if args.share or args.with_parent:  # else nobody waits for the result
         from eval.sandbox.jail import die_with_parent
 
         die_with_parent(os.getppid())  # before the slow imports, during which the run may end
@@ -158,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
         "their files here; end tasks that lie there are not done again (default: print the "
         "numbers only)",
     )
+    add("--with-parent", action="store_true", help=argparse.SUPPRESS)  # end when it ends
     add("--share", metavar="R/N", help=argparse.SUPPRESS)  # a rank's part, written to --output
     return parser
 

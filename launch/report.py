@@ -1,7 +1,8 @@
-"""Write the page of a run, or the comparison of several.
+"""Write the page of a run, or the comparison of several; or all that is due in a folder of runs.
 
 python launch/report.py runs/demo
 python launch/report.py runs/ft runs/migu runs/random --out comparison
+python launch/report.py due --root runs --budget 2h
 """
 
 import argparse
@@ -27,10 +28,12 @@ def main(arguments: list[str] | None = None) -> int:
         "equal learning.",
         epilog="One run: RUN/report/index.html. Several: a comparison, in the order given; speeds "
         "are relative to the first run, so name the baseline first. Runs may be unfinished. The "
-        "pages are single files that need no network.",
+        "pages are single files that need no network. `due`: evaluate what is not evaluated yet of "
+        "all runs of a folder, and write their pages and the index over them; for a schedule, as "
+        "often as one likes (docs/reports.md).",
     )
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="run folder, e.g. runs/demo"
+        "runs", nargs="+", type=Path, metavar="RUN", help="run folder, e.g. runs/demo; or: due"
     )
     parser.add_argument(
         "--out",
@@ -38,7 +41,20 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="DIR",
         help="folder of the comparison (default: 'comparison' beside the first run)",
     )
+    due = parser.add_argument_group("report.py due")
+    add = due.add_argument
+    add("--root", type=Path, metavar="DIR", help="the folder of the runs (default: runs)")
+    add("--budget", metavar="TIME", help="evaluate for so long, e.g. 2h (default: no limit)")
+    add("--every", metavar="TIME", help="stay alive and do it every so often, e.g. 6h")
+    add("--notify", type=Path, metavar="YAML", help="whom to tell of what")
     options = parser.parse_args(arguments)
+    if options.runs == [Path("due")]:
+        if options.out:
+            parser.error("--out is for comparisons")
+        return _due(options)
+    for name in ("root", "budget", "every", "notify"):
+        if getattr(options, name) is not None:
+            parser.error(f"--{name} is for `report.py due`")
     try:
         if len(options.runs) == 1:
             if options.out:
@@ -61,6 +77,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(f"page: {page}")
     return 1 if damage else 0
+
+
+def _due(options: argparse.Namespace) -> int:
+    from eval.due.command import due_command
+
+    try:
+        due_command(options.root or Path("runs"), options.budget, options.every, options.notify)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the next call goes on", file=sys.stderr)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":

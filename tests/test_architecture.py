@@ -16,7 +16,8 @@ ROOMS = {
         "analysis": set(),
         "measure": {"sandbox"},
         "report": {"analysis"},
-        "": {"sandbox", "analysis", "measure", "report"},  # what assembles them
+        "due": {"sandbox", "analysis", "measure", "report"},
+        "": {"sandbox", "analysis", "measure", "report", "due"},  # what assembles them
     },
     "pipeline": {
         "": set(),  # shard, recipe, checkpoint, ranks, ...

@@ -12,7 +12,7 @@ from eval.analysis.log import Log, StageTime, read_log, stage_times
 from eval.analysis.matrix import Matrix
 from eval.analysis.points import Point, load_points, losses_of
 from pipeline.errors import UserError
-from pipeline.yaml_file import read_yaml
+from pipeline.yaml_file import Loader, read_yaml
 
 
 @dataclass
@@ -128,7 +128,7 @@ def _recipe(folder: Path) -> dict:
             "wrote, for example runs/demo."
         )
     try:
-        recipe = yaml.safe_load(read_yaml(path))
+        recipe = yaml.load(read_yaml(path), Loader)
         problem = _recipe_problem(recipe)
     except (yaml.YAMLError, ValueError, UserError) as error:
         problem = f"{type(error).__name__} ({error})"

@@ -135,6 +135,16 @@ def find_source(name: str, benchmark: Benchmark, folder: str | None) -> Source:
     return source
 
 
+def task_version(task: str) -> Any:
+    """Of a task as lm-eval has it now, as results name it; None where it has none."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    path = _installed_tasks().get(task)
+    if path is None:
+        return None
+    return (load_yaml(path, resolve_func=False).get("metadata") or {}).get("version")
+
+
 @cache
 def _installed_tasks() -> dict[str, Path]:
     """The YAML of each of lm-eval's tasks. The same names as TaskManager's index, which takes 20
