@@ -151,7 +151,7 @@ def test_what_cannot_be_row_sparse_is_refused_by_name():
         GradientMask(model, Mask(backward="row_sparse"), 0)
     model = MODELS["llama"]()
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
-    with pytest.raises(UserError, match=r"tied to a weight of model\.layers\.1\.mlp\.up_proj"):
+    with pytest.raises(UserError, match=r"is tied to a weight of model\.layers\.\d\.mlp"):
         GradientMask(model, Mask(backward="row_sparse"), 0)
     model = MODELS["llama"]()
     mask, shards = GradientMask(model, Mask(backward="row_sparse"), 0), ParameterShards(model)
