@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.errors import UserError
 from pipeline.migu.targets import Target
 from pipeline.model.blocks import is_adapted
+from pipeline.model.split_linear import autocast_dtype
 
 ADVICE = "set mask.backward=dense, or leave the layer out with mask.components"
 
@@ -64,8 +65,7 @@ def _forward(module: nn.Module, rows: _Rows, output_dim: int) -> Any:
 
     def forward(x: Tensor) -> Tensor:
         weight, bias = linear.weight, linear.bias
-        if torch.is_autocast_enabled(x.device.type):  # as the library's own linear does
-            dtype = torch.get_autocast_dtype(x.device.type)
+        if dtype := autocast_dtype(x):
             x, weight = x.to(dtype), weight.to(dtype)
             bias = bias.to(dtype) if bias is not None else None
         return _RowSparse.apply(x, weight, bias, rows, output_dim)

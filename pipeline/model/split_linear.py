@@ -45,14 +45,21 @@ class SplitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         kept, rest, bias = self.kept, self.rest, self.bias
-        if torch.is_autocast_enabled(x.device.type):  # as the library's own linear does
-            dtype = torch.get_autocast_dtype(x.device.type)
+        if dtype := autocast_dtype(x):
             x, kept, rest = x.to(dtype), kept.to(dtype), rest.to(dtype)
             bias = bias.to(dtype) if bias is not None else None  # type: ignore[operator]
         return _Split.apply(x, kept, rest, bias, self.index)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, kept={self.kept_rows}"
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """To which the library's own linear casts its inputs; None: to none."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 class _Split(torch.autograd.Function):
