@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from eval.measure.checkpoint import check
-from eval.measure.lm import measure_in_engine
+from eval.measure.lm import losses_in_engine, measure_in_engine
 from eval.measure.process import evaluate_in_processes
 from eval.report.page import write_report
 from eval.report.summary import print_summary
@@ -54,6 +54,7 @@ def measured_run(args: argparse.Namespace) -> None:
         measure_in_engine,
         evaluate_in_processes,
         write_report,
+        losses_in_engine,
     )
     if rank() == 0:
         print_summary(page)

@@ -1,6 +1,7 @@
 """What the recipe says of the methods that others have published (docs/methods.md)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass
@@ -21,11 +22,12 @@ class Ewc:
 
 @dataclass
 class Distill:
-    """Stay close, on the new text, to the model before the stage (Hinton et al. 2015,
-    arXiv 1503.02531; Li and Hoiem 2016, arXiv 1606.09282)."""
+    """Stay close, on the new text, to a frozen teacher (Hinton et al. 2015, arXiv 1503.02531; Li
+    and Hoiem 2016, arXiv 1606.09282)."""
 
     weight: float = 1.0
     temperature: float = 1.0
+    teacher: Literal["previous", "base"] = "previous"  # the model before the stage, or the run
 
 
 @dataclass
@@ -37,3 +39,25 @@ class DerPlusPlus:
     fraction: float = 0.25  # sequences of a step, relative to train.batch_size
     alpha: float = 0.5  # weight of the squared distance to the old hidden states
     beta: float = 0.5  # weight of the loss on the old text
+
+
+@dataclass
+class PublishAverage:
+    """Publish each stage's weights interpolated with those it started from (WiSE-FT,
+    arXiv 2109.01903)."""
+
+    start: float = 0.3  # share of the stage's start
+
+
+@dataclass
+class Ema:
+    """Publish the exponential moving average of each stage's weights."""
+
+    decay: float = 0.99  # a step: about the last 1 / (1 - decay) steps count
+
+
+@dataclass
+class EntropyGate:
+    """Count each new token by the entropy of its prediction (EAFT, arXiv 2601.02151)."""
+
+    tokens: int = 20  # likeliest ones, over which the entropy is taken

@@ -54,7 +54,8 @@ class EventLog:
         return False
 
     def write(self, event: str, **values: Any) -> None:
-        self.step = values["step"] if event == "step" else 0
+        if event in ("step", "stage"):
+            self.step = values["step"] if event == "step" else 0
         record = redacted({"event": event, **values, "time": now()})
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()

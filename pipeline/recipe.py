@@ -13,7 +13,15 @@ import pydantic
 from omegaconf import OmegaConf
 
 from pipeline.end_task_settings import EndTask, EndTasks
-from pipeline.method_settings import Das, DerPlusPlus, Distill, Ewc
+from pipeline.method_settings import (
+    Das,
+    DerPlusPlus,
+    Distill,
+    Ema,
+    EntropyGate,
+    Ewc,
+    PublishAverage,
+)
 from pipeline.redact import redacted
 
 
@@ -171,6 +179,15 @@ Mix = Annotated[str | list[str] | dict[str, float], pydantic.BeforeValidator(_mi
 
 
 @dataclass
+class Stop:
+    """End a stage as soon as it has learned so much: runs that are compared at equal learning."""
+
+    loss: float  # of the domain's held-out text, nats per predicted token
+    domain: str | None = None  # default: the stage's, where it has one
+    steps: int = 20  # between two measurements of it
+
+
+@dataclass
 class Stage:
     """Train on one domain or several, for exactly one of `steps`, `epochs`, `tokens`.
 
@@ -185,6 +202,7 @@ class Stage:
     lr: float | None = None  # default: the optimizer's
     # in the stage's own unit: epochs, steps or tokens
     evaluate_every: Annotated[float | None, pydantic.BeforeValidator(_number)] = None
+    stop: Stop | None = None  # before its length is reached; default: the recipe's
     max_repetitions: float | None = None  # how often a document may be read, on average
     # share of the tokens that repeats the domains of earlier stages, or shares of named domains
     replay: Annotated[float | dict[str, float] | None, pydantic.BeforeValidator(_replay)] = None
@@ -376,12 +394,16 @@ class Recipe:
     kd: Distill | None = None
     ewc: Ewc | None = None
     derpp: DerPlusPlus | None = None
+    entropy_gate: EntropyGate | None = None
+    ema: Ema | None = None
+    publish_average: PublishAverage | None = None
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
     engine: Engine = field(default_factory=Engine)
     evaluate: Evaluation = field(default_factory=Evaluation)
     start_from: Literal["previous", "base"] = "previous"  # what each stage starts from
     resume: Resume | None = field(default_factory=Resume)  # null: a stage starts over
+    stop: Stop | None = None  # of the stages that train its domain
     seed: int = 0
     # where its numbers go as it trains, beside the log and the page (docs/runs.md)
     track: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = field(default_factory=list)
@@ -389,6 +411,13 @@ class Recipe:
     def stage_seed(self, stage: int) -> int:
         """For what is drawn once per stage, alike on every rank."""
         return self.seed * 1009 + stage
+
+    def stop_of(self, stage: int) -> Stop | None:
+        """When a stage (from 1) ends before its length is reached; its domain is filled in."""
+        s = self.stages[stage - 1]
+        if s.stop is not None:
+            return dataclasses.replace(s.stop, domain=s.stop.domain or s.domains[0])
+        return self.stop if self.stop is not None and self.stop.domain in s.domains else None
 
     def heldout_domains(self) -> list[str]:
         return self.evaluate.domains or list(self.data.domains)
@@ -485,8 +514,8 @@ def _refresh_problems(mask: Mask) -> list[str]:
 
 # Whoever validates one of them refuses unknown keys: `run/recipe_file.py`, `pipeline.attach`.
 for _cls in (
-    Lora, Model, Instruction, Task, Domain, Data, Stage, Mask, Anchor, OLora,
-    L2ToStart, Half, SourceColumns, Das, Distill, Ewc, DerPlusPlus, Optimizer, Train, Engine,
-    Benchmark, HumanEval, Answers, EndTask, EndTasks, Evaluation, Resume, Recipe,
+    Lora, Model, Instruction, Task, Domain, Data, Stop, Stage, Mask, Anchor, OLora, L2ToStart, Half,
+    SourceColumns, Das, Distill, Ewc, DerPlusPlus, EntropyGate, Ema, PublishAverage, Optimizer,
+    Train, Engine, Benchmark, HumanEval, Answers, EndTask, EndTasks, Evaluation, Resume, Recipe,
 ):  # fmt: skip
     _cls.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # type: ignore[union-attr]

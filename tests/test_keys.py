@@ -126,6 +126,7 @@ ROBERTA = (
 )
 OF_THE_VOCABULARY = ("model.config={model_type: gpt2, n_embd: 12, n_layer: 1, n_head: 2}",)
 FILE = "data.domains.a."
+STOP = "stages=[{domain: a, steps: 3, stop: {loss: 2.0, steps: 2}}]"
 
 
 # A name alone is that of the test that shows it, in any file.
@@ -231,6 +232,15 @@ KEYS: dict[str, str | Change] = {
     "Stage.tokens": "test_a_stage_that_wants_more_than_its_repetitions_give_is_refused",
     "Stage.max_repetitions": ("test_a_stage_that_wants_more_than_its_repetitions_give_is_refused"),
     "Stage.replay": ("test_replay_reads_a_share_of_the_earlier_stages_beside_every_new_document"),
+    "Stage.stop": "test_a_stage_ends_where_its_target_is_reached",
+    "Recipe.stop": Change("stop={loss: 2.0, domain: a, steps: 2}", lambda r: r.stop_of(1), ()),
+    "Stop.loss": "test_a_stage_ends_where_its_target_is_reached",
+    "Stop.domain": Change(
+        "stages=[{domain: a, steps: 3, stop: {loss: 2.0, steps: 2, domain: b}}]",
+        lambda r: r.stop_of(1),
+        ("data.domains.b={files: [other.jsonl]}", STOP),
+    ),
+    "Stop.steps": "test_a_stage_ends_where_its_target_is_reached",
     "Stage.lr": Change("stages=[{domain: a, steps: 3, lr: 0.5}]", schedule),
     "Stage.evaluate_every": "test_a_run_is_measured_within_and_what_failed_is_retried_alone",
     "Mask.enabled": Change("mask.enabled=false", step, CAUSAL),
@@ -282,6 +292,13 @@ KEYS: dict[str, str | Change] = {
     "DerPlusPlus.fraction": "test_each_loss_equals_a_plain_loop",
     "DerPlusPlus.alpha": "test_each_loss_equals_a_plain_loop",
     "DerPlusPlus.beta": "test_each_loss_equals_a_plain_loop",
+    "Recipe.entropy_gate": "test_the_gradients_of_the_gates_are_those_by_hand_under_every_engine",
+    "Recipe.ema": "test_averages_are_their_closed_forms_under_every_engine",
+    "Recipe.publish_average": "test_averages_are_their_closed_forms_under_every_engine",
+    "EntropyGate.tokens": "test_the_gradients_of_the_gates_are_those_by_hand_under_every_engine",
+    "Ema.decay": "test_averages_are_their_closed_forms_under_every_engine",
+    "PublishAverage.start": "test_averages_are_their_closed_forms_under_every_engine",
+    "Distill.teacher": "test_the_teacher_is_the_base_or_what_was_published_last",
     "Optimizer.name": Change("optimizer.name=adamw8bit", engine, ("mask.update=strict",)),
     "Optimizer.lr": Change("optimizer.lr=0.1", step, CAUSAL),
     "Optimizer.betas": Change("optimizer.betas=[0.1, 0.2]", step, CAUSAL),

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from eval.analysis.labels import methods_of
+from eval.analysis.labels import differences, methods_of
 from eval.analysis.load import load_run
 from eval.analysis.matrix import forgotten_at
 from eval.analysis.settings import Setting, measure
@@ -320,6 +320,13 @@ def test_an_adapter_is_a_method_of_its_own():
     assert methods_of([run(lora, False), run({**lora, "r": 16}, False)]) == [
         "lora, lora.r 8", "lora, lora.r 16",
     ]  # fmt: skip
+    # So are the methods that have a key of their own, told apart by their settings.
+    averaged = [run(None, False, ema={"decay": d}, anchor=None) for d in (0.9, 0.99)]
+    both = run(None, True, ema={"decay": 0.9}, publish_average={"start": 0.3})
+    assert methods_of([runs[0], *averaged, both]) == [
+        "ft", "ema, decay 0.9", "ema, decay 0.99", "ema, publish_average, migu T=0.7, decay 0.9",
+    ]  # fmt: skip
+    assert differences([runs[0], *averaged]) == []
 
 
 def test_a_rate_that_learns_nothing_is_no_point_of_its_method():

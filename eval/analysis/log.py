@@ -12,12 +12,13 @@ from eval.analysis.files import Findings, finite
 NEEDED = {
     "step": ("stage", "step"),
     "begin": ("stage", "step"),
+    "target": ("stage", "step"),
     "stage": ("stage",),
     "stopped": ("stage",),
 }
 PARTS = ("data", "forward", "backward", "mask", "step")  # of a step: `pipeline/run/speed.py`
 NUMBERS = (
-    "loss", "seconds", "tokens", "steps", "publish_seconds", "eval_seconds",
+    "loss", "target", "seconds", "tokens", "steps", "publish_seconds", "eval_seconds",
     *(f"{part}_seconds" for part in PARTS), "tflops", "mfu", "peak_memory_gb",
 )  # fmt: skip
 
@@ -47,6 +48,7 @@ class Log:
     steps: list[dict] = field(default_factory=list)  # in order, the last of any repeated ones
     ends: dict[int, dict] = field(default_factory=dict)  # stage -> the record of its end
     stopped: dict | None = None  # why the run stopped, if that is the last it said
+    targets: dict[int, dict] = field(default_factory=dict)  # stage -> the last look at its target
     corpora: dict[str, dict] = field(default_factory=dict)  # domain -> what preparing it gave
     bad_lines: dict[str, dict] = field(default_factory=dict)  # domain -> {"count", "examples"}
 
@@ -95,6 +97,7 @@ def read_log(path: Path, stages: int, findings: Findings) -> Log:
     log = Log(
         steps=[by_place[place] for place in sorted(by_place)],
         ends={r["stage"]: r for r in records if r.get("event") == "stage"},
+        targets={r["stage"]: r for r in records if r.get("event") == "target"},
         stopped=said[-1] if said and said[-1]["event"] == "stopped" else None,
     )
     for record in records:

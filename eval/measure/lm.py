@@ -64,10 +64,11 @@ def measure_in_engine(
 
 
 def losses_in_engine(
-    engine: Any, separation: Separation, heldout: Path, domains: list[str], batch_size: int
+    engine: Any, separation: Separation | None, heldout: Path, domains: list[str], batch_size: int
 ) -> dict[str, float]:
     """Held-out loss (nats per predicted token) of some domains, of the weights that the engine
     holds; nothing is written. All ranks call it and get the same numbers."""
+    assert separation is not None  # known with the engine
     share = (rank(), world_size())
     module, forward, device = engine.module, engine.forward, engine.device
     with engine.evaluating():

@@ -34,6 +34,7 @@ from eval.report.compared_runs import (
 from eval.report.drawing import COLOURS, colours_of
 from eval.report.end_tasks import end_tasks_of
 from eval.report.page import marked, render, write_folder
+from eval.report.targets import ToTarget, to_targets
 from eval.report.tasks import TaskDifference
 from pipeline.errors import UserError
 
@@ -58,6 +59,7 @@ class Comparison:
     benchmarks: list[str]  # of any of the runs
     task_differences: list[tuple[str, str, dict[str, TaskDifference]]]  # first, second, by task
     accuracies: dict[str, dict[str, Estimate]]  # by setting, the metrics of the tasks' accuracies
+    to_targets: list[ToTarget]  # where all runs train to the same ones
     warnings: list[str]
 
     @property
@@ -139,6 +141,7 @@ def compare(run_dirs: Sequence[Path | str]) -> Comparison:
         benchmarks=names,
         task_differences=task_differences,
         accuracies=_accuracies(rows, settings),
+        to_targets=to_targets(rows, settings),
         warnings=_warnings(runs),
     )
 
@@ -228,14 +231,19 @@ def terminal_summary(comparison: Comparison) -> str:
         table.append((row.run.name, row.label, number(row.learned), number(row.forgotten), equal))
     widths = [max(len(line[i]) for line in table) for i in range(4)]
     lines = []
-    for line in table:
-        left = f"{line[0]:<{widths[0]}}  {line[1]:<{widths[1]}}"
-        lines.append(f"{left}  {line[2]:>{widths[2]}}  {line[3]:>{widths[3]}}  {line[4]}")
+    for cells in table:
+        left = f"{cells[0]:<{widths[0]}}  {cells[1]:<{widths[1]}}"
+        lines.append(f"{left}  {cells[2]:>{widths[2]}}  {cells[3]:>{widths[3]}}  {cells[4]}")
     for row in comparison.rows:
         if row.humaneval or row.benchmarks:
             scores = {name: getattr(row, key) for key, name in TASKS.items()}
             said = [f"{name} {_percent(score)}" for name, score in scores.items() if score]
             lines.append(f"{row.run.name:<{widths[0]}}  {', '.join(said)}")
+    for line in comparison.to_targets:
+        lines.append(
+            f"to the same target: {line.name}: forgotten {line.forgotten} in {line.seconds} s"
+            + (f" ({line.reached} of {line.runs} runs reached it)" if line.missed else "")
+        )
     level = comparison.level
     if level is not None:
         lines.append(f"nats per token; equal learning is read at {level:.3f} nats learned")
@@ -373,6 +381,7 @@ def _as_json(comparison: Comparison) -> dict:
             name: {key: asdict(estimate) for key, estimate in found.items()}
             for name, found in comparison.accuracies.items()
         },
+        "to_the_same_target": [asdict(row) for row in comparison.to_targets],
         "headline": comparison.headline,
         "verdict": comparison.verdict,
         "noise": comparison.noise,

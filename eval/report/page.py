@@ -17,6 +17,7 @@ from eval.analysis.log import PARTS
 from eval.analysis.matrix import DEFINITIONS, METRICS, learning_curve
 from eval.analysis.mixtures import domain_shares
 from eval.analysis.points import stage_lengths
+from eval.analysis.targets import targets_of
 from eval.analysis.text import number, percent, short_float, signed, signed_percent
 from eval.report import cells, run_plots, tasks, tuning
 from eval.report.drawing import colours_of
@@ -105,6 +106,7 @@ def write_report(run_dir: Path | str) -> Path:
         accuracies=accuracies,
         accuracy_metrics=accuracy_metrics(run),
         times=_time_table(run.times),
+        targets=[target.told() for target in targets_of(run)],
         facts=_facts(run),
         recipe=yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True),
         versions="\n".join(f"{k} {v}" for k, v in run.environment.get("versions", {}).items()),

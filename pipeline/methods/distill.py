@@ -1,4 +1,4 @@
-"""Distillation: on the new text the model stays close to what it was before the stage.
+"""Distillation: on the new text the model stays close to what it was before the stage, or the run.
 
 Hinton et al. 2015 (arXiv 1503.02531), as Learning without Forgetting uses it (Li and Hoiem 2016,
 arXiv 1606.09282). It needs no old data; a frozen copy of the model reads every batch too.
@@ -26,7 +26,7 @@ class Distill(Method):
         self._teacher: Any = None
 
     def prepare(self, start: Start) -> None:
-        which = "base" if start.stage == 1 else "previous"
+        which = "base" if start.stage == 1 else self.settings.teacher
         self._teacher = start.engine.frozen(start.teacher(which).load())
 
     def weigh(self, losses: Tensor, logits: Tensor, targets: Tensor, inputs: dict) -> Tensor:

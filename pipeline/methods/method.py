@@ -1,6 +1,7 @@
 """What a method that keeps or adapts knowledge may do in a run; every part has an empty default."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,11 @@ class Method:
     def after_step(self, engine: Any, step: int, steps: int) -> None:
         """Behind the optimizer's update of step 1...steps; all ranks call it."""
 
+    def published(self, engine: Any) -> AbstractContextManager[None]:
+        """While it is entered, the engine holds what would be published of it now, in the middle of
+        a stage; all ranks enter and leave it together."""
+        return nullcontext()
+
     def finish(self, engine: Any, stage: int) -> None:
         """Behind a stage's last step, before it is published; all ranks call it."""
 
@@ -124,3 +130,12 @@ class Method:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """After `prepare`, to go on behind the step that `state` is of."""
+
+
+@contextmanager
+def published(engine: Any, methods: Sequence[Method]) -> Iterator[None]:
+    """While it is entered, the engine holds what would be published of it now."""
+    with ExitStack() as stack:
+        for method in methods:
+            stack.enter_context(method.published(engine))
+        yield

@@ -51,9 +51,14 @@ def measure_steps(recipe: Recipe, engine_config: dict[str, Any]) -> list[str]:
     short = deepcopy(recipe)
     short.stages = [*recipe.stages[:-1], Stage(recipe.stages[-1].domain, steps=count)]
     ends = [time.perf_counter()]
+
+    def after_step(_: int) -> bool:
+        ends.append(time.perf_counter())
+        return False
+
     train_stage(
         engine, mask, iter([_step(recipe, vocabulary)] * count), short, stage, count, None,
-        lambda _: ends.append(time.perf_counter()), separation=separation,
+        after_step, separation=separation,
     )  # fmt: skip
     seconds = (ends[-1] - ends[WARM]) / MEASURED
     tokens = recipe.train.batch_size * recipe.data.sequence_length

@@ -16,9 +16,11 @@ from pipeline.checkpoint import is_published, read_manifest, sha256
 from pipeline.data.heldout import training_sequences
 from pipeline.data.prepare import prepared_root
 from pipeline.methods.anchor import Anchor
+from pipeline.methods.averages import Ema, StartAverage
 from pipeline.methods.das import Das
 from pipeline.methods.derpp import DerPlusPlus
 from pipeline.methods.distill import Distill
+from pipeline.methods.entropy_gate import EntropyGate
 from pipeline.methods.ewc import Ewc
 from pipeline.methods.half import Half
 from pipeline.methods.l2_to_start import L2ToStart
@@ -35,6 +37,7 @@ from pipeline.run.data import RunData
 def methods_of(recipe: Recipe) -> list[Method]:
     """In the order in which they act on a step."""
     chosen: list[tuple[Any, Callable[[Recipe], Method]]] = [
+        (recipe.entropy_gate, EntropyGate),
         (recipe.anchor, Anchor),
         (recipe.olora, OLora),
         (recipe.kd, Distill),
@@ -44,6 +47,8 @@ def methods_of(recipe: Recipe) -> list[Method]:
         (recipe.hft, Half),
         (recipe.ssu, SourceColumns),
         (recipe.das, Das),
+        (recipe.ema, Ema),
+        (recipe.publish_average, StartAverage),
     ]
     return [method(recipe) for settings, method in chosen if settings is not None]
 

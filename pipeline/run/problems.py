@@ -17,6 +17,7 @@ from pipeline.recipe import (
 )
 from pipeline.run.baseline_problems import baseline_problems
 from pipeline.run.end_task_problems import end_task_problems
+from pipeline.run.method_problems import companion_problems, stop_problems
 from pipeline.run.seq2seq_problems import seq2seq_problems
 from pipeline.run.unused_keys import unused_keys
 
@@ -141,6 +142,7 @@ def recipe_problems(r: Recipe) -> list[str]:
                 f"stages[{i}].evaluate_every: {every:g} has no effect in a stage of "
                 f"{lengths[0]:g}: its end is always evaluated; lower it or remove it",
             )
+    found += stop_problems(r)
     for name in r.evaluate.domains or []:
         need(
             name in d.domains,
@@ -156,7 +158,7 @@ def recipe_problems(r: Recipe) -> list[str]:
             + ". Remove it, or set model.objective=causal",
         )
     found += seq2seq_problems(r) + anchor_problems(r)
-    found += method_problems(r) + baseline_problems(r)
+    found += method_problems(r) + baseline_problems(r) + companion_problems(r)
     tasks = r.evaluate.end_tasks
     for name, task in tasks.tasks.items() if tasks else ():
         where = f"evaluate.end_tasks.tasks.{name}.domain"

@@ -14,7 +14,15 @@ from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
 from pipeline.errors import UserError
-from pipeline.method_settings import Das, DerPlusPlus, Distill, Ewc
+from pipeline.method_settings import (
+    Das,
+    DerPlusPlus,
+    Distill,
+    Ema,
+    EntropyGate,
+    Ewc,
+    PublishAverage,
+)
 from pipeline.recipe import (
     Benchmark,
     Data,
@@ -28,6 +36,7 @@ from pipeline.recipe import (
     Model,
     Recipe,
     Stage,
+    Stop,
 )
 from pipeline.run.problems import near, recipe_problems
 from pipeline.yaml_file import read_yaml
@@ -218,6 +227,7 @@ _NAMED: dict[str, type] = {"domains": Domain, "benchmarks": Benchmark, "tasks": 
 _OPTIONAL: dict[str, type] = {
     "stages": Stage, "lora": Lora, "instruction": Instruction, "humaneval": HumanEval,
     "end_tasks": EndTasks, "das": Das, "kd": Distill, "ewc": Ewc, "derpp": DerPlusPlus,
+    "stop": Stop, "entropy_gate": EntropyGate, "ema": Ema, "publish_average": PublishAverage,
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from pipeline.data.stage import StagePlan
 from pipeline.data.tokenizer import vocabulary_size
 from pipeline.engine.config import check_quantized
 from pipeline.errors import Interrupted, TrainingStopped, UserError
-from pipeline.methods.method import Method, Start
+from pipeline.methods.method import Method, Start, published
 from pipeline.model.attention import Separation
 from pipeline.model.load import build_model, check_model, check_pretrained, load_config
 from pipeline.model.split_linear import is_split
@@ -39,11 +39,14 @@ from pipeline.run.methods import methods_of, run_start, stage_start
 from pipeline.run.published import check_masters, publish_masters, publish_model, remove
 from pipeline.run.resume import Attempt, StageState, discard
 from pipeline.run.stage_rows import mask_of_stage, split_for_stage, split_stage
+from pipeline.run.stop import target_of
 from pipeline.run.tokenizer import run_tokenizer
 from pipeline.run.trackers import Trackers
 from pipeline.run.train import train_stage
 
 GRACE = 120.0  # seconds from a signal to the end, where nothing is saved within a stage
+# (engine, separation, held-out folder, domains, batch size) -> nats per predicted token by domain.
+HeldoutLosses = Callable[[Any, Separation | None, Path, list[str], int], dict[str, float]]
 RESULTS = {
     "heldout": "eval.json", "benchmarks": "benchmarks.json", "humaneval": "humaneval.json",
     "end_tasks": "end_tasks.json", "tasks": "tasks.json",
@@ -97,6 +100,7 @@ class Run:
     log: EventLog | None  # on rank 0
     engine: Engine | None = None  # made when it is first needed: `_engine_with`
     methods: list[Method] = field(default_factory=list)
+    heldout_losses: HeldoutLosses | None = None
     begun: Start | None = None  # what the methods know of the run
     separation: Separation | None = None  # found before the engine shards the model
     holds: str | None = None  # the checkpoint whose weights it has; None: of no checkpoint
@@ -128,6 +132,7 @@ def run_recipe(
     measure_heldout: Callable[[Any, Separation, Evaluation, Recipe], None],
     evaluate: Callable[[Evaluation, Recipe, list[str]], None],
     report: Callable[[Path], Path],
+    heldout_losses: HeldoutLosses | None = None,
 ) -> Path:
     """Do what is not done yet of a recipe; returns the report's page. All ranks call it.
 
@@ -136,6 +141,7 @@ def run_recipe(
     evaluate: called by all ranks, for the other RESULTS; raises RuntimeError on all of them where
         an evaluation failed. Training goes on then, and the next run tries it again.
     report: called by rank 0 with the run folder.
+    heldout_losses: of what the engine holds, within a stage; for `stop`. Called by all ranks.
 
     Raises:
         UserError: the folder is in use or another recipe's; bad data; a full disk; at the end, if
@@ -147,6 +153,7 @@ def run_recipe(
     grace = recipe.resume.grace if recipe.resume else GRACE
     with open_run(folder, recipe, engine_config), signals.listening(grace):
         run = _prepare(folder, recipe, engine_config)
+        run.heldout_losses = heldout_losses
         signals.be_careful()
         failed: list[str] = []
 
@@ -269,21 +276,27 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
         run.log.write("begin", stage=stage, step=attempt.behind)
     on_rank0(partial(_clear_within, run, stage, attempt.behind))
 
-    def after_step(step: int) -> None:
+    loss = partial(_published_loss, run, engine)
+    target = target_of(recipe, stage, plan.steps, loss, run.log)
+
+    def after_step(step: int) -> bool:
         with state.not_training():
             if step > attempt.behind:
                 attempt.after_step(step)
-            if step in pauses:
-                try:
+            try:
+                ended = step > 0 and target is not None and target.reached(step)
+                if step in pauses and not ended:
                     _evaluate_within(run, stage, engine, measure, step, pauses[step])
-                except Interrupted:
-                    attempt.leave(step)
-                    raise
+            except Interrupted:
+                attempt.leave(step)
+                raise
+        return ended
 
-    after_step(attempt.behind)  # an evaluation that was interrupted
+    # What was interrupted behind that step: a look at the target, an evaluation.
+    steps = attempt.behind if after_step(attempt.behind) else plan.steps
     try:
         result = train_stage(
-            engine, mask, batches, recipe, stage, plan.steps, run.log, after_step,
+            engine, mask, batches, recipe, stage, steps, run.log, after_step,
             batches.domains, run.separation, run.methods, attempt.behind,
         )  # fmt: skip
     except TrainingStopped as error:
@@ -340,11 +353,20 @@ def _evaluate_within(
     name = run.recipe.stages[stage - 1].name
     target = step_folder(stage_folder(run.folder, stage, name), step) / "checkpoint"
     info = {"stage": stage, "name": name, "steps": step, "progress": progress}
-    if not on_rank0(lambda: is_published(target) and not damage(target)):
-        _publish(run, target, engine, info)
-    run.holds = str(target)
-    measure(Evaluation(run.folder, stage, name, str(target), None, step, progress))
+    with published(engine, run.methods):
+        if not on_rank0(lambda: is_published(target) and not damage(target)):
+            _publish(run, target, engine, info)
+        run.holds = str(target)
+        measure(Evaluation(run.folder, stage, name, str(target), None, step, progress))
     run.holds = None
+
+
+def _published_loss(run: Run, engine: Engine, domain: str) -> float:
+    """Held-out loss of a domain, of what would be published now. All ranks call it."""
+    assert run.heldout_losses is not None, "for what looks at losses within a stage"
+    folder, size = run.folder / "heldout", run.recipe.evaluate.batch_size
+    with published(engine, run.methods):
+        return run.heldout_losses(engine, run.separation, folder, [domain], size)[domain]
 
 
 def _engine_with(run: Run, checkpoint: str, stage: int, train: bool = True) -> Engine:

@@ -45,21 +45,22 @@ def train_stage(
     stage: int,
     steps: int,
     log: EventLog | None,
-    after_step: Callable[[int], None] | None = None,
+    after_step: Callable[[int], bool] | None = None,
     domains: list[str] | None = None,
     separation: Separation | None = None,
     methods: Sequence[Method] = (),
     behind: int = 0,
 ) -> StageResult:
-    """Train `steps` steps; the model, the optimizer and the schedule start fresh with the stage.
+    """Train at most `steps` steps; the model, the optimizer and the schedule, which runs over all
+    of them, start fresh with the stage.
 
     Args:
         mask: None trains dense.
         batches: per step, this rank's micro-batches.
         stage: from 1.
         log: None on every rank but 0.
-        after_step: called by all ranks after every step, to evaluate or save within the stage. Its
-            time does not count as training.
+        after_step: called by all ranks after every step, to evaluate or save within the stage; True
+            ends it. Its time does not count as training.
         domains: names of those that `domains` of a micro-batch counts; their losses are logged.
         separation: how the packed batches of `collate` are given to the model; None: the batches
             are what its forward takes, with labels.
@@ -97,6 +98,7 @@ def train_stage(
             minimized = method.weigh(minimized, logits, targets, inputs)
         return minimized.sum(), losses.detach().sum()
 
+    step = behind
     for step in range(behind + 1, steps + 1):
         timer.begin()
         with timer("data"):
@@ -169,13 +171,15 @@ def train_stage(
             _monitor(engine, recipe, stage, step, mean_loss, norm, lr, kept)
         if after_step is not None:
             since = time.perf_counter()
-            after_step(step)
+            ended = after_step(step)
             paused += time.perf_counter() - since
+            if ended:
+                break
     if progress is not None:
         progress.close()
     if head is not None:
         head.close()
-    return StageResult(steps, steps * tokens_per_step, time.perf_counter() - start - paused)
+    return StageResult(step, step * tokens_per_step, time.perf_counter() - start - paused)
 
 
 def _select(mask: Mask, engine: Any, step: int, where: str) -> None:
