@@ -34,6 +34,12 @@ class Interrupted(Exception):
 # The exit code that says so to a scheduler: EX_TEMPFAIL of sysexits.h.
 RETRY = 75
 
+
+class BadGradient(TrainingStopped):
+    """The gradient of a step is not finite. The step was dropped: weights and moments are as they
+    were before it, on every rank, and the next one may follow."""
+
+
 ADVICE = {
     errno.ENOSPC: "Free some space",
     errno.EDQUOT: "Free some of your quota there",

@@ -298,12 +298,38 @@ class Optimizer:
 
 
 @dataclass
+class BadSteps:
+    """What becomes of a step whose loss, magnitudes or gradient are no numbers, or whose loss is a
+    spike (docs/faults.md)."""
+
+    # skip: leave the step out. rollback: also go back to the newest resume checkpoint's weights
+    policy: Literal["stop", "skip", "rollback"] = "stop"
+    budget: int = 10  # steps of a stage that may be left out
+    spike: float | None = None  # standard deviations over the mean of the losses before; null: off
+    window: int = 100  # steps over which that mean is taken
+
+
+@dataclass
+class Guard:
+    """Watch the held-out loss of a domain that a stage must not forget (docs/faults.md)."""
+
+    domain: str
+    max_rise: float = 0.05  # nats of held-out text
+    steps: int = 50  # between two checks
+    # stop: end the stage with the weights of the last check that passed
+    action: Literal["stop", "lower_lr", "warn"] = "stop"
+    against: Literal["base", "stage"] = "base"  # the loss of stage 0, or of the stage's start
+
+
+@dataclass
 class Train:
     batch_size: int = 32  # sequences per step, over all ranks and accumulated micro-batches
     micro_batch_size: int | None = None  # per rank; default: batch_size / ranks
     gradient_clipping: float = 1.0  # 0: off
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: see docs/engines.md
     publish_dtype: Literal["float32", "bfloat16"] = "float32"
+    # steps between two checks that ranks which hold the same weights hold the same bits
+    compare_replicas: int | None = None
 
 
 @dataclass
@@ -404,6 +430,8 @@ class Recipe:
     start_from: Literal["previous", "base"] = "previous"  # what each stage starts from
     resume: Resume | None = field(default_factory=Resume)  # null: a stage starts over
     stop: Stop | None = None  # of the stages that train its domain
+    bad_steps: BadSteps = field(default_factory=BadSteps)
+    guard: Guard | None = None
     seed: int = 0
     # where its numbers go as it trains, beside the log and the page (docs/runs.md)
     track: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = field(default_factory=list)
@@ -516,6 +544,7 @@ def _refresh_problems(mask: Mask) -> list[str]:
 for _cls in (
     Lora, Model, Instruction, Task, Domain, Data, Stop, Stage, Mask, Anchor, OLora, L2ToStart, Half,
     SourceColumns, Das, Distill, Ewc, DerPlusPlus, EntropyGate, Ema, PublishAverage, Optimizer,
+    BadSteps, Guard,
     Train, Engine, Benchmark, HumanEval, Answers, EndTask, EndTasks, Evaluation, Resume, Recipe,
 ):  # fmt: skip
     _cls.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # type: ignore[union-attr]

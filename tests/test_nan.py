@@ -19,7 +19,7 @@ STEP = r"stage 1 \(x\), step 1: the loss is "
 MESSAGES = {
     "weight": rf"{STEP}nan, non-finite output magnitude in {LAYER}",
     "loss": rf"{STEP}inf",
-    "gradient": r"the gradient's norm is (nan|inf)",
+    "gradient": rf"{STEP}[\d.]+, the gradient's norm is (nan|inf)",
 }
 
 

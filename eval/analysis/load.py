@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from eval.analysis.files import Damaged, Findings, finite, read_json
-from eval.analysis.log import Log, StageTime, read_log, stage_times
+from eval.analysis.log import Log, StageTime, interventions, read_log, stage_times
 from eval.analysis.matrix import Matrix
 from eval.analysis.points import Point, load_points, losses_of
 from pipeline.errors import UserError
@@ -115,6 +115,7 @@ def load_run(folder: Path) -> Run:
         damage=findings.damage,
     )
     run.times = stage_times(names, log, run.evaluated)
+    run.warnings += interventions(log, names)
     if run.stopped:
         run.warnings.insert(0, run.stopped)
     return run

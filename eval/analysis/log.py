@@ -15,10 +15,13 @@ NEEDED = {
     "target": ("stage", "step"),
     "stage": ("stage",),
     "stopped": ("stage",),
+    "guard": ("stage", "step"),
+    "bad_step": ("stage", "step"),
 }
 PARTS = ("data", "forward", "backward", "mask", "step")  # of a step: `pipeline/run/speed.py`
 NUMBERS = (
-    "loss", "target", "seconds", "tokens", "steps", "publish_seconds", "eval_seconds",
+    "loss", "target", "rise", "max_rise", "seconds", "tokens", "steps", "publish_seconds",
+    "eval_seconds",
     *(f"{part}_seconds" for part in PARTS), "tflops", "mfu", "peak_memory_gb",
 )  # fmt: skip
 
@@ -49,6 +52,8 @@ class Log:
     ends: dict[int, dict] = field(default_factory=dict)  # stage -> the record of its end
     stopped: dict | None = None  # why the run stopped, if that is the last it said
     targets: dict[int, dict] = field(default_factory=dict)  # stage -> the last look at its target
+    guards: dict[int, dict] = field(default_factory=dict)  # stage -> its guard's last intervention
+    bad_steps: list[dict] = field(default_factory=list)  # those that were left out
     corpora: dict[str, dict] = field(default_factory=dict)  # domain -> what preparing it gave
     bad_lines: dict[str, dict] = field(default_factory=dict)  # domain -> {"count", "examples"}
 
@@ -98,6 +103,14 @@ def read_log(path: Path, stages: int, findings: Findings) -> Log:
         steps=[by_place[place] for place in sorted(by_place)],
         ends={r["stage"]: r for r in records if r.get("event") == "stage"},
         targets={r["stage"]: r for r in records if r.get("event") == "target"},
+        guards={r["stage"]: r for r in records if r.get("event") == "guard" and r.get("action")},
+        bad_steps=list(
+            {
+                (r["stage"], r["step"]): r
+                for r in records
+                if r.get("event") == "bad_step" and r.get("policy") != "stop"
+            }.values()
+        ),
         stopped=said[-1] if said and said[-1]["event"] == "stopped" else None,
     )
     for record in records:
@@ -108,6 +121,30 @@ def read_log(path: Path, stages: int, findings: Findings) -> Log:
             if record["count"] > known["count"]:
                 log.bad_lines[record["domain"]] = record
     return log
+
+
+def interventions(log: Log, stages: list[str]) -> list[str]:
+    """What the guard and the rule for bad steps did, for people. stages: names, from stage 0."""
+    found = []
+    for stage, r in log.guards.items():
+        where = f"stage {stage} ({stages[stage]})"
+        did = {
+            "stop": f"The guard ended {where}",
+            "lower_lr": f"The guard lowered the learning rate of {where}",
+        }.get(r["action"], f"The guard warns of {where}")
+        risen, limit = finite(r.get("rise")), finite(r.get("max_rise"))
+        by = "" if risen is None or limit is None else f" by {risen:.3f} nats, over {limit:g},"
+        text = f"{did}: the held-out loss of {r.get('domain')} had risen{by} at step {r['step']}."
+        if r["action"] == "stop":
+            text += " Its checkpoint is that of the last check that passed."
+        found.append(text)
+    for stage in dict.fromkeys(r["stage"] for r in log.bad_steps):
+        steps = [r["step"] for r in log.bad_steps if r["stage"] == stage]
+        found.append(
+            f"Stage {stage} ({stages[stage]}) left out {len(steps)} step(s) whose loss or gradient "
+            f"was bad, the first at step {steps[0]}; log.jsonl names their documents."
+        )
+    return found
 
 
 def _fits(record: dict, stages: int) -> bool:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from queue import Full, Queue
 from threading import Event, Thread
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from pipeline.recipe import Recipe
 
 Batch = dict[str, Tensor]
 T = TypeVar("T")
+BEGINNING = 16  # tokens of a document that are shown where it is named
 
 
 class Rows(Protocol):
@@ -38,6 +39,12 @@ class Rows(Protocol):
 
     def unfinished(self, state: dict[str, Any]) -> list[list[int]]:
         """Of a gathered state, as `Packer.unfinished`; a part may come more than once."""
+
+
+class _Step(NamedTuple):
+    batches: list[Batch]
+    state: dict[str, Any]  # behind it
+    sequences: list[Sequence]
 
 
 class StageBatches:
@@ -77,7 +84,8 @@ class StageBatches:
             "domains": [[list(s.domains), s.share] for s in shares_of(recipe, stage)],
             **settings,
         }
-        self._ahead: Generator[tuple[list[Batch], dict[str, Any]], None, None] | None = None
+        self._read: list[Sequence] = []  # by the last step
+        self._ahead: Generator[_Step, None, None] | None = None
 
     def __iter__(self) -> "StageBatches":
         return self
@@ -85,8 +93,23 @@ class StageBatches:
     def __next__(self) -> list[Batch]:
         if self._ahead is None:
             self._ahead = prefetch(self._steps(self._state["step"]), self.recipe.data.prefetch)
-        batches, self._state = next(self._ahead)
+        batches, self._state, self._read = next(self._ahead)
         return batches
+
+    def documents(self) -> list[dict[str, Any]]:
+        """What this rank has read for the last step: of each piece its domain, the document's
+        number in the prepared corpus (of a stream: in what the rank has drawn), the token with
+        which the piece begins there, and its first words."""
+        found = []
+        for sequence in self._read:
+            for segment, piece in enumerate(sequence.pieces):
+                ids = sequence.ids[sequence.segments == segment][:BEGINNING]
+                text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+                found.append(
+                    {"domain": self.domains[piece.part], "document": int(piece.place),
+                     "token": int(piece.start), "begins": text}
+                )  # fmt: skip
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """All ranks call it."""
@@ -126,7 +149,7 @@ class StageBatches:
         if self._ahead is not None:
             self._ahead.close()
 
-    def _steps(self, done: int) -> Iterator[tuple[list[Batch], dict[str, Any]]]:
+    def _steps(self, done: int) -> Iterator[_Step]:
         recipe, objective = self.recipe, OBJECTIVES[self.recipe.model.objective]
         owned = range(self.rank, recipe.train.batch_size, self.ranks)
         size = recipe.train.micro_batch_size or len(owned)
@@ -155,7 +178,7 @@ class StageBatches:
                     length = batch["segments"].shape[1]
                     batch["domains"] = torch.from_numpy(pad_rows(domains, length, -1))
                 batches.append(_pinned(batch))
-            yield batches, {"step": step + 1, "rows": self.rows.state_dict()}
+            yield _Step(batches, {"step": step + 1, "rows": self.rows.state_dict()}, sequences)
 
 
 class PreparedRows:

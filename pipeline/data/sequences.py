@@ -1,7 +1,7 @@
 """Packed rows of tokens, as models take them."""
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -21,6 +21,7 @@ class Sequence:
     predicted: bool [length], which tokens a causal model learns to predict: all of a text, the
         responses of an example, no padding.
     domains: int16 [length], which part of the stage a token is of; -1 on padding.
+    pieces: the documents of the segments, in their order.
     """
 
     ids: np.ndarray
@@ -28,6 +29,7 @@ class Sequence:
     segments: np.ndarray
     predicted: np.ndarray
     domains: np.ndarray
+    pieces: Row = field(default_factory=list)
 
 
 def read_rows(rows: Items[Row], parts: Items[Part], length: int, frame: Frame) -> list[Sequence]:
@@ -75,7 +77,8 @@ def read_rows(rows: Items[Row], parts: Items[Part], length: int, frame: Frame) -
         words[_specials(rows, shape, frame)] = -1
         learnt = np.zeros(shape, bool)
     return [
-        Sequence(ids[i], words[i], segment_of[i], learnt[i], domain_of[i]) for i in range(len(rows))
+        Sequence(ids[i], words[i], segment_of[i], learnt[i], domain_of[i], rows[i])
+        for i in range(len(rows))
     ]
 
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from pipeline.engine.config import precision_of
 from pipeline.engine.distributed import start_distributed
 from pipeline.engine.optimizer import weight_groups
-from pipeline.errors import TrainingStopped
+from pipeline.errors import BadGradient
 from pipeline.model.blocks import find_blocks
 from pipeline.shard import MOMENTS, ParameterShards, StateShard
 
@@ -103,7 +103,7 @@ class FsdpEngine:
         hold: makes a context that is entered around the update of the weights.
 
         Raises:
-            TrainingStopped: the gradient's norm is not finite; on every rank, before the update.
+            BadGradient: the gradient's norm is not finite; on every rank, before the update.
         """
         gradients = [p.grad.to_local() for p in self._parameters.values() if p.grad is not None]
         square = nn.utils.get_total_norm(gradients).to(self.device) ** 2
@@ -111,7 +111,8 @@ class FsdpEngine:
         norm = square.sqrt()
         self._norm = norm.item()
         if not norm.isfinite():
-            raise TrainingStopped(f"the gradient's norm is {self._norm}")
+            self.drop_step()
+            raise BadGradient(f"the gradient's norm is {self._norm}")
         if self._clip:
             torch._foreach_mul_(gradients, (self._clip / (norm + 1e-6)).clamp(max=1.0))
         for group in self._optimizer.param_groups:
@@ -120,6 +121,10 @@ class FsdpEngine:
             self._optimizer.step()
         self._optimizer.zero_grad()
         return True
+
+    def drop_step(self) -> None:
+        """In place of `step`: forget the gradient; weights and moments stay as they are."""
+        self._optimizer.zero_grad()
 
     @property
     def gradient_norm(self) -> float:

@@ -16,7 +16,7 @@ from pipeline.engine.config import offloads, precision_of, zero_stage
 from pipeline.engine.distributed import start_distributed
 from pipeline.engine.optimizer import weight_groups
 from pipeline.engine.zero_shards import ZeroShards
-from pipeline.errors import TrainingStopped
+from pipeline.errors import BadGradient, TrainingStopped
 from pipeline.model.blocks import find_blocks
 from pipeline.shard import StateShard
 
@@ -50,6 +50,7 @@ class ZeroEngine:
         inner.step = lambda *args: self._held(update, *args)
         self._adam: Any = inner
         self._hold: Hold = nullcontext
+        self._dropping = False
         self._engine: Any = None
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=inner, config=ds_config)
         self.shards = ZeroShards(self._engine)
@@ -73,13 +74,18 @@ class ZeroEngine:
         optimizer = self._engine.optimizer
         if hasattr(optimizer, "gradient_accumulation_steps"):  # its own copy
             optimizer.gradient_accumulation_steps = self.micro_batches
-        if hasattr(optimizer, "_hp_optimizer_states_linked"):  # ZeRO-1, 2: views of the moments
+        self._unlink_moments()
+        if self._scaler is not None:
+            vars(self._scaler).update(self._fresh_scaler)
+
+    def _unlink_moments(self) -> None:
+        """ZeRO-1 and 2 keep views of the moments, which are made anew with them."""
+        optimizer = self._engine.optimizer
+        if hasattr(optimizer, "_hp_optimizer_states_linked"):
             optimizer._hp_optimizer_states_linked = False
             for p in self._parameters.values():
                 if getattr(p, "_hp_mapping", None) is not None:
                     p._hp_mapping.optim_fragment = None
-        if self._scaler is not None:
-            vars(self._scaler).update(self._fresh_scaler)
 
     @property
     def scales_loss(self) -> bool:
@@ -130,6 +136,8 @@ class ZeroEngine:
             # At stage 0 in bf16 or fp16 DeepSpeed steps once at the start, to allocate the state:
             # that would decay the weights and count as a step.
             return None
+        if self._dropping:
+            return None
         with self._hold():
             return update(*args)
 
@@ -140,7 +148,9 @@ class ZeroEngine:
             them in several goes).
 
         Raises:
-            TrainingStopped: the gradient's norm is not finite; on every rank, before the update.
+            BadGradient: the gradient's norm is not finite; on every rank, before the update.
+            TrainingStopped: it is not, and the JSON has switched off the check that would have
+                kept it from the weights.
         """
         self._hold = hold
         for group in self._engine.optimizer.param_groups:
@@ -153,18 +163,34 @@ class ZeroEngine:
             )
             self._norm = float(norm)
             if not math.isfinite(self._norm):
-                raise TrainingStopped(f"the gradient's norm is {self._norm}")
+                self.drop_step()
+                raise BadGradient(f"the gradient's norm is {self._norm}")
         self._engine.step()
         if self._engine.get_global_grad_norm() is not None:
             self._norm = float(self._engine.get_global_grad_norm())
         applied = self._engine.was_step_applied()
         if not applied and self.scales_loss:
             return False  # the next step has a smaller loss scale
-        if not applied or not math.isfinite(self._norm):
-            # DeepSpeed skips such a step without a word, in fp32 and bf16 too. (With
-            # bf16.check_grad_overflow off ZeRO-1 and 2 do not: their weights are spoilt by now.)
+        if not applied:  # DeepSpeed skips such a step without a word, in fp32 and bf16 too
+            raise BadGradient(f"the gradient's norm is {self._norm}")
+        if not math.isfinite(self._norm):
+            # With bf16.check_grad_overflow off ZeRO-1 and 2 go on: their weights are spoilt by now.
             raise TrainingStopped(f"the gradient's norm is {self._norm}")
         return applied
+
+    def drop_step(self) -> None:
+        """In place of `step`: forget the gradient; weights, moments and the loss scale stay as they
+        are. All ranks call it, between the last backward and what would be the step."""
+        scale = dict(vars(self._scaler)) if self._scaler is not None else {}
+        self._dropping = True
+        try:
+            self._engine.step()  # all that belongs to a step but the update: see `_held`
+        finally:
+            self._dropping = False
+        if self._scaler is not None:
+            vars(self._scaler).update(scale)
+        if not self._adam.state:
+            self._unlink_moments()
 
     @property
     def gradient_norm(self) -> float:

@@ -38,6 +38,8 @@ FREE = {
     "track", "train.micro_batch_size", "evaluate.batch_size", "evaluate.benchmark_files",
     "evaluate.unreachable", "evaluate.humaneval.batch_size", "evaluate.humaneval.sandbox",
     "evaluate.end_tasks.files", "evaluate.end_tasks.processes",
+    "train.compare_replicas", "bad_steps.policy", "bad_steps.budget", "bad_steps.spike",
+    "bad_steps.window",
 }  # fmt: skip
 
 
@@ -58,8 +60,9 @@ def step_folder(stage: Path, step: int) -> Path:
 
 
 @contextmanager
-def open_run(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Iterator[None]:
-    """Hold the run folder's lock and write what the run is. All ranks enter; rank 0 does it.
+def open_run(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Iterator[FolderLock]:
+    """Hold the run folder's lock, which is given, and write what the run is. All ranks enter;
+    rank 0 does it.
 
     Raises:
         UserError: another process holds the folder, or it is another recipe's.
@@ -67,7 +70,7 @@ def open_run(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Ite
     lock = FolderLock(folder)
     on_rank0(lambda: _claim(folder, lock, recipe, engine_config))
     try:
-        yield
+        yield lock
     finally:
         if rank() == 0:
             lock.release()

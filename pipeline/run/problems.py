@@ -18,6 +18,7 @@ from pipeline.recipe import (
 from pipeline.run.baseline_problems import baseline_problems
 from pipeline.run.end_task_problems import end_task_problems
 from pipeline.run.method_problems import companion_problems, stop_problems
+from pipeline.run.rule_problems import rule_problems
 from pipeline.run.seq2seq_problems import seq2seq_problems
 from pipeline.run.unused_keys import unused_keys
 
@@ -201,6 +202,7 @@ def recipe_problems(r: Recipe) -> list[str]:
         t.micro_batch_size is None or t.micro_batch_size >= 1,
         "train.micro_batch_size: must be at least 1",
     )
+    found += rule_problems(r)
     need(t.gradient_clipping >= 0, "train.gradient_clipping: must be at least 0 (0 is off)")
     e = r.engine
     for key, default in (("replicas", 1), ("reshard_after_forward", True)):

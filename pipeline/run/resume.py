@@ -89,9 +89,12 @@ class StageState:
             "ranks": world_size(),
         }
 
-    def load(self, folder: Path) -> int:
+    def load(self, folder: Path, position: bool = True) -> int:
         """Be as behind the step of the checkpoint in `folder`, which is returned. All ranks call
         it, before the first step, with the methods prepared.
+
+        position: False leaves the place in the data, the random states and the time as they are; it
+            may be at any step.
 
         Raises:
             UserError: it is of other weights or of other data; on every rank.
@@ -126,11 +129,14 @@ class StageState:
             shard.set_step(step)
         self.engine.state_changed()
         self.engine.load_loss_scale(state["loss_scale"])
-        self.batches.load_state_dict(state["data"])
+        if position:
+            self.batches.load_state_dict(state["data"])
         if self.mask:
             self.mask.load_state_dict(state["mask"])
         for method in self.methods:
             method.load_state_dict(state["methods"][method.name])
+        if not position:
+            return state["step"]
         self.seconds = state["seconds"]
         if state["ranks"] == world_size():
             set_random_state(sides[rank()]["random"])
@@ -178,6 +184,13 @@ class Attempt:
         if self._saver is not None and self._saver.newest != step:
             self._saver.save(step)
         self.finish()
+
+    def go_back(self) -> int | None:
+        """To weights, moments and methods of the newest checkpoint, whose step is returned; the
+        place in the data stays. None where there is none. All ranks call it."""
+        self.finish()
+        found = newest(self._folder) if self._settings is not None else None
+        return None if found is None else self.state.load(found, position=False)
 
     def finish(self) -> None:
         """Wait for what is being written. All ranks call it."""

@@ -30,13 +30,16 @@ from pipeline.model.load import build_model, check_model, check_pretrained, load
 from pipeline.model.split_linear import is_split
 from pipeline.nodes import send_folder
 from pipeline.progress import EventLog, say
-from pipeline.ranks import end_if_asked, on_rank0, rank
+from pipeline.ranks import end_if_asked, on_rank0, rank, world_size
 from pipeline.recipe import Recipe
+from pipeline.run.bad_steps import BadStepRule
 from pipeline.run.build import Engine, build_engine, starts_elsewhere
 from pipeline.run.data import RunData, describe_unread, open_data
 from pipeline.run.folder import MASTERS, RESUME, describe_model, open_run, stage_folder, step_folder
+from pipeline.run.guard import KeptWeights, watch_of
 from pipeline.run.methods import methods_of, run_start, stage_start
 from pipeline.run.published import check_masters, publish_masters, publish_model, remove
+from pipeline.run.replicas import check_replicas, compare_replicas
 from pipeline.run.resume import Attempt, StageState, discard
 from pipeline.run.stage_rows import mask_of_stage, split_for_stage, split_stage
 from pipeline.run.stop import target_of
@@ -102,6 +105,7 @@ class Run:
     methods: list[Method] = field(default_factory=list)
     heldout_losses: HeldoutLosses | None = None
     begun: Start | None = None  # what the methods know of the run
+    check_folder: Callable[[], None] = lambda: None  # raises where another process has taken it
     separation: Separation | None = None  # found before the engine shards the model
     holds: str | None = None  # the checkpoint whose weights it has; None: of no checkpoint
     rows: int | None = None  # the stage by whose rows it is split: `split_stage`
@@ -151,9 +155,9 @@ def run_recipe(
     """
     folder = runs / recipe.name
     grace = recipe.resume.grace if recipe.resume else GRACE
-    with open_run(folder, recipe, engine_config), signals.listening(grace):
+    with open_run(folder, recipe, engine_config) as lock, signals.listening(grace):
         run = _prepare(folder, recipe, engine_config)
-        run.heldout_losses = heldout_losses
+        run.check_folder, run.heldout_losses = lock.check, heldout_losses
         signals.be_careful()
         failed: list[str] = []
 
@@ -226,6 +230,7 @@ def _prepare(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Run
     config = load_config(recipe.model, vocabulary_size(tokenizer))
     check_model(config, recipe, vocabulary_size(tokenizer))
     check_quantized(recipe.model.lora, engine_config)
+    check_replicas(recipe, engine_config, world_size())
     on_rank0(partial(describe_model, folder, recipe, config))
     on_rank0(partial(check_pretrained, recipe.model, config))
     data = open_data(recipe, tokenizer, folder)
@@ -266,25 +271,38 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
     torch.manual_seed(recipe.stage_seed(stage) * 100_003 + rank())
     mask = mask_of_stage(engine.module, recipe, stage)
     batches = run.data.batches(stage)
-    pauses = plan.pauses(s.evaluate_every)
+    pauses, every = plan.pauses(s.evaluate_every), recipe.train.compare_replicas
 
-    state = StageState(engine, batches, mask, run.methods, recipe.stage_seed(stage))
+    kept = KeptWeights(run.checkpoint(stage).parent, engine)
+    loss = partial(_published_loss, run, engine)
+    guard = watch_of(recipe.guard, stage, plan.steps, loss, kept, run.log)
+    bad = BadStepRule(recipe.bad_steps, stage, s.name, run.log, batches.documents)
+    rules = [bad, *([guard] if guard else [])]
+    state = StageState(engine, batches, mask, [*run.methods, *rules], recipe.stage_seed(stage))
     attempt = Attempt(stage_resume(run, stage), recipe.resume, state, plan.steps)
+    bad.go_back = attempt.go_back
     if attempt.behind:
         _tell(f"stage {stage} {s.name}: goes on behind step {attempt.behind} of {plan.steps}")
+    elif guard is not None:
+        guard.begin(Evaluation(run.folder, 0, "base", "").folder / RESULTS["heldout"])
     if run.log is not None:
         run.log.write("begin", stage=stage, step=attempt.behind)
     on_rank0(partial(_clear_within, run, stage, attempt.behind))
 
-    loss = partial(_published_loss, run, engine)
     target = target_of(recipe, stage, plan.steps, loss, run.log)
 
     def after_step(step: int) -> bool:
+        ended = False
         with state.not_training():
             if step > attempt.behind:
-                attempt.after_step(step)
+                run.check_folder()
+                if every and step % every == 0:
+                    compare_replicas(engine, step)
+                ended = guard is not None and guard.after_step(step)
+                if not ended:
+                    attempt.after_step(step)
             try:
-                ended = step > 0 and target is not None and target.reached(step)
+                ended = ended or (step > 0 and target is not None and target.reached(step))
                 if step in pauses and not ended:
                     _evaluate_within(run, stage, engine, measure, step, pauses[step])
             except Interrupted:
@@ -297,7 +315,8 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
     try:
         result = train_stage(
             engine, mask, batches, recipe, stage, steps, run.log, after_step,
-            batches.domains, run.separation, run.methods, attempt.behind,
+            batches.domains, run.separation, run.methods, behind=attempt.behind, bad=bad,
+            lr_factor=guard.lr if guard else None,
         )  # fmt: skip
     except TrainingStopped as error:
         if run.log is not None:
@@ -314,16 +333,19 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
         mask.close()
     for method in run.methods:
         method.finish(engine, stage)
+    guarded = {"guard": guard.end(kept)} if guard is not None else {}
     numbers = {
         "steps": result.steps, "tokens": result.tokens, "seconds": state.seconds,
         "data": asdict(plan.examples) if plan.examples else None,
         "unread": {n: {"documents": d, "tokens": t} for n, (d, t) in unread.items()},
+        **guarded,
     }  # fmt: skip
     info = {"stage": stage, "name": s.name, **numbers}  # the log may lose them: `_unlogged`
     if run.keeps_masters:  # before what it belongs to: a published stage has its masters
         publish_masters(run.masters(stage), engine, info)
     _publish(run, run.checkpoint(stage), engine, info)
     discard(stage_resume(run, stage))
+    kept.remove()
     if stage > 1:
         remove(run.masters(stage - 1))
     publish_seconds = time.perf_counter() - since
@@ -337,7 +359,9 @@ def _unlogged(run: Run, stage: int) -> dict[str, Any] | None:
         return None
     known = read_manifest(run.checkpoint(stage))
     return {
-        key: known[key] for key in ("steps", "tokens", "seconds", "data", "unread") if key in known
+        key: known[key]
+        for key in ("steps", "tokens", "seconds", "data", "unread", "guard")
+        if key in known
     }
 
 
@@ -412,6 +436,8 @@ def _require_space(run: Run, engine: Engine) -> None:
     size = getattr(torch, run.recipe.train.publish_dtype).itemsize + 4 * run.keeps_masters
     if run.recipe.resume is not None:  # fp32 and two moments; the new one beside those kept
         size += 12 * (run.recipe.resume.keep + 1)
+    if run.recipe.guard is not None and run.recipe.guard.action == "stop":
+        size += 4 * 2
     numbers = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
     on_rank0(partial(require_space, run.folder, numbers * size))
 

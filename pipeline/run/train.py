@@ -4,7 +4,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.data.objective import targets_of
-from pipeline.errors import TrainingStopped
+from pipeline.errors import BadGradient, TrainingStopped
 from pipeline.methods.method import Method
 from pipeline.migu.gradient_mask import GradientMask, NonFiniteMagnitude
 from pipeline.model.attention import Separation, arrange
@@ -22,6 +22,7 @@ from pipeline.model.load import PredictedPositions, predict
 from pipeline.progress import EventLog, StageProgress
 from pipeline.ranks import rank, summed, totals, world_size
 from pipeline.recipe import Optimizer, Recipe
+from pipeline.run.bad_steps import BadStepRule
 from pipeline.run.domain_losses import DomainLosses
 from pipeline.run.speed import PARTS, Speed, Stopwatch
 from pipeline.run.stage_rows import FrozenRows
@@ -50,6 +51,8 @@ def train_stage(
     separation: Separation | None = None,
     methods: Sequence[Method] = (),
     behind: int = 0,
+    bad: BadStepRule | None = None,
+    lr_factor: Callable[[], float] | None = None,
 ) -> StageResult:
     """Train at most `steps` steps; the model, the optimizer and the schedule, which runs over all
     of them, start fresh with the stage.
@@ -66,9 +69,11 @@ def train_stage(
             are what its forward takes, with labels.
         methods: prepared for the stage; the engine knows how many micro-batches they add.
         behind: steps that an earlier attempt has done; engine, batches and methods are as after it.
+        bad: what becomes of steps whose numbers are bad; None: what the recipe says.
+        lr_factor: of the scheduled learning rate; asked before every step.
 
     Raises:
-        TrainingStopped: before the optimizer step, so the weights are those of the last good step.
+        TrainingStopped: the weights are those of the last good step.
     """
     name = recipe.stages[stage - 1].name
     objective = recipe.model.objective
@@ -77,10 +82,11 @@ def train_stage(
     title = f"{recipe.name}: stage {stage}/{len(recipe.stages)} {name}"
     progress = StageProgress(title, steps, behind) if rank() == 0 else None
     by_domain = DomainLosses(domains, engine.device) if domains and len(domains) > 1 else None
+    bad = bad or BadStepRule(recipe.bad_steps, stage, name)
     timer, speed = Stopwatch(engine.device), Speed(engine.module, recipe, engine.device)
     tokens_per_step = recipe.train.batch_size * recipe.data.sequence_length
     edited = any(type(method).edit is not Method.edit for method in methods)
-    start, paused = time.perf_counter(), 0.0
+    start, paused, step = time.perf_counter(), 0.0, behind
 
     def forward(waiting: Batch) -> tuple[Tensor, Tensor]:
         """(what is minimised, the loss): sums over the predictions of a micro-batch."""
@@ -124,25 +130,24 @@ def train_stage(
         with timer("backward"):
             method_losses = extra_backwards(engine, head, extras)
         domain_losses = by_domain.reduce() if by_domain is not None else None
-        where = f"{where}: the loss is {mean_loss}"
         lr = learning_rate(recipe.optimizer, peak_lr, step, steps)
+        if lr_factor is not None:
+            lr *= lr_factor()
         for method in methods:
             method.edit(engine.shards, step, lr)
         with timer("mask"):
+            kept, problem = 1.0, None
             try:  # before the loss is looked at: this names the layer
                 kept = mask.apply(engine.shards, step, edited) if mask else 1.0
             except NonFiniteMagnitude as error:
+                kept = 0.0
                 if not (engine.scales_loss and recipe.mask.criterion == "gradient"):
-                    raise TrainingStopped(f"{where}, {error}") from None
-                kept = (
-                    0.0  # the gradient overflowed: the step will be skipped, with a smaller scale
-                )
-        for what, value in {"loss": mean_loss, **method_losses}.items():
-            if not math.isfinite(value):
-                raise TrainingStopped(where if what == "loss" else f"{where}, of {what} {value}")
+                    problem = f"the loss is {mean_loss}, {error}"
+                # else the gradient overflowed: the step is skipped, with a smaller scale
+        problem = problem or bad.problem({"loss": mean_loss, **method_losses})
         hold = partial(mask.hold, engine.shards) if mask else nullcontext
         with timer("step"):
-            applied = engine.step(lr, hold=hold)
+            applied = _step(engine, bad, step, lr, hold, mean_loss, problem)
             for method in methods:
                 method.after_step(engine, step, steps)
         timer.end()
@@ -187,6 +192,30 @@ def _select(mask: Mask, engine: Any, step: int, where: str) -> None:
         mask.select(engine.shards, step)
     except NonFiniteMagnitude as error:
         raise TrainingStopped(f"{where}: {error}") from None
+
+
+def _step(
+    engine: Any,
+    bad: BadStepRule,
+    step: int,
+    lr: float,
+    hold: Callable[[], AbstractContextManager[None]],
+    loss: float,
+    problem: str | None,
+) -> bool:
+    """Whether the optimizer's step was taken; one with a problem is dropped before it reaches the
+    weights. hold: as of the engine's `step`."""
+    if problem is None:
+        try:
+            applied = engine.step(lr, hold=hold)
+            bad.good(loss)
+            return applied
+        except BadGradient as error:
+            problem = f"the loss is {loss}, {error}"
+    else:
+        engine.drop_step()
+    bad.dropped(step, problem)
+    return False
 
 
 def learning_rate(optimizer: Optimizer, peak: float, step: int, steps: int) -> float:

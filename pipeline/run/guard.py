@@ -1,0 +1,161 @@
+"""The forgetting guard: held-out loss of one domain, watched within a stage (docs/faults.md).
+
+Nats of held-out text against a reference: the run's stage 0, or the stage's own start. What the
+guard does when the loss has risen too far is the recipe's choice; it never trains on that text.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint import is_published, read_manifest
+from pipeline.nodes import send_folder
+from pipeline.progress import EventLog, say
+from pipeline.ranks import on_rank0
+from pipeline.recipe import Guard
+from pipeline.run.published import publish_masters, read_masters, remove
+
+KEPT = "guarded"  # beside a stage's checkpoint while it trains: the weights of the last good check
+LOWERED = 0.5  # of the learning rate, each time
+
+
+class Watch:
+    """Of a stage. Every rank has one; the numbers are alike on all of them."""
+
+    def __init__(
+        self,
+        settings: Guard,
+        stage: int,
+        steps: int,
+        measure: Callable[[str], float],
+        keep: Callable[[int], None],
+        log: EventLog | None,
+    ):
+        """
+        Args:
+            steps: of the stage: its last one is checked too.
+            measure: a domain's held-out loss with the weights as they are; all ranks call it.
+            keep: keeps the weights as they are behind a step, as the last good ones, instead of
+                those kept before; all ranks call it. Only called with the action `stop`.
+            log: None on every rank but 0.
+        """
+        self._settings, self._stage, self._steps = settings, stage, steps
+        self._measure, self._keep, self._log = measure, keep, log
+        self.reference: float | None = None
+        self.lr_factor = 1.0
+        self.stopped_at: int | None = None
+
+    def begin(self, base: Path) -> None:
+        """Where the stage starts (not where it goes on). base: the result of stage 0."""
+        if self._settings.against == "stage":
+            self.reference = self._measure(self._settings.domain)
+        else:
+            domains = on_rank0(lambda: json.loads(base.read_text(encoding="utf-8"))["domains"])
+            self.reference = float(domains[self._settings.domain]["loss"])
+        if self._settings.action == "stop":
+            self._keep(0)
+
+    def after_step(self, step: int) -> bool:
+        """Whether the stage ends here: then the weights kept last are to be published. All ranks
+        call it after every step."""
+        g = self._settings
+        if step % g.steps and step != self._steps:
+            return False
+        assert self.reference is not None
+        loss = self._measure(g.domain)
+        rise = loss - self.reference
+        forgets = not rise <= g.max_rise  # a loss that is no number too
+        if self._log is not None:
+            self._log.write(
+                "guard", stage=self._stage, domain=g.domain, step=step, loss=loss, rise=rise,
+                max_rise=g.max_rise, against=g.against, action=g.action if forgets else None,
+            )  # fmt: skip
+        if not forgets:
+            if g.action == "stop":
+                self._keep(step)
+            return False
+        if g.action == "lower_lr":
+            self.lr_factor *= LOWERED
+        if self._log is not None:
+            say(f"  guard: held-out loss of {g.domain} has risen by {rise:.3f} nats, over "
+                f"{g.max_rise:g}; {self._consequence()}")  # fmt: skip
+        if g.action == "stop":
+            self.stopped_at = step
+            return True
+        return False
+
+    def lr(self) -> float:
+        """What the scheduled learning rate is multiplied with."""
+        return self.lr_factor
+
+    def end(self, kept: "KeptWeights") -> dict[str, Any] | None:
+        """Behind the stage's last step: where the guard ended it, the engine gets the kept weights.
+        What the log says of it."""
+        if self.stopped_at is None:
+            return None
+        return {"stopped_at": self.stopped_at, "published": kept.restore()}
+
+    def _consequence(self) -> str:
+        return {
+            "stop": "the stage ends with the weights of the last check that passed",
+            "lower_lr": f"the learning rate goes on at {self.lr_factor:g} of its schedule",
+            "warn": "training goes on",
+        }[self._settings.action]
+
+    # What a resume checkpoint keeps of it.
+    name = "guard"
+
+    def state_shards(self) -> Iterable[Any]:
+        return ()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reference": self.reference, "lr_factor": self.lr_factor}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.reference = state["reference"]
+        self.lr_factor = min(self.lr_factor, state["lr_factor"])  # what was lowered stays so
+
+
+class KeptWeights:
+    """What would have been published behind the last check that passed, in fp32, on the disk: the
+    run may be killed and go on. All ranks call everything."""
+
+    def __init__(self, stage: Path, engine: Any):
+        """stage: its folder."""
+        self._stage, self._engine = stage, engine
+
+    def keep(self, step: int) -> None:
+        """In place of those kept before, which are deleted when these are on the disk."""
+        target = self._stage / f"{KEPT}-{step:06d}"
+        publish_masters(target, self._engine, {"step": step})
+        for older in on_rank0(self._all):
+            if older != target:
+                remove(older)
+
+    def restore(self) -> int:
+        """Give the engine the kept weights; the step behind which they were so."""
+        kept = on_rank0(self._all)[-1]
+        send_folder(kept)
+        self._engine.load_weights(read_masters(kept))
+        return int(on_rank0(lambda: read_manifest(kept)["step"]))
+
+    def remove(self) -> None:
+        for kept in on_rank0(self._all):
+            remove(kept)
+
+    def _all(self) -> list[Path]:
+        """The newest last."""
+        return sorted(p for p in self._stage.glob(f"{KEPT}-*") if is_published(p))
+
+
+def watch_of(
+    settings: Guard | None,
+    stage: int,
+    steps: int,
+    measure: Callable[[str], float],
+    kept: KeptWeights,
+    log: EventLog | None,
+) -> Watch | None:
+    """Of a stage; None where the recipe has none."""
+    return settings and Watch(settings, stage, steps, measure, kept.keep, log)

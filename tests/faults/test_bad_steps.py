@@ -1,0 +1,169 @@
+"""A step whose numbers are bad on one rank is as if it had never been, on every rank and engine.
+Ranks that should hold the same bits are compared."""
+
+import copy
+import os
+import re
+
+import pytest
+import torch
+
+from pipeline.errors import TrainingStopped
+from pipeline.migu.gradient_mask import GradientMask
+from pipeline.ranks import rank
+from pipeline.recipe import BadSteps
+from pipeline.run.bad_steps import BadStepRule
+from pipeline.run.replicas import compare_replicas
+from pipeline.run.train import train_stage
+from tests.reference import MODELS, micro_batches
+from tests.spawn import run_ranks
+from tests.test_fsdp import fsdp_engine
+from tests.test_parity import ENGINES, recipe_for, zero_engine
+
+EVERYTHING = bool(os.environ.get("RUN_EVERYTHING"))
+LAYER = "roberta.encoder.layer.1.intermediate.dense"
+DOCUMENTS = [{"domain": "a", "document": 7, "token": 0, "begins": "x"}]
+
+
+class Spoiler:
+    """Makes one kind of number bad in this rank's forwards or backwards, while it is on."""
+
+    def __init__(self, module, kind):
+        self.on = False
+        if kind == "magnitude":
+            module.get_submodule(LAYER).register_forward_hook(self.output)
+        elif kind == "gradient":  # of the embeddings, which are not masked; the loss is finite
+            module.roberta.embeddings.register_forward_hook(self.gradient)
+        else:  # the loss is infinite or just too high; the gradient is finite
+            module.register_forward_hook(self.loss if kind == "loss" else self.spike)
+
+    def output(self, module, inputs, output):
+        return output * torch.nan if self.on else None
+
+    def gradient(self, module, inputs, output):
+        if self.on:
+            output.register_hook(lambda gradient: gradient * torch.nan)
+
+    def loss(self, module, inputs, output):
+        if self.on:
+            others = torch.arange(1, output.logits.shape[-1])
+            output.logits = output.logits.index_fill(-1, others, -torch.inf)
+        return output
+
+    def spike(self, module, inputs, output):
+        output.logits = output.logits * 50 if self.on else output.logits
+        return output
+
+
+def trained(build, settings, kind, at, policy="skip", steps=4):
+    """Weights (whole) after training on `steps` batches, of which number `at` (from 0) is spoilt on
+    rank 1, or left out of the data (kind None); the message where it stops; the rule's log."""
+    recipe = recipe_for("roberta", 4)
+    recipe.bad_steps = BadSteps(policy, budget=1, spike=6.0 if kind == "spike" else None, window=2)
+    engine = build(MODELS["roberta"]().train(), recipe, settings)
+    mask = GradientMask(engine.module, recipe.mask, seed=0)
+    data = [step[rank() :: 2] for step in micro_batches("roberta", steps, 2)]
+    if kind is None:
+        data = [batches for i, batches in enumerate(data) if i != at]
+    spoiler = Spoiler(engine.module, kind)
+
+    def batches():
+        for i, step in enumerate(data):
+            spoiler.on = kind is not None and rank() == 1 and i == at
+            yield copy.deepcopy(step)
+
+    rule = BadStepRule(recipe.bad_steps, 1, "x", documents=lambda: DOCUMENTS)
+    message = None
+    try:
+        train_stage(engine, mask, batches(), recipe, 1, len(data), log=None, bad=rule)
+    except TrainingStopped as error:
+        message = str(error)
+    weights = {n: w.clone() for n, w in engine.full_weights()}
+    moments = [s["exp_avg"].clone() for s in optimizer_of(engine).state.values() if "exp_avg" in s]
+    mask.close()
+    engine.close()
+    return weights, moments, message
+
+
+def optimizer_of(engine):
+    return getattr(engine, "_adam", None) or engine._optimizer
+
+
+def compare_all(everything):
+    engines = {
+        n: (zero_engine, ENGINES[n]) for n in (ENGINES if everything else ("zero0", "zero2"))
+    }
+    engines["zero3"] = (zero_engine, ENGINES["zero3"])
+    engines["fsdp"] = (fsdp_engine, {})
+    kinds = {"zero0": "gradient", "zero2": "loss", "zero3": "magnitude", "fsdp": "spike"}
+    out = {}
+    for name, (build, settings) in engines.items():
+        for kind in ("magnitude", "loss", "gradient", "spike"):
+            if not everything and kinds[name] != kind:
+                continue
+            at = 2 if kind == "spike" else 0 if kind == "loss" else 1
+            spoilt = trained(build, settings, kind, at)
+            without = trained(build, settings, None, at)
+            same = all(torch.equal(spoilt[0][n], w) for n, w in without[0].items()) and all(
+                torch.equal(a.to_dense(), b.to_dense()) if not hasattr(a, "to_local")
+                else torch.equal(a.to_local(), b.to_local())
+                for a, b in zip(spoilt[1], without[1], strict=True)
+            )  # fmt: skip
+            out[name, kind] = same, spoilt[2]
+    out["stop"] = trained(zero_engine, ENGINES["zero2"], "magnitude", 1, policy="stop")[2]
+    return out
+
+
+def test_a_bad_step_is_as_if_it_had_never_been():
+    for results in run_ranks(compare_all, 2, EVERYTHING):
+        stop = results.pop("stop")
+        assert results == dict.fromkeys(results, (True, None))
+        assert re.fullmatch(
+            r"stage 1 \(x\), step 2: the loss is nan, non-finite output magnitude in \S+ "
+            r"\(it read documents a 7\)", stop,
+        )  # fmt: skip
+
+
+def test_the_budget_and_the_spike_rule():
+    rule = BadStepRule(BadSteps("skip", budget=1, spike=3.0, window=4), 1, "x")
+    losses = [2.0, 2.1, 1.9, 2.0]
+    for loss in losses:
+        assert rule.problem({"loss": loss + 5}) is None  # nothing to compare with yet
+        rule.good(loss)
+    assert rule.problem({"loss": 2.2}) is None
+    assert "is a spike" in rule.problem({"loss": 2.3})
+    assert rule.problem({"loss": 2.0, "anchor": float("nan")}) == "the loss of anchor is nan"
+    rule.dropped(5, "x")
+    again = BadStepRule(BadSteps("skip", budget=1, spike=3.0, window=4), 1, "x")
+    again.load_state_dict(rule.state_dict())  # as behind a resume checkpoint
+    assert "is a spike" in again.problem({"loss": 2.3})
+    with pytest.raises(
+        TrainingStopped, match=r"stage 1 \(x\), step 6: y; 1 steps .*bad_steps\.budget"
+    ):
+        again.dropped(6, "y")
+
+
+def flip_all():
+    """One bit of one weight flips on rank 1 (of 2: nobody knows who is right), or 2 (of 3)."""
+    out = []
+    cases = [(zero_engine, ENGINES["zero0"]), (zero_engine, ENGINES["zero2"])]
+    for build, settings in cases:
+        recipe = recipe_for("roberta", 6)
+        engine = build(MODELS["roberta"]().train(), recipe, settings)
+        compare_replicas(engine, 1)
+        if rank() == 2:
+            shard = next(iter(engine.shards.weight_shards([f"{LAYER}.weight"])))
+            shard.tensor.view(torch.int32)[11] ^= 1
+        try:
+            compare_replicas(engine, 2)
+            out.append(None)
+        except TrainingStopped as error:
+            out.append(str(error))
+        engine.close()
+    return out
+
+
+def test_a_flipped_bit_is_found_and_its_rank_named():
+    for messages in run_ranks(flip_all, 3):
+        for message in messages:
+            assert re.match(rf"step 2: rank 2 differs in the weight {LAYER}\.weight", message)
