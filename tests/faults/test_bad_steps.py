@@ -11,9 +11,10 @@ import torch
 from pipeline.errors import TrainingStopped
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.ranks import rank
-from pipeline.recipe import BadSteps
+from pipeline.recipe import BadSteps, Resume
 from pipeline.run.bad_steps import BadStepRule
 from pipeline.run.replicas import compare_replicas
+from pipeline.run.resume import Attempt, StageState
 from pipeline.run.train import train_stage
 from tests.reference import MODELS, micro_batches
 from tests.spawn import run_ranks
@@ -141,6 +142,55 @@ def test_the_budget_and_the_spike_rule():
         TrainingStopped, match=r"stage 1 \(x\), step 6: y; 1 steps .*bad_steps\.budget"
     ):
         again.dropped(6, "y")
+
+
+class Listed:
+    """Batches of a list, whose place in the data nobody asks for."""
+
+    def __init__(self, steps):
+        self.steps = iter(steps)
+
+    def __next__(self):
+        return copy.deepcopy(next(self.steps))
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        raise AssertionError("the place in the data stays")
+
+
+def gone_back(folder):
+    """Six steps, saved behind the third; the fifth has a loss that is no number. And the three
+    first and the sixth alone."""
+    weights = []
+    for left_out in ((), (3, 4)):
+        recipe = recipe_for("roberta", 2)
+        recipe.bad_steps = BadSteps("rollback")
+        engine = zero_engine(MODELS["roberta"]().train(), recipe, ENGINES["zero2"])
+        mask = GradientMask(engine.module, recipe.mask, seed=0)
+        data = [s for i, s in enumerate(micro_batches("roberta", 6, 1)) if i not in left_out]
+        rule = BadStepRule(recipe.bad_steps, 1, "x")
+        state = StageState(engine, Listed(data), mask, [rule])
+        attempt = Attempt(folder / str(len(data)), Resume(steps=3, minutes=None), state, 9)
+        spoiler = Spoiler(engine.module, "loss")
+        rule.go_back = attempt.go_back
+
+        def after_step(step, attempt=attempt, spoiler=spoiler, data=data):
+            attempt.after_step(step)
+            spoiler.on = len(data) == 6 and step == 4
+            return False
+
+        train_stage(engine, mask, state.batches, recipe, 1, len(data), None, after_step, bad=rule)
+        attempt.finish()
+        weights.append({n: w.clone() for n, w in engine.full_weights()})
+        mask.close()
+        engine.close()
+    return all(torch.equal(w, weights[1][n]) for n, w in weights[0].items())
+
+
+def test_a_rollback_goes_back_in_the_weights_and_on_in_the_data(tmp_path):
+    assert run_ranks(gone_back, 1, tmp_path) == [True]
 
 
 def flip_all():
