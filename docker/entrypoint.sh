@@ -10,7 +10,7 @@ case ${1-} in
     cat <<'TEXT'
 Continual pretraining and fine-tuning with MIGU, DeepSpeed and FSDP2, measured after every stage.
 
-  docker run --rm IMAGE make demo                     four small runs and a page, without a GPU
+  docker run --rm IMAGE make demo                     small runs and a page, without a GPU
   docker run --rm IMAGE migu recipes                  what --recipe takes
   docker run --gpus all --ipc=host -v "$PWD/runs:/opt/migu/runs" IMAGE \
       deepspeed launch/cpt.py --config ds_configs/zero2.json --recipe demo
