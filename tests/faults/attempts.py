@@ -192,8 +192,8 @@ def _run(scene: Scene, rank: int, ranks: int, engine: str, act: Any) -> None:
             note("row", f"{place} {hashlib.sha256(text).hexdigest()[:16]}")
         return taken
 
-    def apply(mask: Any, shards: Any, step: int) -> float:
-        kept = applying(mask, shards, step)
+    def apply(mask: Any, shards: Any, step: int, *more: Any) -> float:
+        kept = applying(mask, shards, step, *more)
         note("mask", hashlib.sha256(mask.keep.numpy().tobytes()).hexdigest())
         return kept
 
