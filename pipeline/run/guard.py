@@ -5,11 +5,12 @@ guard does when the loss has risen too far is the recipe's choice; it never trai
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint import is_published, read_manifest
+from pipeline.methods.method import Method, published
 from pipeline.nodes import send_folder
 from pipeline.progress import EventLog, say
 from pipeline.ranks import on_rank0
@@ -121,14 +122,15 @@ class KeptWeights:
     """What would have been published behind the last check that passed, in fp32, on the disk: the
     run may be killed and go on. All ranks call everything."""
 
-    def __init__(self, stage: Path, engine: Any):
+    def __init__(self, stage: Path, engine: Any, methods: Sequence[Method]):
         """stage: its folder."""
-        self._stage, self._engine = stage, engine
+        self._stage, self._engine, self._methods = stage, engine, methods
 
     def keep(self, step: int) -> None:
         """In place of those kept before, which are deleted when these are on the disk."""
         target = self._stage / f"{KEPT}-{step:06d}"
-        publish_masters(target, self._engine, {"step": step})
+        with published(self._engine, self._methods):
+            publish_masters(target, self._engine, {"step": step})
         for older in on_rank0(self._all):
             if older != target:
                 remove(older)

@@ -273,7 +273,7 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
     batches = run.data.batches(stage)
     pauses, every = plan.pauses(s.evaluate_every), recipe.train.compare_replicas
 
-    kept = KeptWeights(run.checkpoint(stage).parent, engine)
+    kept = KeptWeights(run.checkpoint(stage).parent, engine, run.methods)
     loss = partial(_published_loss, run, engine)
     guard = watch_of(recipe.guard, stage, plan.steps, loss, kept, run.log)
     bad = BadStepRule(recipe.bad_steps, stage, s.name, run.log, batches.documents)

@@ -20,7 +20,8 @@ from tests.spawn import run_ranks
 def test_a_full_disk_leaves_the_result_of_an_evaluation_as_it_was(tmp_path):
     result = tmp_path / "eval.json"
     write_json(result, {"loss": 1.0})
-    (tmp_path / ".eval.json.tmp").symlink_to("/dev/full")  # every write to it ends with ENOSPC
+    full = tmp_path / f".eval.json.{os.getpid()}.tmp"
+    full.symlink_to("/dev/full")  # every write to it ends with ENOSPC
     with pytest.raises(OSError, match="No space left") as caught:
         write_json(result, {"loss": 2.0})
     assert advice(caught.value) == "Free some space"
