@@ -178,7 +178,7 @@ def _load(source: Source) -> tuple[Any, Any, bool]:
     masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     causal = not masked or bool(getattr(config, "is_decoder", False))
     objective = "causal" if causal else "masked"
-    net = load_for_evaluation(source.path, objective, source.attention, source.revision)
+    net: Any = load_for_evaluation(source.path, objective, source.attention, source.revision)
     tokenizer = load_tokenizer(local_weights(source.tokenizer or source.path), source.revision)
     size, known = vocabulary_size(tokenizer), net.get_input_embeddings().num_embeddings
     if size > known:

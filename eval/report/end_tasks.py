@@ -57,17 +57,15 @@ def end_tasks_of(methods: Mapping[str, Sequence[Run]]) -> EndTasksShown | None:
         for method, row in tables.items()
     ]
     first = next(iter(found.values()))[0]
-    matrix = []
+    shown: list[tuple[str, list[Cell]]] = []
     if [len(runs) for runs in methods.values()] == [1]:
         run = next(iter(methods.values()))[0]
         numbers["matrix"] = first.values
-        matrix = [
+        shown = [
             (f"{stage} {run.matrix.stages[stage]}", _row(first, stage)) for stage in first.values
         ]
     tasks = [(task, first.metrics[task].replace("_f1", "-F1")) for task in first.tasks]
-    return EndTasksShown(
-        list(COLUMNS.values()), rows, tasks, matrix, DEFINITIONS, numbers, warnings
-    )
+    return EndTasksShown(list(COLUMNS.values()), rows, tasks, shown, DEFINITIONS, numbers, warnings)
 
 
 def _row(matrix: EndTaskMatrix, stage: int) -> list[Cell]:

@@ -44,10 +44,12 @@ class SplitLinear(nn.Module):
         self.register_buffer("index", torch.cat(parts), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        kept, rest, bias = self.kept, self.rest, self.bias
+        kept: Tensor = self.kept
+        rest: Tensor = self.rest
+        bias: Any = self.bias
         if dtype := autocast_dtype(x):
             x, kept, rest = x.to(dtype), kept.to(dtype), rest.to(dtype)
-            bias = bias.to(dtype) if bias is not None else None  # type: ignore[operator]
+            bias = bias.to(dtype) if bias is not None else None
         return _Split.apply(x, kept, rest, bias, self.index)
 
     def extra_repr(self) -> str:

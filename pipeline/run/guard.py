@@ -160,4 +160,6 @@ def watch_of(
     log: EventLog | None,
 ) -> Watch | None:
     """Of a stage; None where the recipe has none."""
-    return settings and Watch(settings, stage, steps, measure, kept.keep, log)
+    if settings is None:
+        return None
+    return Watch(settings, stage, steps, measure, kept.keep, log)

@@ -171,7 +171,9 @@ def is_held(folder: Path) -> bool:
         locks = False
     try:
         known = lock._read()
-        return bool(known) and not (locks and _runs_here(known)) and lock._lives(known)
+        if not known:
+            return False
+        return not (locks and _runs_here(known)) and lock._lives(known)
     finally:
         file.release()
 

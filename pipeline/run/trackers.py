@@ -13,6 +13,7 @@ import math
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,7 +60,7 @@ class Trackers:
         self._open: dict[str, Tracker] = {}
         known = _read(folder / "trackers.json")
         for name in recipe.track:
-            self._guarded(name, lambda name=name: self._start(name, recipe, folder, known))
+            self._guarded(name, partial(self._start, name, recipe, folder, known))
         if known:
             replace_file(folder / "trackers.json", json.dumps(known, indent=1) + "\n")
 
@@ -105,7 +106,7 @@ class Trackers:
         }
         for name in list(self._open) if numbers else ():
             tracker = self._open[name]
-            self._guarded(name, lambda tracker=tracker: tracker.log(numbers, step, axis))
+            self._guarded(name, partial(tracker.log, numbers, step, axis))
 
     def _guarded(self, name: str, work: Callable[[], None]) -> None:
         try:
