@@ -196,7 +196,7 @@ class AuthorsMask:
         return observe
 
     @contextmanager
-    def recording(self, _real: Any = None) -> Iterator[None]:
+    def recording(self, _real: Any = None, _decoder: Any = None) -> Iterator[None]:
         self._open = True  # another mode may run the same model
         yield
         self._open = False

@@ -135,7 +135,7 @@ def test_a_shell_completes_programs_options_recipes_and_keys(tmp_path):
 
     assert completed("migu", "re") == ["report", "recipes"]
     assert completed("migu", "cpt", "--dry") == ["--dry-run"]
-    assert completed("migu", "cpt", "--recipe", "roberta_das_") == ["roberta_das_files"]
+    assert completed("migu", "cpt", "--recipe", "roberta_das_f") == ["roberta_das_files"]
     assert completed("migu", "cpt", "optimizer.warm") == ["optimizer.warmup="]
     assert completed("migu", "report", "optimizer.warm") == []
 

@@ -189,7 +189,7 @@ def test_labels_are_scored_by_their_likelihood(made):
 
 def test_an_adapter_counts_with_its_base(made, tmp_path):
     base = LlamaForCausalLM.from_pretrained(made / "llama")
-    add_adapter(base, Lora(), str(made / "llama"), None, True, 0)
+    add_adapter(base, Lora(), str(made / "llama"), None, "CAUSAL_LM", 0)
     with torch.no_grad():
         for name, weight in base.named_parameters():
             if "lora_B" in name:

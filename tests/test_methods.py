@@ -43,7 +43,7 @@ def with_earlier(model):
     """Frozen earlier adapters of 4 ranks, and a new one of 2; no part of either is zero."""
     for name, r, seed in ((EARLIER, 4, 1), ("default", 2, 2)):
         if name == EARLIER:
-            add_adapter(model, Lora(r=r, dropout=0.0), None, None, True, seed)
+            add_adapter(model, Lora(r=r, dropout=0.0), None, None, "CAUSAL_LM", seed)
             model.peft_config[EARLIER] = model.peft_config.pop("default")
             for module in model.modules():
                 for part in ("lora_A", "lora_B", "lora_dropout", "scaling", "r", "lora_alpha"):
@@ -51,7 +51,7 @@ def with_earlier(model):
                     if held is not None and hasattr(held, "keys") and "default" in held:
                         held[EARLIER] = held.pop("default")
         else:
-            add_adapter(model, Lora(r=r, dropout=0.0), None, None, True, seed)
+            add_adapter(model, Lora(r=r, dropout=0.0), None, None, "CAUSAL_LM", seed)
     model.set_adapter([EARLIER, "default"])
     generator = torch.Generator().manual_seed(4)
     for name, p in model.named_parameters():

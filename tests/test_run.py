@@ -30,10 +30,12 @@ WORDS = {
 
 def write_corpus(path: Path, domain: str, documents: int = 80) -> None:
     words = WORDS[domain]
-    with gzip.open(path, "wt") as file:
-        for i in range(documents):
-            text = " ".join(words[(i * 7 + j * j) % len(words)] for j in range(30 + i % 9))
-            file.write(json.dumps({"text": f"{text} {i}"}) + "\n")
+    lines = []
+    for i in range(documents):
+        text = " ".join(words[(i * 7 + j * j) % len(words)] for j in range(30 + i % 9))
+        lines.append(json.dumps({"text": f"{text} {i}"}) + "\n")
+    # Without the time that gzip notes: a corpus that is written again is the same one.
+    path.write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
 
 
 @pytest.fixture

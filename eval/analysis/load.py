@@ -14,6 +14,8 @@ from eval.analysis.points import Point, load_points, losses_of
 from pipeline.errors import UserError
 from pipeline.yaml_file import Loader, read_yaml
 
+LATER_WORK = "is missing, although later work is there."
+
 
 @dataclass
 class Run:
@@ -175,7 +177,7 @@ def _evals(
         if path is None:
             if stage <= done:
                 name = f"{stage:02d}_{names[stage]}/eval.json"
-                findings.damaged(f"{name} is missing, although later work is there.")
+                findings.damaged(f"{name} {LATER_WORK}")
             continue
         try:
             record = read_json(path) or {}

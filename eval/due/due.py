@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.analysis.load import load_run
-from eval.due.events import events_of
+from eval.due.events import events_of, failed
 from eval.due.folders import Found, checkpoints, find_folders, stamp
 from eval.due.notify import Notify, send
 from eval.due.state import State, locked, read_state
@@ -206,11 +206,7 @@ def _pages(call: Call, folders: list[Found]) -> tuple[Path, list[Entry]]:
 def _entry(call: Call, found: Found) -> Entry:
     if found.problem:
         return Entry(found.folder, "unreadable", [found.problem])
-    failures = [
-        f"{f['where']}: {f['kind']} could not be evaluated: {f['reason']}"
-        for f in call.state.failures.values()
-        if f["run"] == found.folder
-    ]
+    failures = [failed(f) for f in call.state.failures.values() if f["run"] == found.folder]
     if found.folder in call.unknown:
         failures.append(call.unknown[found.folder])
     damage = call.damage.get(found.folder, [])

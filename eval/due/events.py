@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.analysis.falls import describe
+from eval.analysis.load import LATER_WORK
 from eval.due.whole import digest_of
 from eval.report.index import Entry, Series
 
@@ -25,6 +26,12 @@ class Event:
     page: str  # path of the page to look at
 
 
+def failed(failure: dict[str, Any]) -> str:
+    """What the index says of an evaluation that failed."""
+    reason = failure["reason"]
+    return f"{failure['where']}: {failure['kind']} could not be evaluated: {reason}"
+
+
 def events_of(
     root: Path, entries: list[Entry], series: list[Series], failures: dict[str, dict[str, Any]]
 ) -> list[Event]:
@@ -35,7 +42,11 @@ def events_of(
         digests = _digests(root / entry.folder)
         if entry.state == "finished":
             add("finished", digests[-1:], f"{entry.folder} has finished", _numbers(entry))
+        mine = [f for f in failures.values() if f["run"] == entry.folder]
+        told = {failed(f) for f in mine}  # below, with a name of its own
         for problem in entry.problems:
+            if problem in told or (mine and problem.endswith(LATER_WORK)):
+                continue  # the result that is missing is that of the failed evaluation
             add("failed", [problem], f"{entry.folder}: {entry.state}", problem)
         by_stage = defaultdict(list)
         for fall in entry.falls:

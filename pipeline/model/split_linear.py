@@ -52,6 +52,11 @@ class SplitLinear(nn.Module):
             bias = bias.to(dtype) if bias is not None else None
         return _Split.apply(x, kept, rest, bias, self.index)
 
+    @property
+    def weight(self) -> Tensor:
+        """For models that look at the dtype of a linear's weight (T5)."""
+        return self.kept
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, kept={self.kept_rows}"
 

@@ -22,7 +22,7 @@ from pipeline.data.bad_lines import BadLines
 from pipeline.data.heldout import prepare_heldout
 from pipeline.data.stage import StagePlan
 from pipeline.data.tokenizer import vocabulary_size
-from pipeline.engine.config import check_quantized
+from pipeline.engine.config import check_quantized, check_row_sparse
 from pipeline.errors import Interrupted, TrainingStopped, UserError
 from pipeline.methods.method import Method, Start, published
 from pipeline.model.attention import Separation
@@ -230,6 +230,8 @@ def _prepare(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Run
     config = load_config(recipe.model, vocabulary_size(tokenizer))
     check_model(config, recipe, vocabulary_size(tokenizer))
     check_quantized(recipe.model.lora, engine_config)
+    if recipe.mask.enabled:
+        check_row_sparse(recipe.mask.backward, engine_config)
     check_replicas(recipe, engine_config, world_size())
     on_rank0(partial(describe_model, folder, recipe, config))
     on_rank0(partial(check_pretrained, recipe.model, config))
