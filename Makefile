@@ -43,7 +43,8 @@ $(COMPARED): $(INSTALLED)
 		name=$@ $(OPTIONS) 2>&1 | cat
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
+		--no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

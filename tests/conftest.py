@@ -5,6 +5,20 @@ import os
 import pytest
 
 
+# Few tests that take long: begun first, so that no worker is left alone with them at the end.
+LONG = {
+    f"test_{name}.py"
+    for name in (
+        "instruct_run", "run", "parity", "engine", "lora", "attach", "resume", "cluster",
+        "killed_runs", "nodes", "humaneval", "fsdp", "sweep", "anchor", "finetune",
+    )
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def prepared_corpora(tmp_path_factory):
     """Prepared corpora go to a folder of the session, not to the user's cache."""
