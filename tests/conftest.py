@@ -4,7 +4,6 @@ import os
 
 import pytest
 
-
 # Few tests that take long: begun first, so that no worker is left alone with them at the end.
 LONG = {
     f"test_{name}.py"
