@@ -337,7 +337,7 @@ def _autos(node: Any, path: str = "") -> list[str]:
 
 def check_row_sparse(backward: str, config: dict[str, Any]) -> None:
     """Raises UserError where the engine cannot do all forwards of a step before its backwards."""
-    accumulates = config["gradient_accumulation_steps"] > 1
+    accumulates = config.get("gradient_accumulation_steps", 1) > 1
     if (
         backward == "row_sparse"
         and accumulates
