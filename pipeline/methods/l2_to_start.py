@@ -15,7 +15,6 @@ class L2ToStart(Method):
 
     name = "l2_to_start"
     needs = ("old weights",)
-    edits_gradient = True
 
     def __init__(self, recipe: Recipe):
         assert recipe.l2_to_start is not None

@@ -61,13 +61,11 @@ class Method:
     name: its key in the recipe, and in the log that of its loss.
     needs: what it takes beside the new text: "task labels", "old data", "old weights" (Table 1).
     weight: of its loss beside that of the new text.
-    edits_gradient: whether `edit` adds to the gradient, which fp16 has scaled by then.
     """
 
     name = ""
     needs: tuple[str, ...] = ()
     weight = 1.0
-    edits_gradient = False
 
     def begin(self, start: Start) -> None:
         """Once, before the engine is built: while a whole model still fits. All ranks call it."""

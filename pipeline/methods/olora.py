@@ -18,7 +18,6 @@ class OLora(Method):
     """The recipe's `olora`, of incremental adapters."""
 
     name = "olora"
-    edits_gradient = True
 
     def __init__(self, recipe: Recipe):
         assert recipe.olora is not None

@@ -1,7 +1,6 @@
 """The training loop of one stage."""
 
 import math
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -35,7 +34,6 @@ Mask = GradientMask | FrozenRows
 class StageResult:
     steps: int
     tokens: int
-    seconds: float
 
 
 def train_stage(
@@ -63,7 +61,7 @@ def train_stage(
         stage: from 1.
         log: None on every rank but 0.
         after_step: called by all ranks after every step, to evaluate or save within the stage; True
-            ends it. Its time does not count as training.
+            ends it.
         domains: names of those that `domains` of a micro-batch counts; their losses are logged.
         separation: how the packed batches of `collate` are given to the model; None: the batches
             are what its forward takes, with labels.
@@ -86,7 +84,7 @@ def train_stage(
     timer, speed = Stopwatch(engine.device), Speed(engine.module, recipe, engine.device)
     tokens_per_step = recipe.train.batch_size * recipe.data.sequence_length
     edited = any(type(method).edit is not Method.edit for method in methods)
-    start, paused, step = time.perf_counter(), 0.0, behind
+    step = behind
 
     def forward(waiting: Batch) -> tuple[Tensor, Tensor]:
         """(what is minimised, the loss): sums over the predictions of a micro-batch."""
@@ -104,7 +102,6 @@ def train_stage(
             minimized = method.weigh(minimized, logits, targets, inputs)
         return minimized.sum(), losses.detach().sum()
 
-    step = behind
     for step in range(behind + 1, steps + 1):
         timer.begin()
         with timer("data"):
@@ -174,17 +171,13 @@ def train_stage(
                 **({"methods": method_losses} if method_losses else {}),
             )
             _monitor(engine, recipe, stage, step, mean_loss, norm, lr, kept)
-        if after_step is not None:
-            since = time.perf_counter()
-            ended = after_step(step)
-            paused += time.perf_counter() - since
-            if ended:
-                break
+        if after_step is not None and after_step(step):
+            break
     if progress is not None:
         progress.close()
     if head is not None:
         head.close()
-    return StageResult(step, step * tokens_per_step, time.perf_counter() - start - paused)
+    return StageResult(step, step * tokens_per_step)
 
 
 def _select(mask: Mask, engine: Any, step: int, where: str) -> None:
