@@ -89,8 +89,8 @@ def step_of(way: str, args: argparse.Namespace, folder: Path) -> Callable[[int],
     if settings is not None:
         anchor = Anchor(recipe)
         tokenizer = Tokens(args.vocabulary)
-        start = Start(0, recipe, tokenizer, lambda which: Teacher(lambda: teacher, {"way": way}),
-                      lambda *_: [], folder, folder, separation, engine)  # type: ignore[arg-type]  # fmt: skip
+        known = Teacher(lambda: teacher, lambda: {"way": way})
+        start = Start(0, recipe, tokenizer, lambda _: known, lambda *_: [], folder, folder, separation, engine)  # type: ignore[arg-type]  # fmt: skip
         anchor.begin(start)
         anchor.prepare(start)
     if settings is None or settings.get("cache") != 0:

@@ -78,7 +78,7 @@ def measure(name: str, recipe: Recipe, args: argparse.Namespace) -> float:
         nowhere = Path(".")
         tokenizer: Any = None
         kd.prepare(
-            Start(1, recipe, tokenizer, lambda _: Teacher(lambda: frozen, {}), lambda *_: (),
+            Start(1, recipe, tokenizer, lambda _: Teacher(lambda: frozen, dict), lambda *_: (),
                   nowhere, nowhere, None, engine)
         )  # fmt: skip
         methods = [kd]

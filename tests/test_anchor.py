@@ -108,7 +108,7 @@ def start_anchor(name, engine, recipe, folder, separation, sharp):
     )
     anchor._make_text = lambda start, teacher: anchor._text
     start = Start(
-        1, recipe, None, lambda which: Teacher(lambda: frozen, {}), None, folder, folder,
+        1, recipe, None, lambda which: Teacher(lambda: frozen, dict), None, folder, folder,
         separation, engine,
     )  # fmt: skip
     anchor.prepare(start)

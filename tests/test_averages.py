@@ -39,7 +39,7 @@ def begin(kind, recipe, methods, name=NAME):
     build, settings = BUILDS[kind]
     engine = build(MODELS[name]().train(), recipe, settings)
     start = Start(
-        1, recipe, None, lambda which: Teacher(lambda: teacher(name), {}), None, None, None, None,
+        1, recipe, None, lambda which: Teacher(lambda: teacher(name), dict), None, None, None, None,
         engine,
     )  # fmt: skip
     for method in methods:
@@ -225,7 +225,7 @@ def test_the_teacher_is_the_base_or_what_was_published_last():
             method.prepare(
                 SimpleNamespace(
                     stage=stage,
-                    teacher=lambda w, asked=asked: asked.append(w) or Teacher(lambda: None, {}),
+                    teacher=lambda w, asked=asked: asked.append(w) or Teacher(lambda: None, dict),
                     engine=SimpleNamespace(frozen=lambda model: model or "forward"),
                 )
             )

@@ -44,7 +44,7 @@ def recipe_with(name, **methods):
 def start_of(engine, recipe, stage, folder, frozen=None, sequences=()):
     return Start(
         stage, recipe, tokenizer_of((recipe.model.objective == "masked" and "roberta") or "llama"),
-        lambda which: Teacher(lambda: frozen, {}), lambda domain, count: iter(sequences[:count]),
+        lambda which: Teacher(lambda: frozen, dict), lambda domain, count: iter(sequences[:count]),
         folder, folder, None, engine,
     )  # fmt: skip
 

@@ -152,11 +152,12 @@ class Anchor(Method):
     def _make_text(self, start: Start, teacher: Teacher) -> AnchorText:
         frozen = _Frozen(teacher, self.recipe)
         cached = partial(self._predict, frozen) if self._caches else None
+        identity = teacher.identify()
         info = {
-            "teacher": teacher.identity, "settings": asdict(self.settings),
+            "teacher": identity, "settings": asdict(self.settings),
             "objective": self.objective, "sequences": self._sequences(),
         }  # fmt: skip
-        folder = start.shared / f"anchor-{self._key(start, teacher)}"
+        folder = start.shared / f"anchor-{self._key(start, identity)}"
         rows = partial(self._make_rows, start, frozen)
         return make_text(folder, rows, cached, self.settings.cache, info)
 
@@ -210,13 +211,13 @@ class Anchor(Method):
         with torch.no_grad():
             return predict(frozen.model, inputs, wanted, frozen.head)
 
-    def _key(self, start: Start, teacher: Teacher) -> str:
+    def _key(self, start: Start, identity: dict[str, Any]) -> str:
         """Of the text's folder: whatever changes a token or a prediction."""
         s, d = self.settings, self.recipe.data
         source = asdict(d.domains[s.text]) if s.text in d.domains else None
         vocabulary = start.tokenizer.backend_tokenizer.to_str().encode()
         content = {
-            "format": FORMAT, "teacher": teacher.identity, "text": s.text, "source": source,
+            "format": FORMAT, "teacher": identity, "text": s.text, "source": source,
             "tokens": self._sequences(), "cache": s.cache if self._caches else 0,
             "seed": self.recipe.seed, "length": d.sequence_length, "masking": d.masking,
             "objective": self.objective,

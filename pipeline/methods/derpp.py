@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from pipeline.data.mlm import IGNORED, collate
 from pipeline.data.objective import OBJECTIVES, targets_of
-from pipeline.methods.method import Method, Start, Teacher
+from pipeline.methods.method import Method, Start
 from pipeline.model.attention import Separation, arrange, separation_of
 from pipeline.model.load import PredictedPositions, predict
 from pipeline.ranks import on_rank0, rank, world_size
@@ -52,8 +52,7 @@ class DerPlusPlus(Method):
             return
         path = start.kept / f"derpp/stage-{start.stage - 1:02d}.safetensors"
         if not on_rank0(path.is_file):
-            teacher = start.teacher("previous")  # by all ranks
-            on_rank0(partial(self._keep, start, teacher, path))
+            on_rank0(partial(self._keep, start, path))
         found = on_rank0(
             lambda: [
                 load_file(path.with_name(f"stage-{s:02d}.safetensors"))
@@ -111,9 +110,9 @@ class DerPlusPlus(Method):
     def _size(self) -> int:
         return min(self.recipe.train.micro_batch_size or self._per_rank, self._per_rank)
 
-    def _keep(self, start: Start, teacher: Teacher, path: Any) -> None:
+    def _keep(self, start: Start, path: Any) -> None:
         """Write what is kept of the stage before."""
-        net: Any = teacher.load()
+        net: Any = start.teacher("previous").load()
         separation, r = separation_of(net, self.recipe), self.recipe
         domains = r.stages[start.stage - 2].domains
         each = max(1, self.settings.sequences // len(domains))

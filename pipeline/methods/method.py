@@ -18,12 +18,13 @@ from pipeline.shard import Shard
 class Teacher:
     """A frozen model: the base, or what the stage before published.
 
-    load: gives it in eval mode, whole, on this rank's device. identity: what says that two teachers
-    are the same one (of a folder, what its files hold).
+    load: gives it in eval mode, whole, on this rank's device.
+    identify: gives what says that two teachers are the same one (of a folder, what its files hold,
+    which are read for it). All ranks call it together.
     """
 
     load: Callable[[], nn.Module]
-    identity: dict[str, Any]
+    identify: Callable[[], dict[str, Any]]
 
 
 @dataclass(frozen=True)

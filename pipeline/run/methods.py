@@ -93,9 +93,12 @@ def teacher_at(recipe: Recipe, checkpoint: str) -> Teacher:
         )
         return net.requires_grad_(False)
 
-    identity = on_rank0(partial(_identity, checkpoint, revision))
-    quantize = m.lora.quantize if m.lora else "none"
-    return Teacher(load, {**identity, "quantize": quantize, "dtype": str(dtype)})
+    def identify() -> dict[str, Any]:
+        quantize = m.lora.quantize if m.lora else "none"
+        identity = on_rank0(partial(_identity, checkpoint, revision))
+        return {**identity, "quantize": quantize, "dtype": str(dtype)}
+
+    return Teacher(load, identify)
 
 
 def _identity(checkpoint: str, revision: str | None) -> dict[str, Any]:
