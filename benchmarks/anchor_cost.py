@@ -90,7 +90,8 @@ def step_of(way: str, args: argparse.Namespace, folder: Path) -> Callable[[int],
         anchor = Anchor(recipe)
         tokenizer = Tokens(args.vocabulary)
         known = Teacher(lambda: teacher, lambda: {"way": way})
-        start = Start(0, recipe, tokenizer, lambda _: known, lambda *_: [], folder, folder, separation, engine)  # type: ignore[arg-type]  # fmt: skip
+        start = Start(0, recipe, tokenizer, lambda _: known,  # type: ignore[arg-type]
+                      lambda *_: [], folder, folder, separation, engine)  # fmt: skip
         anchor.begin(start)
         anchor.prepare(start)
     if settings is None or settings.get("cache") != 0:

@@ -9,7 +9,7 @@ depends on what it published alone. Each rank averages its own pieces of the fp3
 every engine; memory: one copy of them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.methods.method import Method, Start
+from pipeline.methods.weights import change_masters, changed_masters, copies, masters
 from pipeline.recipe import Recipe
 from pipeline.shard import Shard
 
@@ -84,33 +85,3 @@ class Ema(Method):
 
     def _of(self, place: int, _weight: Tensor) -> Tensor:
         return self._average[place].tensor
-
-
-def masters(engine: Any) -> Iterator[Shard]:
-    """This rank's live pieces of the trained weights, fp32, always in the same order."""
-    trained = [name for name, p in engine.module.named_parameters() if p.requires_grad]
-    yield from engine.shards.master_shards(trained)
-
-
-def copies(engine: Any) -> list[Shard]:
-    """Of `masters`, as they are now."""
-    return [Shard(s.name, s.tensor.clone(), s.start, s.shape) for s in masters(engine)]
-
-
-def change_masters(engine: Any, change: Callable[[int, Tensor], Tensor]) -> None:
-    """Replace every piece by `change(its place, it)`; all ranks call it."""
-    with torch.no_grad():
-        for place, shard in enumerate(masters(engine)):
-            shard.tensor.copy_(change(place, shard.tensor))
-    engine.shards.masters_changed()
-
-
-@contextmanager
-def changed_masters(engine: Any, change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
-    """As `change_masters`, and back again, to the bit."""
-    before = copies(engine)
-    change_masters(engine, change)
-    try:
-        yield
-    finally:
-        change_masters(engine, lambda place, _weight: before[place].tensor)

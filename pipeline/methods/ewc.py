@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from pipeline.methods.method import Method, Start
+from pipeline.methods.weights import copies, masters
 from pipeline.ranks import meet, on_rank0, rank
 from pipeline.recipe import Recipe
-from pipeline.shard import Shard
+from pipeline.shard import Shard, overlap
 
 
 class Ewc(Method):
@@ -30,7 +30,7 @@ class Ewc(Method):
     def __init__(self, recipe: Recipe):
         assert recipe.ewc is not None
         self.factor, self.batch_size = recipe.ewc.weight, recipe.train.batch_size
-        self._names: list[str] = []
+        self._engine: Any = None
         self._fisher: dict[str, Shard] = {}  # of the stages before
         self._sums: dict[str, Shard] = {}  # of this one
         self._old: dict[str, Shard] = {}
@@ -39,24 +39,20 @@ class Ewc(Method):
 
     @torch.no_grad()
     def prepare(self, start: Start) -> None:
-        net, shards = start.engine.module, start.engine.shards
-        self._names = [n for n, p in net.named_parameters() if p.requires_grad]
-        self._old = {s.name: _like(s, s.tensor.clone()) for s in shards.master_shards(self._names)}
-        self._sums = {n: _like(s, torch.zeros_like(s.tensor)) for n, s in self._old.items()}
+        self._engine = start.engine
+        self._old = {s.name: s for s in copies(start.engine)}
+        self._sums, self._fisher = _zeros(self._old), _zeros(self._old)
         self._folder, self._stages, self._steps = start.kept / "ewc", start.stage - 1, 0
-        self._fisher = {n: _like(s, torch.zeros_like(s.tensor)) for n, s in self._old.items()}
         if self._stages:
             _read(self._folder / f"stage-{self._stages:02d}", self._fisher)
 
     @torch.no_grad()
     def edit(self, shards: Any, step: int, lr: float) -> None:
         self._steps += 1
-        now = {s.name: s for s in shards.master_shards(self._names)} if self._stages else {}
-        for gradient in shards.gradient_shards(self._names):
-            if gradient.name not in self._sums:
-                continue
+        now = {s.name: s for s in masters(self._engine)} if self._stages else {}
+        for gradient in shards.gradient_shards(list(self._sums)):
             total = self._sums[gradient.name]
-            here, there = _overlap(gradient, total)
+            here, there = overlap(gradient, total)
             total.tensor[there] += gradient.tensor[here].float() ** 2
             if self._stages:
                 name = gradient.name
@@ -87,19 +83,8 @@ class Ewc(Method):
         self._steps = int(state["steps"])
 
 
-def _like(shard: Shard, tensor: Tensor) -> Shard:
-    return Shard(shard.name, tensor.float(), shard.start, shard.shape)
-
-
-def _overlap(first: Shard, second: Shard) -> tuple[slice, slice]:
-    """Where the pieces of one weight have the same elements, in each."""
-    start = max(first.start, second.start)
-    ends = [s.start + s.tensor.numel() for s in (first, second)]
-    size = max(0, min(ends) - start)
-    return (
-        slice(start - first.start, start - first.start + size),
-        slice(start - second.start, start - second.start + size),
-    )
+def _zeros(shards: dict[str, Shard]) -> dict[str, Shard]:
+    return {n: Shard(n, torch.zeros_like(s.tensor), s.start, s.shape) for n, s in shards.items()}
 
 
 def _read(folder: Any, shards: dict[str, Shard]) -> None:
@@ -110,7 +95,7 @@ def _read(folder: Any, shards: dict[str, Shard]) -> None:
                 start, name = key.split(":", 1)
                 if name in shards:
                     piece = Shard(name, file.get_tensor(key), int(start), shards[name].shape)
-                    here, there = _overlap(piece, shards[name])
+                    here, there = overlap(piece, shards[name])
                     if here.stop > here.start:
                         shards[name].tensor[there] = piece.tensor[here].to(
                             shards[name].tensor.device

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.methods.method import Method, Start
+from pipeline.methods.weights import copies, masters
 from pipeline.recipe import Recipe
 from pipeline.shard import Shard, overlap
 
@@ -19,28 +20,22 @@ class L2ToStart(Method):
     def __init__(self, recipe: Recipe):
         assert recipe.l2_to_start is not None
         self.factor, self.of = recipe.l2_to_start.weight, recipe.l2_to_start.start
-        self._names: list[str] = []
+        self._engine: Any = None
         self._start: dict[str, Shard] = {}
 
     def prepare(self, start: Start) -> None:
-        net, shards = start.engine.module, start.engine.shards
-        self._names = [n for n, p in net.named_parameters() if p.requires_grad]
-        pieces = {s.name: s for s in shards.master_shards(self._names)}
+        self._engine = start.engine
         first = self.of == "stage" or start.stage == 1 or not self._start
         if first:
-            self._start = {
-                n: Shard(n, s.tensor.float().clone(), s.start, s.shape) for n, s in pieces.items()
-            }
+            self._start = {s.name: s for s in copies(start.engine)}
         if first and self.of == "base" and start.stage > 1:  # a run that was interrupted
             base = dict(start.teacher("base").load().named_parameters())
             for name, shard in self._start.items():
                 shard.fill(base[name].detach())
 
     def edit(self, shards: Any, step: int, lr: float) -> None:
-        now = {s.name: s for s in shards.master_shards(self._names)}
-        for gradient in shards.gradient_shards(self._names):
-            if gradient.name not in now:
-                continue
+        now = {s.name: s for s in masters(self._engine)}
+        for gradient in shards.gradient_shards(list(now)):
             master, first = now[gradient.name], self._start[gradient.name]
             here, there = overlap(gradient, master)
             moved = master.tensor[there] - first.tensor[there]
