@@ -12,13 +12,13 @@ from pipeline.method_settings import Das as DasSettings
 from pipeline.method_settings import DerPlusPlus as DerSettings
 from pipeline.method_settings import Distill as DistillSettings
 from pipeline.method_settings import Ewc as EwcSettings
-from pipeline.methods.anchor import _sequence
 from pipeline.methods.das import TEMPERATURE, Das, _losses, _proxies
 from pipeline.methods.derpp import DerPlusPlus
 from pipeline.methods.distill import Distill
 from pipeline.methods.ewc import Ewc
 from pipeline.methods.importance import gates_of, measure_importance, soft_masks
 from pipeline.methods.method import Start, Teacher
+from pipeline.methods.sampled_text import one_document
 from pipeline.model.attention import separate_documents
 from pipeline.ranks import rank, world_size
 from pipeline.recipe import Stage
@@ -53,7 +53,7 @@ def texts(count):
     """Packed sequences of one document each."""
     generator = torch.Generator().manual_seed(4)
     ids = torch.randint(5, 53, (count, LENGTH), generator=generator).numpy()
-    return [_sequence(row, row >= 0, True) for row in ids]
+    return [one_document(row, row >= 0, True) for row in ids]
 
 
 def plain(name, stages=1, term=None, edit=None, after=None):

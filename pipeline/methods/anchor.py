@@ -19,16 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from pipeline.data.mlm import IGNORED, collate
 from pipeline.data.objective import OBJECTIVES, targets_of
 from pipeline.data.order import Permutation
-from pipeline.data.sequences import Sequence
 from pipeline.methods.anchor_text import AnchorText, Row, make_text
 from pipeline.methods.divergence import summed_kl, summed_kl_top_k
 from pipeline.methods.method import Method, Start, Teacher
-from pipeline.methods.sampled_text import BLOCK, random_block, sample_block
+from pipeline.methods.sampled_text import BLOCK, sampled_sequences
 from pipeline.model.attention import Separation, arrange, separation_of
 from pipeline.model.load import PredictedPositions, predict
 from pipeline.ranks import rank, world_size
@@ -168,11 +166,13 @@ class Anchor(Method):
         self, start: Start, frozen: "_Frozen", share: tuple[int, int]
     ) -> Iterator[tuple[int, Row]]:
         """The numbered rows of a share, the same however the work is shared."""
-        masked = self.objective == "masked"
-        if self.settings.text in ("self", "random"):
-            numbered = self._sampled(start, frozen, share, masked)
+        text, count = self.settings.text, self._sequences()
+        if text in ("self", "random"):
+            numbered = sampled_sequences(
+                text, lambda: frozen.model, start.tokenizer, self.recipe, count, share
+            )
         else:
-            of_domain = start.domain(self.settings.text, self._sequences())
+            of_domain = start.domain(text, count)
             numbered = (
                 (i, s) for i, s in enumerate(of_domain) if i // BLOCK % share[1] == share[0]
             )
@@ -180,28 +180,6 @@ class Anchor(Method):
         for number, sequence in numbered:
             rng = np.random.default_rng((self.recipe.seed, STREAM, number))
             yield number, row(sequence, start.tokenizer, rng, masking, False)
-
-    def _sampled(
-        self, start: Start, frozen: "_Frozen", share: tuple[int, int], masked: bool
-    ) -> Iterator[tuple[int, Sequence]]:
-        count, length = self._sequences(), self.recipe.data.sequence_length
-        blocks = tqdm(
-            range(share[0], math.ceil(count / BLOCK), share[1]),
-            desc="the anchor's text",
-            unit="block",
-            leave=False,
-            disable=None if share[0] == 0 else True,
-        )
-        for block in blocks:
-            seed = self.recipe.seed * 1_000_003 + block
-            if self.settings.text == "self":
-                ids, real = sample_block(frozen.model, start.tokenizer, length, masked, seed)
-            else:
-                ids, real = random_block(start.tokenizer, length, masked, seed)
-            for i, (row, known) in enumerate(zip(ids.numpy(), real.numpy(), strict=True)):
-                number = block * BLOCK + i
-                if number < count:
-                    yield number, _sequence(row, known, masked)
 
     def _predict(self, frozen: "_Frozen", rows: list[Row]) -> Tensor:
         device = next(frozen.model.parameters()).device
@@ -245,15 +223,6 @@ class _Frozen:
     @cached_property
     def separation(self) -> Separation:
         return separation_of(self.model, self._recipe)
-
-
-def _sequence(ids: np.ndarray, real: np.ndarray, masked: bool) -> Sequence:
-    """A sampled row as if it were packed: one document, then padding."""
-    segments = np.where(real, 0, -1).astype(np.int16)
-    words = np.arange(len(ids), dtype=np.int32)
-    if masked:
-        words[[0, -1]] = -1  # the special tokens of the row are not predicted
-    return Sequence(ids.astype(np.int32), words, segments, real, segments)
 
 
 @contextmanager

@@ -34,8 +34,8 @@ class Start:
     stage: 0 at the run's start, before there is an engine; then from 1.
     teacher: of "base" or "previous" (from stage 2 on).
     domain: domain and count -> that many packed sequences of its training text, or fewer.
-    kept: the method's own folder in the run folder. shared: a folder of all runs, for what several
-    of them would make alike.
+    kept: where methods keep things in the run folder, each in a folder of its name.
+    shared: a folder of all runs, for what several of them would make alike.
     separation: how the engine's model keeps the documents of a row apart (None at stage 0).
     """
 

@@ -1,18 +1,66 @@
 """Text that a language model writes by itself, from nothing (arXiv 2605.26097, 2505.13811)."""
 
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.data.sequences import Sequence
 from pipeline.data.tokenizer import vocabulary_size
 from pipeline.errors import UserError
+from pipeline.recipe import Recipe
 
 BLOCK = 64  # sequences that are drawn together, from a seed of their own
 FILLED_AT_ONCE = 1 / 8  # of the masked positions, in a random order
 ROUNDS = 4  # then so many times, drawn anew ...
 REDRAWN = 1 / 4  # ... this share of the positions
+
+
+def sampled_sequences(
+    text: str,
+    model: Callable[[], nn.Module],
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Recipe,
+    count: int,
+    share: tuple[int, int] = (0, 1),
+) -> Iterator[tuple[int, Sequence]]:
+    """The numbered sequences of a share (r, n) of `count`: the blocks r, r + n, ... They are the
+    same however the work is shared.
+
+    text: "self": written by the model; "random": without sense. model: asked for "self" only.
+    """
+    length, masked = recipe.data.sequence_length, recipe.model.objective == "masked"
+    blocks = tqdm(
+        range(share[0], math.ceil(count / BLOCK), share[1]),
+        desc="own text" if text == "self" else "random text",
+        unit="block",
+        leave=False,
+        disable=None if share[0] == 0 else True,
+    )
+    for block in blocks:
+        seed = recipe.seed * 1_000_003 + block
+        if text == "self":
+            ids, real = sample_block(model(), tokenizer, length, masked, seed)
+        else:
+            ids, real = random_block(tokenizer, length, masked, seed)
+        for i, (row, known) in enumerate(zip(ids.numpy(), real.numpy(), strict=True)):
+            number = block * BLOCK + i
+            if number < count:
+                yield number, one_document(row, known, masked)
+
+
+def one_document(ids: np.ndarray, real: np.ndarray, masked: bool) -> Sequence:
+    """A sampled row as if it were packed: one document, then padding."""
+    segments = np.where(real, 0, -1).astype(np.int16)
+    words = np.arange(len(ids), dtype=np.int32)
+    if masked:
+        words[[0, -1]] = -1  # the special tokens of the row are not predicted
+    return Sequence(ids.astype(np.int32), words, segments, real, segments)
 
 
 def start_of_text(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -25,8 +73,8 @@ def start_of_text(tokenizer: PreTrainedTokenizerFast) -> int:
         if token is not None:
             return token
     raise UserError(
-        "anchor.text: self needs a token from which the model begins a text, and this tokenizer "
-        "has neither bos nor eos; name a domain instead (anchor.text=DOMAIN)"
+        "text: self needs a token from which the model begins a text, and this tokenizer "
+        "has neither bos nor eos; name a domain instead (anchor.text=DOMAIN, ssu.text=DOMAIN)"
     )
 
 
@@ -76,8 +124,9 @@ def _ends(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
     ends = tokenizer.cls_token_id, tokenizer.sep_token_id
     if None in ends:
         raise UserError(
-            "anchor.text: self needs the tokens that begin and end a text of a masked model, and "
-            "this tokenizer lacks cls or sep; name a domain instead (anchor.text=DOMAIN)"
+            "text: self needs the tokens that begin and end a text of a masked model, and "
+            "this tokenizer lacks cls or sep; name a domain instead (anchor.text=DOMAIN, "
+            "ssu.text=DOMAIN)"
         )
     return ends
 

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.data.mlm import collate
 from pipeline.methods.method import Method, Start
-from pipeline.methods.sampled_text import BLOCK, sample_block
+from pipeline.methods.sampled_text import sampled_sequences
 from pipeline.model.attention import arrange, separation_of
 from pipeline.model.blocks import block_linears
 from pipeline.ranks import on_rank0
@@ -67,23 +67,14 @@ class SourceColumns(Method):
 
     def _batches(self, start: Start, net: Any) -> Iterable[tuple[dict[str, Any], Tensor | None]]:
         """(inputs of the model's forward, which of their tokens are real), of the source text."""
-        recipe, length = self._recipe, self._recipe.data.sequence_length
-        device = next(net.parameters()).device
-        masked = recipe.model.objective == "masked"
-        separation = separation_of(net, recipe)
-        rows: list[Any] = []
+        device, count = next(net.parameters()).device, self.settings.sequences
+        separation = separation_of(net, self._recipe)
         if self.settings.text == "self":
-            for block in range(-(-self.settings.sequences // BLOCK)):
-                seed = recipe.seed * 1_000_003 + block
-                ids, real = sample_block(net, start.tokenizer, length, masked, seed)
-                segments = torch.where(real, 0, -1)
-                rows += [
-                    tuple(t.numpy() for t in (i, i, s)) for i, s in zip(ids, segments, strict=True)
-                ]
+            sampled = sampled_sequences("self", lambda: net, start.tokenizer, self._recipe, count)
+            sequences = [s for _, s in sampled]
         else:
-            for s in start.domain(self.settings.text, self.settings.sequences):
-                rows.append((s.ids.astype("int64"), s.ids.astype("int64"), s.segments))
-        rows = rows[: self.settings.sequences]
+            sequences = list(start.domain(self.settings.text, count))
+        rows = [(ids := s.ids.astype("int64"), ids, s.segments) for s in sequences]
         for first in range(0, len(rows), BATCH):
             batch = {k: v.to(device) for k, v in collate(rows[first : first + BATCH]).items()}
             inputs, tokens = arrange(batch, separation, net)
