@@ -8,7 +8,6 @@ teacher predicts on the text is computed once and kept.
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,11 +24,11 @@ from pipeline.data.objective import OBJECTIVES, targets_of
 from pipeline.data.order import Permutation
 from pipeline.methods.anchor_text import AnchorText, Row, make_text
 from pipeline.methods.divergence import summed_kl, summed_kl_top_k
+from pipeline.methods.extra_rows import ExtraRows
 from pipeline.methods.method import Method, Start, Teacher
 from pipeline.methods.sampled_text import BLOCK, sampled_sequences
 from pipeline.model.attention import Separation, arrange, separation_of
 from pipeline.model.load import PredictedPositions, predict
-from pipeline.ranks import rank, world_size
 from pipeline.recipe import Recipe
 
 FORMAT = 1  # of the text's folder
@@ -56,6 +55,7 @@ class Anchor(Method):
         self.weight = self.settings.weight
         self.objective = recipe.model.objective
         self.rows = round(self.settings.fraction * recipe.train.batch_size)  # of a step
+        self._extra = ExtraRows(self.rows, recipe.train.micro_batch_size)
         self._text: AnchorText | None = None
         self._separation: Separation | None = None
         self._stage = 0
@@ -80,7 +80,7 @@ class Anchor(Method):
             self._copy = start.engine.frozen(teacher.load())
 
     def micro_batches(self) -> int:
-        return math.ceil(self._rows_per_rank / self._size) if self.weight else 0
+        return self._extra.micro_batches if self.weight else 0
 
     def batches(self, step: int) -> list[AnchorBatch]:
         if not self.weight:
@@ -93,9 +93,7 @@ class Anchor(Method):
             seed = (self.recipe.stage_seed(self._stage), STREAM, r)
             order = Permutation(self._text.sequences, seed)
             places[rounds == r] = order(places[rounds == r])
-        mine: list[int | None] = places[rank() :: world_size()].tolist()
-        mine += [None] * (self._rows_per_rank - len(mine))
-        return [self._batch(mine[i : i + self._size]) for i in range(0, len(mine), self._size)]
+        return [self._batch(mine) for mine in self._extra.deal(places.tolist())]
 
     def predictions(self, batch: AnchorBatch) -> int:
         return int((batch.batch["labels"] != IGNORED).sum())
@@ -117,14 +115,6 @@ class Anchor(Method):
     @property
     def _caches(self) -> bool:
         return self.settings.loss == "kl" and self.settings.cache > 0
-
-    @cached_property
-    def _rows_per_rank(self) -> int:
-        return math.ceil(self.rows / world_size())
-
-    @cached_property
-    def _size(self) -> int:
-        return min(self.recipe.train.micro_batch_size or self._rows_per_rank, self._rows_per_rank)
 
     def _batch(self, places: list[int | None]) -> AnchorBatch:
         """None: a row without anything to predict, so that all ranks have as many."""

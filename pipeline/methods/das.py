@@ -10,18 +10,17 @@ together and away from what the important units alone make of it.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.data.mlm import collate
-from pipeline.data.objective import OBJECTIVES, targets_of
+from pipeline.checkpoint import replace_file
+from pipeline.data.objective import targets_of
 from pipeline.errors import UserError
+from pipeline.methods.domain_text import domain_batches
 from pipeline.methods.importance import (
     Gate,
     Importance,
@@ -38,7 +37,6 @@ from pipeline.ranks import on_rank0, rank, world_size
 from pipeline.recipe import Recipe
 from pipeline.shard import Shard
 
-ROWS = 16  # of a batch
 TEMPERATURE = 0.05  # of the contrast, as in the authors' code
 STREAM = 11  # of the seeds that are drawn from the recipe's
 
@@ -137,9 +135,7 @@ class Das(Method):
 
         def write() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            save_file(importance, temporary)
-            temporary.replace(path)
+            replace_file(path, save(importance))
 
         on_rank0(write)
 
@@ -148,19 +144,10 @@ def _batches(
     das: Das, net: nn.Module, start: Start, domains: list[str]
 ) -> Iterator[tuple[int, dict[str, Any], dict[str, Tensor]]]:
     """This rank's share of the text: (number, arguments of the forward, what each token is)."""
-    r, device = das.recipe, next(net.parameters()).device
-    separation = separation_of(net, r)
-    each = max(1, das.settings.sequences // len(domains))
-    sequences = (s for name in domains for s in islice(start.domain(name, each), each))
-    number = 0
-    while block := list(islice(sequences, ROWS)):
-        if number % world_size() == rank():
-            rng = np.random.default_rng((r.seed, STREAM, number))
-            row = OBJECTIVES[das.objective].row
-            rows = [row(s, start.tokenizer, rng, r.data.masking, False) for s in block]
-            batch = {k: v.to(device) for k, v in collate(rows).items()}
-            yield (number, *arrange(batch, separation, net))
-        number += 1
+    device, separation = next(net.parameters()).device, separation_of(net, das.recipe)
+    seed, share = (das.recipe.seed, STREAM), (rank(), world_size())
+    for number, batch in domain_batches(start, domains, das.settings.sequences, seed, share):
+        yield (number, *arrange({k: v.to(device) for k, v in batch.items()}, separation, net))
 
 
 def _proxies(

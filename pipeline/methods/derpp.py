@@ -7,26 +7,26 @@ step of a later stage minimises, beside the new text's loss, beta times the loss
 plus alpha times the squared distance to the kept hidden states.
 """
 
-import math
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.data.mlm import IGNORED, collate
-from pipeline.data.objective import OBJECTIVES, targets_of
+from pipeline.checkpoint import replace_file
+from pipeline.data.mlm import IGNORED
+from pipeline.data.objective import targets_of
+from pipeline.methods.domain_text import domain_batches
+from pipeline.methods.extra_rows import ExtraRows
 from pipeline.methods.method import Method, Start
 from pipeline.model.attention import Separation, arrange, separation_of
 from pipeline.model.load import PredictedPositions, predict
-from pipeline.ranks import on_rank0, rank, world_size
+from pipeline.ranks import on_rank0
 from pipeline.recipe import Recipe
 
-ROWS = 16  # of a batch of the buffer's making
 STREAM = 13  # of the seeds that are drawn from the recipe's
 
 
@@ -42,6 +42,7 @@ class DerPlusPlus(Method):
         self.settings, self.recipe = recipe.derpp, recipe
         self.objective = recipe.model.objective
         self.rows = max(1, round(self.settings.fraction * recipe.train.batch_size))  # of a step
+        self._extra = ExtraRows(self.rows, recipe.train.micro_batch_size)
         self._buffer: dict[str, Tensor] = {}
         self._separation: Separation | None = None
         self._stage = 0
@@ -62,7 +63,7 @@ class DerPlusPlus(Method):
         self._buffer = {key: torch.cat([f[key] for f in found]) for key in found[0]}
 
     def micro_batches(self) -> int:
-        return math.ceil(self._per_rank / self._size) if self._stage > 1 else 0
+        return self._extra.micro_batches if self._stage > 1 else 0
 
     def batches(self, step: int) -> list[dict[str, Tensor]]:
         if self._stage == 1:
@@ -70,14 +71,7 @@ class DerPlusPlus(Method):
         rng = np.random.default_rng((self.recipe.stage_seed(self._stage), STREAM, step))
         kept = len(self._buffer["labels"])
         places = rng.choice(kept, self.rows, replace=self.rows > kept)
-        mine = places[rank() :: world_size()]
-        batch = {k: v[mine] for k, v in self._buffer.items()}
-        if short := self._per_rank - len(mine):  # all ranks have as many rows
-            more = {k: v[places[:short]].clone() for k, v in self._buffer.items()}
-            more["labels"].fill_(IGNORED)
-            batch = {k: torch.cat([v, more[k]]) for k, v in batch.items()}
-        pieces = range(0, self._per_rank, self._size)
-        return [_with_padding({k: v[i : i + self._size] for k, v in batch.items()}) for i in pieces]
+        return [self._batch(mine) for mine in self._extra.deal(places.tolist())]
 
     def predictions(self, batch: dict[str, Tensor]) -> int:
         return int((batch["labels"] != IGNORED).sum())
@@ -102,27 +96,22 @@ class DerPlusPlus(Method):
         distance = ((now - old) ** 2).mean(-1).sum()
         return self.settings.beta * right + self.settings.alpha * distance
 
-    @property
-    def _per_rank(self) -> int:
-        return math.ceil(self.rows / world_size())
-
-    @property
-    def _size(self) -> int:
-        return min(self.recipe.train.micro_batch_size or self._per_rank, self._per_rank)
+    def _batch(self, places: list[int | None]) -> dict[str, Tensor]:
+        """None: a row without anything to predict."""
+        batch = {k: v[[p or 0 for p in places]] for k, v in self._buffer.items()}
+        batch["labels"][[p is None for p in places]] = IGNORED
+        real = batch["segments"] >= 0  # as `collate` makes it: only where there is padding
+        return batch if real.all() else {**batch, "real": real}
 
     def _keep(self, start: Start, path: Any) -> None:
         """Write what is kept of the stage before."""
         net: Any = start.teacher("previous").load()
-        separation, r = separation_of(net, self.recipe), self.recipe
-        domains = r.stages[start.stage - 2].domains
-        each = max(1, self.settings.sequences // len(domains))
-        sequences = (s for n in domains for s in islice(start.domain(n, each), each))
-        row, device = OBJECTIVES[self.objective].row, next(net.parameters()).device
+        separation, device = separation_of(net, self.recipe), next(net.parameters()).device
+        domains, seed = self.recipe.stages[start.stage - 2].domains, self.recipe.seed
         found: list[dict[str, Tensor]] = []
-        while block := list(islice(sequences, ROWS)):
-            rng = np.random.default_rng((r.seed, STREAM, start.stage, len(found)))
-            rows = [row(s, start.tokenizer, rng, r.data.masking, False) for s in block]
-            batch = collate(rows)
+        for _, batch in domain_batches(
+            start, domains, self.settings.sequences, (seed, STREAM, start.stage)
+        ):
             inputs, tokens = arrange({k: v.to(device) for k, v in batch.items()}, separation, net)
             with torch.no_grad():
                 hidden = net.base_model(**inputs)[0].float()
@@ -132,12 +121,4 @@ class DerPlusPlus(Method):
             batch.pop("real", None)
             found.append({**batch, "hidden": kept})
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        save_file({k: torch.cat([f[k] for f in found]) for k in found[0]}, temporary)
-        temporary.replace(path)
-
-
-def _with_padding(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As `collate` makes it: `real` only where there is padding."""
-    real = batch["segments"] >= 0
-    return batch if real.all() else {**batch, "real": real}
+        replace_file(path, save({k: torch.cat([f[k] for f in found]) for k in found[0]}))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from pipeline.checkpoint import replace_file
 from pipeline.data.mlm import collate
 from pipeline.methods.method import Method, Start
 from pipeline.methods.sampled_text import sampled_sequences
@@ -62,7 +63,7 @@ class SourceColumns(Method):
             keep = torch.ones(len(scores), dtype=torch.bool).index_fill(0, frozen.cpu(), False)
             found[f"{name}.weight"] = keep.tolist(), dim
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(found), "utf-8")
+        replace_file(kept, json.dumps(found))
         return found
 
     def _batches(self, start: Start, net: Any) -> Iterable[tuple[dict[str, Any], Tensor | None]]:
