@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.batches import frame_of, training_batches
+from pipeline.data.encode import Frame
+from pipeline.data.heldout import heldout_sequences
 from pipeline.data.stage import domains_of, plan_stage
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
@@ -262,3 +264,14 @@ def test_epochs_of_examples_are_counted_not_estimated():
     recipe.data.sequence_length = 2
     with pytest.raises(UserError, match="none of the 121 examples of code"):
         plan_stage(recipe, 1, corpora, frame_of(recipe, TOKENIZER))
+
+
+class HeldOut(MemoryCorpus):
+    def digests(self):
+        return np.arange(self.documents, dtype=np.uint64)
+
+
+def test_a_corpus_without_a_held_out_document_is_one_message():
+    recipe = recipe_of([{"domain": "a", "steps": 1}], ["a"])
+    with pytest.raises(UserError, match="the corpus has no held-out document"):
+        heldout_sequences(recipe, HeldOut([]), Frame([], [], 0))

@@ -151,31 +151,34 @@ def heldout_sequences(recipe: Recipe, corpus: HeldoutCorpus, frame: Frame) -> li
     Raises:
         UserError: no held-out document, or only examples that are longer than a sequence.
     """
-    length = recipe.data.sequence_length
-    parts = [Part("heldout", Reordered(corpus, np.argsort(corpus.digests(), kind="stable")))]
-    source = Source(parts, [0], None, limit=corpus.documents)
-    shape = Shape(length, frame.ends, alone=not recipe.data.packing)
-    packer = Packer(Mixture([source], length), 1, shape, POOL if corpus.whole else 0)
-    rows = [row for (row,) in islice(packer, recipe.data.heldout_sequences)]
-    if not rows:
+    part = Part("heldout", Reordered(corpus, np.argsort(corpus.digests(), kind="stable")))
+    found = _first_sequences(recipe, part, None, frame, recipe.data.heldout_sequences)
+    if not found:
         raise UserError(
             "the corpus has no held-out document, or only examples that are longer than a sequence "
-            f"({length} tokens, data.sequence_length)"
+            f"({recipe.data.sequence_length} tokens, data.sequence_length)"
         )
-    return read_rows(rows, parts, length, frame)
+    return found
 
 
 def training_sequences(
     recipe: Recipe, corpus: Corpus, tokenizer: PreTrainedTokenizerFast, count: int
 ) -> list[Sequence]:
     """`count` sequences of a corpus's training text, shuffled; fewer if it ends before."""
-    length, frame = recipe.data.sequence_length, frame_of(recipe, tokenizer)
-    parts = [Part("train", corpus)]
-    source = Source(parts, [0], (recipe.seed,), limit=corpus.documents)
+    frame = frame_of(recipe, tokenizer)
+    return _first_sequences(recipe, Part("train", corpus), (recipe.seed,), frame, count)
+
+
+def _first_sequences(
+    recipe: Recipe, part: Part, seed: tuple[int, ...] | None, frame: Frame, count: int
+) -> list[Sequence]:
+    """seed: of the order of the documents; None: as they stand."""
+    length, corpus = recipe.data.sequence_length, part.corpus
+    source = Source([part], [0], seed, limit=corpus.documents)
     shape = Shape(length, frame.ends, alone=not recipe.data.packing)
     packer = Packer(Mixture([source], length), 1, shape, POOL if corpus.whole else 0)
     rows = [row for (row,) in islice(packer, count)]
-    return read_rows(rows, parts, length, frame)
+    return read_rows(rows, [part], length, frame) if rows else []
 
 
 def _unigram_loss(recipe: Recipe, corpus: Corpus, vocabulary: int, labels: np.ndarray) -> float:
