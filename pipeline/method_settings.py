@@ -1,7 +1,55 @@
-"""What the recipe says of the methods that others have published (docs/methods.md)."""
+"""What the recipe says of its methods (docs/methods.md); those of the mask are in `recipe.py`."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+import pydantic
+
+from pipeline.quantity import number
+
+
+@dataclass
+class Anchor:
+    """Stay close to a frozen teacher on text that it wrote itself (docs/methods.md)."""
+
+    # self: sampled from the teacher; a domain, which no stage may train on; random: tokens without
+    # any sense (a control)
+    text: str = "self"
+    loss: Literal["kl", "cross_entropy"] = "kl"  # cross_entropy: learn the text itself (a control)
+    fraction: float = 0.25  # of the batch: so many sequences a step beside it
+    weight: float = 1.0  # of the KL beside the loss of the new text
+    teacher: Literal["base", "previous"] = "base"  # previous: what the stage before published
+    cache: int = 64  # likeliest tokens of each position that are kept; 0: ask the teacher each step
+    tokens: Annotated[int, pydantic.BeforeValidator(number)] = 1_000_000  # of the text
+
+
+@dataclass
+class OLora:
+    """Hold a stage's adapter orthogonal to the earlier ones; with model.lora.incremental."""
+
+    weight: float = 0.5  # of the sum of |A_earlier A_new^T|
+
+
+@dataclass
+class L2ToStart:
+    """Decay toward the weights that were there at the start (L2-SP)."""
+
+    weight: float = 0.01
+    start: Literal["base", "stage"] = "base"  # of the run, or of each stage
+
+
+@dataclass
+class Half:
+    """Train a random half of every block's matrices a stage (HFT); it has no settings."""
+
+
+@dataclass
+class SourceColumns:
+    """Freeze the columns of the weights that source text uses most (SSU)."""
+
+    text: str = "self"  # written by the base; or a domain
+    share: float = 0.5  # of the columns
+    sequences: int = 512  # of source text
 
 
 @dataclass

@@ -5,23 +5,29 @@ settings (ZeRO stage, offload, precision) live in a JSON file of their own: see 
 """
 
 import dataclasses
-import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import pydantic
 from omegaconf import OmegaConf
 
-from pipeline.end_task_settings import EndTask, EndTasks
+from pipeline.end_task_settings import EndTask as EndTask  # found by the loop at the end
+from pipeline.end_task_settings import EndTasks
 from pipeline.method_settings import (
+    Anchor,
     Das,
     DerPlusPlus,
     Distill,
     Ema,
     EntropyGate,
     Ewc,
+    Half,
+    L2ToStart,
+    OLora,
     PublishAverage,
+    SourceColumns,
 )
+from pipeline.quantity import number
 from pipeline.redact import redacted
 
 
@@ -146,16 +152,6 @@ def _refresh(value: Any) -> Any:
     raise ValueError("write a number of steps, from 1 on, or stage")
 
 
-def _number(value: Any) -> Any:
-    """2G, 1.5M or 300k as a number; anything else as it is."""
-    if not isinstance(value, str):
-        return value
-    found = re.fullmatch(r"\s*([0-9.]+)\s*([kKMGBT])\s*", value)
-    if not found:
-        raise ValueError("write a number, or one with k, M, G (or B) or T, as in 2G")
-    return float(found[1]) * POWERS[found[2].upper()]
-
-
 def _mix(value: Any) -> Any:
     """Refuses what is no mixture, and weights that are no share of anything."""
     if not isinstance(value, str | list | dict):
@@ -174,7 +170,6 @@ def _replay(value: Any) -> Any:
     return _mix(value) if isinstance(value, dict) else value
 
 
-POWERS = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 Mix = Annotated[str | list[str] | dict[str, float], pydantic.BeforeValidator(_mix)]
 
 
@@ -198,10 +193,10 @@ class Stage:
     domain: Mix
     steps: int | None = None
     epochs: float | None = None
-    tokens: Annotated[int | None, pydantic.BeforeValidator(_number)] = None
+    tokens: Annotated[int | None, pydantic.BeforeValidator(number)] = None
     lr: float | None = None  # default: the optimizer's
     # in the stage's own unit: epochs, steps or tokens
-    evaluate_every: Annotated[float | None, pydantic.BeforeValidator(_number)] = None
+    evaluate_every: Annotated[float | None, pydantic.BeforeValidator(number)] = None
     stop: Stop | None = None  # before its length is reached; default: the recipe's
     max_repetitions: float | None = None  # how often a document may be read, on average
     # share of the tokens that repeats the domains of earlier stages, or shares of named domains
@@ -237,50 +232,6 @@ class Mask:
     # row_sparse: masked rows of the weights' gradients are not computed; previous: likewise, with
     # the rows of the step before (docs/performance.md)
     backward: Literal["dense", "row_sparse", "previous"] = "dense"
-
-
-@dataclass
-class Anchor:
-    """Stay close to a frozen teacher on text that it wrote itself (docs/methods.md)."""
-
-    # self: sampled from the teacher; a domain, which no stage may train on; random: tokens without
-    # any sense (a control)
-    text: str = "self"
-    loss: Literal["kl", "cross_entropy"] = "kl"  # cross_entropy: learn the text itself (a control)
-    fraction: float = 0.25  # of the batch: so many sequences a step beside it
-    weight: float = 1.0  # of the KL beside the loss of the new text
-    teacher: Literal["base", "previous"] = "base"  # previous: what the stage before published
-    cache: int = 64  # likeliest tokens of each position that are kept; 0: ask the teacher each step
-    tokens: Annotated[int, pydantic.BeforeValidator(_number)] = 1_000_000  # of the text
-
-
-@dataclass
-class OLora:
-    """Hold a stage's adapter orthogonal to the earlier ones; with model.lora.incremental."""
-
-    weight: float = 0.5  # of the sum of |A_earlier A_new^T|
-
-
-@dataclass
-class L2ToStart:
-    """Decay toward the weights that were there at the start (L2-SP)."""
-
-    weight: float = 0.01
-    start: Literal["base", "stage"] = "base"  # of the run, or of each stage
-
-
-@dataclass
-class Half:
-    """Train a random half of every block's matrices a stage (HFT); it has no settings."""
-
-
-@dataclass
-class SourceColumns:
-    """Freeze the columns of the weights that source text uses most (SSU)."""
-
-    text: str = "self"  # written by the base; or a domain
-    share: float = 0.5  # of the columns
-    sequences: int = 512  # of source text
 
 
 @dataclass
@@ -541,10 +492,5 @@ def _refresh_problems(mask: Mask) -> list[str]:
 
 
 # Whoever validates one of them refuses unknown keys: `run/recipe_file.py`, `pipeline.attach`.
-for _cls in (
-    Lora, Model, Instruction, Task, Domain, Data, Stop, Stage, Mask, Anchor, OLora, L2ToStart, Half,
-    SourceColumns, Das, Distill, Ewc, DerPlusPlus, EntropyGate, Ema, PublishAverage, Optimizer,
-    BadSteps, Guard,
-    Train, Engine, Benchmark, HumanEval, Answers, EndTask, EndTasks, Evaluation, Resume, Recipe,
-):  # fmt: skip
+for _cls in [c for c in globals().values() if dataclasses.is_dataclass(c)]:
     _cls.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # type: ignore[union-attr]

@@ -14,31 +14,12 @@ from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
 from pipeline.errors import UserError
-from pipeline.method_settings import (
-    Das,
-    DerPlusPlus,
-    Distill,
-    Ema,
-    EntropyGate,
-    Ewc,
-    PublishAverage,
-)
 from pipeline.recipe import (
-    Benchmark,
-    Data,
-    Domain,
-    EndTask,
-    EndTasks,
-    Evaluation,
-    HumanEval,
-    Instruction,
-    Lora,
     Model,
     Recipe,
-    Stage,
-    Stop,
 )
 from pipeline.run.problems import near, recipe_problems
+from pipeline.run.recipe_keys import OF_ENTRY, inside
 from pipeline.yaml_file import read_yaml
 
 RECIPES = Path(__file__).resolve().parents[2] / "launch" / "recipes"
@@ -205,30 +186,23 @@ def _is_under(key: str, overridden: set[str]) -> bool:
     return any(key == o or key.startswith((f"{o}.", f"{o}[")) for o in overridden)
 
 
+# Mappings whose entries users name, maybe as pydantic names a kind of value.
+_NAMED = {"domains", "benchmarks", "tasks"}
+
+
 def _dataclass_at(loc: list[Any]) -> type | None:
-    owner: Any = Recipe
-    entry: Any = None
+    """The dataclass that a place in a recipe holds."""
+    owner: type | None = Recipe
+    named = False  # the next part is the name of an entry
     for part in loc:
         if isinstance(part, int):
             continue
-        if owner in (Data, Evaluation, EndTasks) and part in _NAMED:
-            owner = dict
-            entry = _NAMED[part]
-        elif owner is dict:
-            owner = entry
-        else:
-            hint = get_type_hints(owner).get(part)
-            owner = _OPTIONAL.get(part, hint)
-    return owner if isinstance(owner, type) and dataclasses.is_dataclass(owner) else None
-
-
-# What the entries of a mapping are, and what a key holds whose type is not a plain dataclass.
-_NAMED: dict[str, type] = {"domains": Domain, "benchmarks": Benchmark, "tasks": EndTask}
-_OPTIONAL: dict[str, type] = {
-    "stages": Stage, "lora": Lora, "instruction": Instruction, "humaneval": HumanEval,
-    "end_tasks": EndTasks, "das": Das, "kd": Distill, "ewc": Ewc, "derpp": DerPlusPlus,
-    "stop": Stop, "entropy_gate": EntropyGate, "ema": Ema, "publish_average": PublishAverage,
-}  # fmt: skip
+        if named or owner is None:
+            named = False
+            continue
+        owner, step = inside(get_type_hints(owner).get(part))
+        named = step == OF_ENTRY
+    return None if named else owner
 
 
 def _keys(cls: type) -> str:

@@ -25,7 +25,7 @@ def recipe_keys(owner: type = recipe.Recipe, prefix: str = "") -> list[Key]:
     for field in dataclasses.fields(owner):
         name = prefix + field.name
         found.append(Key(name, _type(hints[field.name]), _default(field), comments[field.name]))
-        inner, step = _inside(hints[field.name])
+        inner, step = inside(hints[field.name])
         if inner is not None:
             found += recipe_keys(inner, f"{name}{step}.")
     return found
@@ -45,13 +45,16 @@ def markdown() -> str:
     )
 
 
-def _inside(hint: Any) -> tuple[type | None, str]:
+OF_ENTRY = ".<name>"  # how the keys of a mapping's entries follow
+
+
+def inside(hint: Any) -> tuple[type | None, str]:
     """The dataclass that a key holds, and how its keys follow: alone, in a list, in a mapping."""
     if dataclasses.is_dataclass(hint):
         return hint, ""  # type: ignore[return-value]
     for part in get_args(hint):
         if dataclasses.is_dataclass(part):
-            step = {list: "[]", dict: ".<name>"}.get(get_origin(hint), "")  # type: ignore[arg-type]
+            step = {list: "[]", dict: OF_ENTRY}.get(get_origin(hint), "")  # type: ignore[arg-type]
             return part, step  # type: ignore[return-value]
     return None, ""
 
@@ -108,7 +111,7 @@ def _comments(owner: type) -> dict[str, str]:
         ]
         text = " ".join(part for part in [*above, *within] if part)
         name = node.target.id  # type: ignore[union-attr]
-        if not text and (inner := _inside(get_type_hints(owner)[name])[0]) is not None:
+        if not text and (inner := inside(get_type_hints(owner)[name])[0]) is not None:
             text = (inner.__doc__ or "").split("\n\n")[0].replace("\n", " ")
             text = "" if text.startswith(f"{inner.__name__}(") else text
         found[name] = text
