@@ -270,7 +270,7 @@ def _without_effect(args: argparse.Namespace, kinds: list[str]) -> list[str]:
 def _print(folder: Path, kinds: list[str]) -> None:
     import json
 
-    from pipeline.run.run import RESULTS
+    from pipeline.run.evaluation import RESULTS
 
     results = {k: json.loads((folder / RESULTS[k]).read_text(encoding="utf-8")) for k in kinds}
     print(json.dumps(results["heldout"] if kinds == ["heldout"] else results, indent=2))

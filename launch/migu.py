@@ -64,7 +64,7 @@ def main() -> NoReturn:
     from pipeline.run.cli import run_command
 
     if name not in OWN:
-        from pipeline.run.problems import near
+        from pipeline.errors import near
 
         print(
             f"error: migu {name}: no such command{near(name, [*programs(), *OWN])}; "

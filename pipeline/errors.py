@@ -1,6 +1,8 @@
 """Exceptions whose message is all that the user sees."""
 
+import difflib
 import errno
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -61,3 +63,9 @@ def advice(error: BaseException) -> str | None:
     # safetensors and tokenizers give the system's error as text.
     text = str(error)
     return next((a for code, a in ADVICE.items() if f"(os error {code})" in text), None)
+
+
+def near(word: str, known: Iterable) -> str:
+    """The end of a message about an unknown word: the known one that it is like, if any."""
+    close = difflib.get_close_matches(word, [str(k) for k in known], n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

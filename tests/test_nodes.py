@@ -138,7 +138,7 @@ def fail_elsewhere(folder: Path) -> str:
     """An evaluation process of rank 1 is killed; on rank 0 it ends without a result."""
     from eval.measure import process
     from pipeline.recipe import Data, Model, Recipe
-    from pipeline.run.run import Evaluation
+    from pipeline.run.evaluation import Evaluation
 
     script = folder / "evaluate.py"
     if ranks.rank() == 0:

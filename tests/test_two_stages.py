@@ -6,8 +6,9 @@ from eval.measure.checkpoint import Checkpoint, measure_share, merge
 from eval.measure.process import _arguments
 from eval.report.page import write_report
 from pipeline.engine.config import resolve_engine_config
+from pipeline.run.evaluation import Evaluation
 from pipeline.run.recipe_file import load_recipe
-from pipeline.run.run import Evaluation, run_recipe
+from pipeline.run.run import run_recipe
 from tests.test_run import tiny_recipe
 
 

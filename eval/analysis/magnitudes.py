@@ -6,9 +6,8 @@ from itertools import combinations
 import numpy as np
 import torch
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, near
 from pipeline.migu.mask import select_rows
-from pipeline.run.problems import near
 
 
 @dataclass

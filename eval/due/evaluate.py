@@ -23,8 +23,8 @@ from eval.measure.results import write_json
 from pipeline.checkpoint import is_published
 from pipeline.recipe import Recipe
 from pipeline.redact import redact
+from pipeline.run.evaluation import RESULTS, Evaluation
 from pipeline.run.recipe_file import load_recipe
-from pipeline.run.run import RESULTS, Evaluation
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "evaluate.py"
 PLACE = ".due"  # in the folder of the results, until they are whole

@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.model.gguf import local_weights
 from pipeline.model.load import load_for_evaluation
 from pipeline.recipe import Evaluation, Lora
-from pipeline.run.run import RESULTS
+from pipeline.run.evaluation import RESULTS
 
 SUFFIXES = {
     "heldout": "npz",

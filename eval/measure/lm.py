@@ -29,7 +29,7 @@ from pipeline.model.attention import Separation, arrange, separate_documents
 from pipeline.model.load import PredictedPositions
 from pipeline.ranks import end_if_asked, on_rank0, rank, world_size
 from pipeline.recipe import Recipe
-from pipeline.run.run import RESULTS, Evaluation
+from pipeline.run.evaluation import RESULTS, Evaluation
 
 Arrays = dict[str, Any]  # of numpy
 

@@ -11,11 +11,10 @@ import torch
 from eval.measure.lm import separation_of_heldout
 from pipeline.data.heldout import load_heldout
 from pipeline.data.mlm import collate
-from pipeline.errors import UserError
+from pipeline.errors import UserError, near
 from pipeline.migu.magnitude import MagnitudeRecorder
 from pipeline.migu.targets import Target, find_targets
 from pipeline.model.attention import arrange
-from pipeline.run.problems import near
 
 BATCH = 16  # sequences
 

@@ -18,7 +18,7 @@ from pipeline import heartbeat, signals
 from pipeline.nodes import first_beside
 from pipeline.ranks import gather, meet, on_rank0, rank
 from pipeline.recipe import Recipe
-from pipeline.run.run import Evaluation
+from pipeline.run.evaluation import Evaluation
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "evaluate.py"
 # What a launcher sets for its ranks; the evaluation is not one of them.

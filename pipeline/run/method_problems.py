@@ -1,6 +1,104 @@
 """What is wrong with the methods of a recipe, and with the targets at which its stages end."""
 
-from pipeline.recipe import Recipe
+from pipeline.errors import near
+from pipeline.recipe import EIGHT_BIT_DRIFT, Anchor, Recipe
+
+
+def anchor_problems(r: Recipe) -> list[str]:
+    """What is wrong with the recipe's `anchor`."""
+    a = r.anchor
+    if a is None:
+        return []
+    found: list[str] = []
+    if a.text not in ("self", "random"):
+        replayed = [s.replay for s in r.stages if isinstance(s.replay, dict)]
+        trained = {n for names in [*(s.domains for s in r.stages), *replayed] for n in names}
+        if a.text not in r.data.domains:
+            found.append(
+                f"anchor.text: {a.text!r} is neither 'self' nor 'random' nor in data.domains"
+                f"{near(a.text, [*r.data.domains, 'self', 'random'])}"
+            )
+        elif a.text in trained:
+            found.append(
+                f"anchor.text: a stage trains on {a.text!r}, and the anchor would hold the model "
+                "to what it knew of it before; name another domain, or self"
+            )
+        if not r.data.prepare:
+            found.append(
+                "anchor.text: a domain is taken from its prepared corpus, and data.prepare=false "
+                "makes none; set data.prepare=true or anchor.text=self"
+            )
+    if not a.fraction > 0 or (a.fraction * r.train.batch_size) < 1:
+        found.append(
+            f"anchor.fraction: {a.fraction} of train.batch_size={r.train.batch_size} is less than "
+            f"one sequence a step; give at least {1 / r.train.batch_size:.3g}, or anchor=null"
+        )
+    if a.weight < 0:
+        found.append("anchor.weight: must be at least 0")
+    if a.cache < 0:
+        found.append("anchor.cache: must be at least 0 (0 asks the teacher at every step)")
+    for name in ("self", "random"):
+        if name in r.data.domains:
+            found.append(f"data.domains.{name}: the name means something else beside an anchor")
+    if a.loss == "cross_entropy" and a.cache != Anchor.cache:
+        found.append("anchor.cache: has no effect on the cross-entropy of the text; remove it")
+    if a.tokens < r.data.sequence_length:
+        found.append(f"anchor.tokens: {a.tokens} is less than a sequence")
+    return found
+
+
+def method_problems(r: Recipe) -> list[str]:
+    """What is wrong with the other methods of a recipe, and what does not go together."""
+    found: list[str] = []
+
+    def need(condition: bool, message: str) -> None:
+        if not condition:
+            found.append(message)
+
+    lora = r.model.lora
+    if r.olora is not None:
+        need(
+            lora is not None and lora.incremental,
+            "olora: holds each stage's adapter orthogonal to the earlier ones; set "
+            "model.lora.incremental=true",
+        )
+        need(r.olora.weight > 0, "olora.weight: must be positive")
+    for name in ("hft", "ssu"):
+        if getattr(r, name) is not None:
+            need(
+                lora is None,
+                f"{name}: chooses among the model's own weights, which LoRA freezes; remove one",
+            )
+            need(
+                r.optimizer.weight_decay == 0,
+                f"{name}: optimizer.weight_decay would move the weights that are to stay; set it "
+                "to 0",
+            )
+            need(
+                r.optimizer.name == "adamw",
+                f"{name}: optimizer.name={r.optimizer.name} {EIGHT_BIT_DRIFT.split(';')[0]}",
+            )
+    if r.l2_to_start is not None:
+        need(r.l2_to_start.weight > 0, "l2_to_start.weight: must be positive")
+        need(
+            lora is None or r.l2_to_start.start == "stage",
+            "l2_to_start.start: an adapter has no weights in the base; set start=stage",
+        )
+    if r.ssu is not None:
+        known = [*r.data.domains, "self"]
+        need(
+            r.ssu.text in known,
+            f"ssu.text: {r.ssu.text!r} is neither 'self' nor in data.domains"
+            f"{near(r.ssu.text, known)}",
+        )
+        need(0 < r.ssu.share < 1, f"ssu.share: {r.ssu.share} is outside (0, 1)")
+        need(r.ssu.sequences >= 1, "ssu.sequences: must be at least 1")
+    scaled = [n for n in ("olora", "l2_to_start") if getattr(r, n) is not None]
+    need(
+        not scaled or r.train.precision != "fp16",
+        f"{(scaled or [''])[0]}: adds to the gradient, which fp16 has scaled by then; use bf16",
+    )
+    return found
 
 
 def companion_problems(r: Recipe) -> list[str]:
@@ -34,6 +132,59 @@ def companion_problems(r: Recipe) -> list[str]:
         need(
             t.teacher == "previous" or len(r.stages) > 1,
             "kd.teacher: has no effect in a run of one stage, whose start is the base; remove it",
+        )
+    return found
+
+
+def baseline_problems(r: Recipe) -> list[str]:
+    """Every problem as 'key: what is wrong; the fix'."""
+    found: list[str] = []
+
+    def need(condition: bool, message: str) -> None:
+        if not condition:
+            found.append(message)
+
+    for name in ("das", "derpp"):
+        need(
+            getattr(r, name) is None or r.data.prepare,
+            f"{name}: reads a stage's text again from its prepared corpus, and data.prepare=false "
+            "makes none; remove one of them",
+        )
+    for name in ("ewc", "derpp"):
+        need(
+            getattr(r, name) is None or len(r.stages) > 1,
+            f"{name}: has no effect in a run of one stage: it protects earlier stages; remove it",
+        )
+    if r.das:
+        need(r.das.sequences >= 1, "das.sequences: must be at least 1")
+        need(0 < r.das.dropout < 1, f"das.dropout: {r.das.dropout} is outside (0, 1)")
+        need(r.das.contrast >= 0, "das.contrast: must be at least 0 (0 leaves the contrast out)")
+        need(
+            r.model.lora is None,
+            "das: protects the weights of heads and neurons, which LoRA does not train; remove one "
+            "of them",
+        )
+    if r.kd:
+        need(r.kd.weight > 0, "kd.weight: must be positive; kd=null leaves it out")
+        need(r.kd.temperature > 0, "kd.temperature: must be positive")
+    if r.ewc:
+        need(r.ewc.weight > 0, "ewc.weight: must be positive; ewc=null leaves it out")
+        need(
+            r.train.precision != "fp16",
+            "ewc: sums squared gradients, which fp16's loss scale would distort; set "
+            "train.precision=bf16 or fp32",
+        )
+    if r.derpp:
+        need(r.derpp.sequences >= 1, "derpp.sequences: must be at least 1")
+        need(
+            r.derpp.fraction * r.train.batch_size >= 1,
+            f"derpp.fraction: {r.derpp.fraction} of train.batch_size={r.train.batch_size} is less "
+            "than one sequence a step",
+        )
+        need(min(r.derpp.alpha, r.derpp.beta) >= 0, "derpp: alpha and beta must be at least 0")
+        need(
+            max(r.derpp.alpha, r.derpp.beta) > 0,
+            "derpp: has no effect where alpha and beta are 0; remove it",
         )
     return found
 

@@ -1,23 +1,26 @@
 """What is wrong with a recipe, beyond what types say; found before anything is loaded."""
 
-import difflib
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.data.reader import check_domain
+from pipeline.errors import near
 from pipeline.recipe import (
     EIGHT_BIT_DRIFT,
-    Anchor,
     Evaluation,
     HumanEval,
     Recipe,
     Resume,
     mask_problems,
 )
-from pipeline.run.baseline_problems import baseline_problems
 from pipeline.run.end_task_problems import end_task_problems
-from pipeline.run.method_problems import companion_problems, stop_problems
+from pipeline.run.method_problems import (
+    anchor_problems,
+    baseline_problems,
+    companion_problems,
+    method_problems,
+    stop_problems,
+)
 from pipeline.run.rule_problems import rule_problems
 from pipeline.run.seq2seq_problems import seq2seq_problems
 from pipeline.run.unused_keys import unused_keys
@@ -298,103 +301,6 @@ def mixture_problems(r: Recipe, index: int) -> list[str]:
     return found
 
 
-def anchor_problems(r: Recipe) -> list[str]:
-    """What is wrong with the recipe's `anchor`."""
-    a = r.anchor
-    if a is None:
-        return []
-    found: list[str] = []
-    if a.text not in ("self", "random"):
-        replayed = [s.replay for s in r.stages if isinstance(s.replay, dict)]
-        trained = {n for names in [*(s.domains for s in r.stages), *replayed] for n in names}
-        if a.text not in r.data.domains:
-            found.append(
-                f"anchor.text: {a.text!r} is neither 'self' nor 'random' nor in data.domains"
-                f"{near(a.text, [*r.data.domains, 'self', 'random'])}"
-            )
-        elif a.text in trained:
-            found.append(
-                f"anchor.text: a stage trains on {a.text!r}, and the anchor would hold the model "
-                "to what it knew of it before; name another domain, or self"
-            )
-        if not r.data.prepare:
-            found.append(
-                "anchor.text: a domain is taken from its prepared corpus, and data.prepare=false "
-                "makes none; set data.prepare=true or anchor.text=self"
-            )
-    if not a.fraction > 0 or (a.fraction * r.train.batch_size) < 1:
-        found.append(
-            f"anchor.fraction: {a.fraction} of train.batch_size={r.train.batch_size} is less than "
-            f"one sequence a step; give at least {1 / r.train.batch_size:.3g}, or anchor=null"
-        )
-    if a.weight < 0:
-        found.append("anchor.weight: must be at least 0")
-    if a.cache < 0:
-        found.append("anchor.cache: must be at least 0 (0 asks the teacher at every step)")
-    for name in ("self", "random"):
-        if name in r.data.domains:
-            found.append(f"data.domains.{name}: the name means something else beside an anchor")
-    if a.loss == "cross_entropy" and a.cache != Anchor.cache:
-        found.append("anchor.cache: has no effect on the cross-entropy of the text; remove it")
-    if a.tokens < r.data.sequence_length:
-        found.append(f"anchor.tokens: {a.tokens} is less than a sequence")
-    return found
-
-
-def method_problems(r: Recipe) -> list[str]:
-    """What is wrong with the other methods of a recipe, and what does not go together."""
-    found: list[str] = []
-
-    def need(condition: bool, message: str) -> None:
-        if not condition:
-            found.append(message)
-
-    lora = r.model.lora
-    if r.olora is not None:
-        need(
-            lora is not None and lora.incremental,
-            "olora: holds each stage's adapter orthogonal to the earlier ones; set "
-            "model.lora.incremental=true",
-        )
-        need(r.olora.weight > 0, "olora.weight: must be positive")
-    for name in ("hft", "ssu"):
-        if getattr(r, name) is not None:
-            need(
-                lora is None,
-                f"{name}: chooses among the model's own weights, which LoRA freezes; remove one",
-            )
-            need(
-                r.optimizer.weight_decay == 0,
-                f"{name}: optimizer.weight_decay would move the weights that are to stay; set it "
-                "to 0",
-            )
-            need(
-                r.optimizer.name == "adamw",
-                f"{name}: optimizer.name={r.optimizer.name} {EIGHT_BIT_DRIFT.split(';')[0]}",
-            )
-    if r.l2_to_start is not None:
-        need(r.l2_to_start.weight > 0, "l2_to_start.weight: must be positive")
-        need(
-            lora is None or r.l2_to_start.start == "stage",
-            "l2_to_start.start: an adapter has no weights in the base; set start=stage",
-        )
-    if r.ssu is not None:
-        known = [*r.data.domains, "self"]
-        need(
-            r.ssu.text in known,
-            f"ssu.text: {r.ssu.text!r} is neither 'self' nor in data.domains"
-            f"{near(r.ssu.text, known)}",
-        )
-        need(0 < r.ssu.share < 1, f"ssu.share: {r.ssu.share} is outside (0, 1)")
-        need(r.ssu.sequences >= 1, "ssu.sequences: must be at least 1")
-    scaled = [n for n in ("olora", "l2_to_start") if getattr(r, n) is not None]
-    need(
-        not scaled or r.train.precision != "fp16",
-        f"{(scaled or [''])[0]}: adds to the gradient, which fp16 has scaled by then; use bf16",
-    )
-    return found
-
-
 def resume_problems(r: Resume | None) -> list[str]:
     """What is wrong with the recipe's `resume`."""
     if r is None:
@@ -459,8 +365,3 @@ def evaluation_problems(e: Evaluation) -> list[str]:
             need(getattr(h, key) >= 1, f"{where}.{key}: must be at least 1")
         need(h.timeout > 0, f"{where}.timeout: must be positive, in seconds")
     return found
-
-
-def near(word: str, known: Iterable) -> str:
-    close = difflib.get_close_matches(word, [str(k) for k in known], n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

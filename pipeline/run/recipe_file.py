@@ -13,12 +13,12 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, near
 from pipeline.recipe import (
     Model,
     Recipe,
 )
-from pipeline.run.problems import near, recipe_problems
+from pipeline.run.problems import recipe_problems
 from pipeline.run.recipe_keys import OF_ENTRY, inside
 from pipeline.yaml_file import read_yaml
 

@@ -27,10 +27,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from tqdm import tqdm
 
 from pipeline.engine.config import memory_per_rank, resolve_engine_config
-from pipeline.errors import UserError
+from pipeline.errors import UserError, near
 from pipeline.model.load import empty_model, load_config
 from pipeline.progress import say
-from pipeline.run.problems import near
 from pipeline.run.recipe_file import RECIPES, load_recipe
 from pipeline.yaml_file import read_yaml
 
