@@ -51,27 +51,35 @@ _PATTERNS = (
 
 def redact(text: str) -> str:
     """The text without the values of the environment's secrets, and without what looks like one."""
-    for value in _secrets():
+    return _redact(text, _secrets())
+
+
+def redacted(value: Any) -> Any:
+    """Of everything that JSON can hold, with every text in it redacted, and with what is under a
+    secret's name hidden."""
+    return _redacted(value, _secrets())  # the environment is gone through once, not for every text
+
+
+def _redact(text: str, secrets: list[str]) -> str:
+    for value in secrets:
         text = text.replace(value, HIDDEN)
     for pattern, instead in _PATTERNS:
         text = pattern.sub(instead, text)
     return text
 
 
-def redacted(value: Any) -> Any:
-    """Of everything that JSON can hold, with every text in it redacted, and with what is under a
-    secret's name hidden."""
+def _redacted(value: Any, secrets: list[str]) -> Any:
     if isinstance(value, str):
-        return redact(value)
+        return _redact(value, secrets)
     if isinstance(value, dict):
         return {
-            redact(k) if isinstance(k, str) else k: HIDDEN
+            _redact(k, secrets) if isinstance(k, str) else k: HIDDEN
             if isinstance(v, str) and v and isinstance(k, str) and _NAMES.search(k)
-            else redacted(v)
+            else _redacted(v, secrets)
             for k, v in value.items()
         }
     if isinstance(value, list | tuple):
-        return [redacted(v) for v in value]
+        return [_redacted(v, secrets) for v in value]
     return value
 
 
