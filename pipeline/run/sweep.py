@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from tqdm import tqdm
 
+from pipeline.checkpoint import replace_file
 from pipeline.engine.config import memory_per_rank, resolve_engine_config
 from pipeline.errors import UserError, near
 from pipeline.model.load import empty_model, load_config
@@ -324,11 +325,8 @@ class _Runner:
             ) from None
 
     def write(self) -> None:
-        file = self.folder / "sweep.json"
-        temporary = file.with_suffix(".tmp")
         content = {name: asdict(o) for name, o in self.outcomes.items()}
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, file)
+        replace_file(self.folder / "sweep.json", json.dumps(content, indent=2) + "\n")
 
 
 def model_bytes(sweep: Sweep, points: Sequence[Point]) -> int:
