@@ -109,7 +109,7 @@ class StageProgress:
         loss: float,
         norm: float,
         kept: float,
-        fast: dict[str, float] | None = None,
+        fast: dict[str, float],
     ) -> None:
         """fast: from `Speed.numbers`, of the step."""
         self._tokens += tokens
@@ -120,12 +120,11 @@ class StageProgress:
             "norm": f"{norm:.2f}",
             "kept": f"{kept:.0%}",
             "tok/s": f"{speed:,.0f}",
+            "TFLOPS": f"{fast['tflops']:.3g}",
         }
-        if fast:
-            numbers["TFLOPS"] = f"{fast['tflops']:.3g}"
-            if "mfu" in fast:
-                numbers["MFU"] = f"{fast['mfu']:.0%}"
-            numbers["GB"] = f"{fast['peak_memory_gb']:.1f}"
+        if "mfu" in fast:
+            numbers["MFU"] = f"{fast['mfu']:.0%}"
+        numbers["GB"] = f"{fast['peak_memory_gb']:.1f}"
         if self._bar is not None:
             self._bar.set_postfix(numbers, refresh=False)
             self._bar.update()

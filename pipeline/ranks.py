@@ -119,7 +119,7 @@ def _on_cpu() -> Any:
 
 
 def totals(values: Iterable[float], device: torch.device) -> list[float]:
-    """As `total`, of several numbers at once (as many on every rank)."""
+    """Sums of numbers over the ranks, in float64; as many, and the same bits, on every rank."""
     values = list(values)
     if world_size() == 1 or not values:
         return values

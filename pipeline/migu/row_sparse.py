@@ -22,7 +22,8 @@ ADVICE = "set mask.backward=dense, or leave the layer out with mask.components"
 
 
 class RowSparseLinears:
-    """The linears of `targets`, whose next backwards compute the rows that `keep` was told last.
+    """The linears of `targets`, whose next backwards compute the rows that `keep` was told last;
+    every row before it was told any.
 
     Raises:
         UserError: a target is an adapter, quantized, or shares its weight with another module; or
@@ -41,11 +42,10 @@ class RowSparseLinears:
         for target, rows in zip(self._targets, self._rows, strict=True):
             target.observed.forward = _forward(target.observed, rows, target.output_dim)  # type: ignore[assignment]
 
-    def keep(self, keep: Tensor | None) -> None:
-        """keep: bool [sum of rows], the targets one after the other; None: every row."""
-        parts = keep.split(self._sizes) if keep is not None else [None] * len(self._rows)
-        for rows, part in zip(self._rows, parts, strict=True):
-            rows.index = part.nonzero().view(-1) if part is not None else None
+    def keep(self, keep: Tensor) -> None:
+        """keep: bool [sum of rows], the targets one after the other."""
+        for rows, part in zip(self._rows, keep.split(self._sizes), strict=True):
+            rows.index = part.nonzero().view(-1)
 
     def close(self) -> None:
         """The linears compute as before."""
