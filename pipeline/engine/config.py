@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.recipe import Lora, Recipe
 
 PRECISIONS = ("bf16", "fp16")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 DEFAULT_DS_CONFIG = str(DS_CONFIGS / "zero2.json")
 

@@ -12,7 +12,7 @@ from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
-from pipeline.engine.config import offloads, precision_of, zero_stage
+from pipeline.engine.config import DTYPES, offloads, precision_of, zero_stage
 from pipeline.engine.distributed import start_distributed
 from pipeline.engine.optimizer import weight_groups
 from pipeline.engine.zero_shards import ZeroShards
@@ -20,7 +20,6 @@ from pipeline.errors import BadGradient, TrainingStopped
 from pipeline.model.blocks import find_blocks
 from pipeline.shard import StateShard
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Hold = Callable[[], AbstractContextManager[None]]
 
 

@@ -16,7 +16,7 @@ from pipeline.engine.config import check_quantized, check_row_sparse, describe, 
 from pipeline.migu.targets import count_rows, find_targets
 from pipeline.model.gguf import local_weights
 from pipeline.model.load import check_model, check_pretrained, empty_model, load_config
-from pipeline.recipe import Lora, Recipe
+from pipeline.recipe import Lora, Model, Recipe
 from pipeline.run.memory import memory_lines, split_as_in_training
 
 
@@ -27,11 +27,7 @@ def describe_run(recipe: Recipe, engine_config: dict[str, Any], ranks: int) -> s
         UserError: what the run itself would refuse.
     """
     m = recipe.model
-    if m.train_tokenizer is None:
-        tokenizer = load_tokenizer(local_weights(m.tokenizer or str(m.path)), m.revision)
-        vocabulary = vocabulary_size(tokenizer)
-    else:
-        tokenizer, vocabulary = None, m.train_tokenizer
+    tokenizer, vocabulary = planned_tokenizer(m)
     config = load_config(m, vocabulary)
     check_model(config, recipe, vocabulary)
     check_quantized(m.lora, engine_config)
@@ -138,6 +134,14 @@ def _plan(recipe: Recipe, stage: int, tokenizer: Any) -> StagePlan | None:
     if recipe.stages[stage - 1].epochs is not None:
         return None
     return plan_stage(recipe, stage, None, Frame([], [], 0))
+
+
+def planned_tokenizer(model: Model) -> tuple[Any, int]:
+    """(tokenizer, size of its vocabulary); None where the run is to train it."""
+    if model.train_tokenizer is not None:
+        return None, model.train_tokenizer
+    tokenizer = load_tokenizer(local_weights(model.tokenizer or str(model.path)), model.revision)
+    return tokenizer, vocabulary_size(tokenizer)
 
 
 def planned_steps(recipe: Recipe, stage: int, tokenizer: Any) -> int | None:

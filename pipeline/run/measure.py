@@ -7,14 +7,12 @@ from typing import Any
 import numpy as np
 
 from pipeline.data.mlm import IGNORED, collate
-from pipeline.data.tokenizer import load_tokenizer, vocabulary_size
 from pipeline.errors import UserError
-from pipeline.model.gguf import local_weights
 from pipeline.model.load import load_config
 from pipeline.ranks import world_size
 from pipeline.recipe import Recipe, Stage
 from pipeline.run.build import build_engine
-from pipeline.run.dry_run import planned_steps
+from pipeline.run.dry_run import planned_steps, planned_tokenizer
 from pipeline.run.memory import split_as_in_training
 from pipeline.run.speed import Speed, peak_memory
 from pipeline.run.stage_rows import mask_of_stage, split_stage
@@ -35,10 +33,7 @@ def measure_steps(recipe: Recipe, engine_config: dict[str, Any]) -> list[str]:
     m = recipe.model
     if m.objective not in ("masked", "causal"):
         raise UserError(f"--measure: not of objective {m.objective}; run some steps of a stage")
-    tokenizer, vocabulary = None, m.train_tokenizer
-    if vocabulary is None:
-        tokenizer = load_tokenizer(local_weights(m.tokenizer or str(m.path)), m.revision)
-        vocabulary = vocabulary_size(tokenizer)
+    tokenizer, vocabulary = planned_tokenizer(m)
     stage = len(recipe.stages)
     split = None
     if split_stage(recipe, stage) is not None:

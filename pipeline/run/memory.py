@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.engine.config import memory_per_rank, precision_of, zero_stage
+from pipeline.engine.config import DTYPES, memory_per_rank, precision_of, zero_stage
 from pipeline.migu.mask import kept_count
 from pipeline.migu.targets import find_targets
 from pipeline.model.blocks import block_linears, find_blocks
-from pipeline.model.split_linear import SplitLinear, split_linears
+from pipeline.model.split_linear import is_split, split_linears
 from pipeline.recipe import Lora, Recipe
 from pipeline.run.stage_rows import split_stage
 
@@ -93,7 +93,7 @@ def activations(model: nn.Module, recipe: Recipe, precision: str, deferred: int 
     Returns:
         None where the model does not run on the meta device.
     """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    dtype = DTYPES[precision]
     sequences = recipe.train.micro_batch_size or recipe.train.batch_size
     shape = (sequences, recipe.data.sequence_length)
     blocks = {n: model.get_submodule(n) for n in find_blocks(model)}
@@ -233,7 +233,7 @@ def advice_on_memory(
         found.append("set model.gradient_checkpointing=true")
     if (recipe.train.micro_batch_size or 2) > 1:
         found.append("lower train.micro_batch_size")
-    if recipe.model.lora is None and not any(isinstance(m, SplitLinear) for m in model.modules()):
+    if recipe.model.lora is None and not is_split(model):
         found.append("set mask.refresh=stage (trains the kept rows alone) or model.lora={}")
     if ranks > 1 and "fsdp" not in engine_config and zero_stage(engine_config) < 3:
         found.append("take ds_configs/zero3.json")

@@ -7,7 +7,7 @@ import yaml
 
 from pipeline.data.bad_lines import BadLines
 from pipeline.data.formats.raw import SUFFIXES
-from pipeline.data.reader import read_file
+from pipeline.data.reader import check_domain, read_file
 from pipeline.errors import UserError
 from pipeline.recipe import Domain, Model
 from pipeline.run.problems import NAME
@@ -88,8 +88,6 @@ def _domain(entry: str) -> tuple[str, list[str]]:
 
 def _check_files(name: str, files: list[str], text_field: str) -> None:
     """Raises UserError where the first document cannot be read."""
-    from pipeline.data.reader import check_domain
-
     domain = Domain(files=files, text_field=text_field)
     if problems := check_domain(name, domain):
         raise UserError("\n".join(problems))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.checkpoint import is_published, publish, verify
-from pipeline.engine.config import precision_of
+from pipeline.engine.config import DTYPES, precision_of
 from pipeline.errors import UserError
 from pipeline.migu.gradient_mask import GradientMask, NonFiniteMagnitude
 from pipeline.migu.targets import Target
@@ -137,7 +137,7 @@ def _on_device(net: nn.Module, precision: str) -> Iterator[torch.device]:
         yield torch.device("cpu")
         return
     device = torch.device("cuda", torch.cuda.current_device())
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    dtype = DTYPES[precision]
     tensors = [*net.parameters(), *net.buffers()]
     there = [t.data for t in tensors]
     try:
