@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from roberta import add_sizes, roberta, setting
 from torch.nn import functional as F
-from transformers import RobertaConfig, RobertaForMaskedLM
 
 from pipeline.engine.config import resolve_ds_config
 from pipeline.engine.distributed import start_distributed
@@ -73,13 +73,7 @@ def step_of(way: str, args: argparse.Namespace, folder: Path) -> Callable[[int],
          f"data.sequence_length={args.length}", "mask.enabled=false",
          f"anchor={anchor_key}"],
     )  # fmt: skip
-    torch.manual_seed(0)
-    config = RobertaConfig(
-        vocab_size=args.vocabulary, hidden_size=args.hidden, num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden // 64, intermediate_size=4 * args.hidden,
-        max_position_embeddings=args.length + 2,
-    )  # fmt: skip
-    model = RobertaForMaskedLM(config).train()
+    model = roberta(args)
     separation = separation_of(model, recipe)
     teacher = copy.deepcopy(model).eval()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -131,11 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--batch", type=int, default=8, help="sequences")
-    parser.add_argument("--length", type=int, default=128, help="tokens")
+    add_sizes(parser)
     parser.add_argument("--rounds", type=int, default=10, help="timed steps of each way")
     parser.add_argument("--alone", choices=list(WAYS), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -147,8 +137,7 @@ def main() -> None:
             status = Path("/proc/self/status").read_text()  # getrusage's has the parent's in it
             print(int(status.split("VmHWM:")[1].split()[0]) / 1e6)
             return
-        print(f"{args.layers} layers of {args.hidden}, {args.batch} x {args.length} tokens, "
-              f"{torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
+        print(setting(args))
         steps = {way: step_of(way, args, Path(name)) for way in WAYS}
         for number in (1, 2):
             for step in steps.values():

@@ -13,8 +13,8 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
+from roberta import add_sizes, roberta, setting
 from torch.nn import functional as F
-from transformers import RobertaConfig, RobertaForMaskedLM
 
 from pipeline.engine.config import resolve_ds_config, resolve_fsdp_config
 from pipeline.engine.distributed import start_distributed
@@ -29,24 +29,14 @@ def measure(name: str, args: argparse.Namespace) -> tuple[float, float]:
     """(median seconds of a dense step, median ratio of a masked step to its neighbour)."""
     recipe = load_recipe("demo", [f"train.batch_size={args.batch}"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    model = RobertaForMaskedLM(
-        RobertaConfig(
-            vocab_size=args.vocabulary,
-            hidden_size=args.hidden,
-            num_hidden_layers=args.layers,
-            num_attention_heads=args.hidden // 64,
-            intermediate_size=4 * args.hidden,
-            max_position_embeddings=args.length + 2,
-        )
-    )
+    model = roberta(args)
     engine: ZeroEngine | FsdpEngine
     if name == "fsdp":
-        engine = FsdpEngine(model.train(), resolve_fsdp_config(recipe, 1, device), recipe.optimizer)
+        engine = FsdpEngine(model, resolve_fsdp_config(recipe, 1, device), recipe.optimizer)
     else:
         zero = {"zero_optimization": {"stage": int(name.removeprefix("zero"))}}
         config = resolve_ds_config(zero, recipe, 1, device)
-        engine = ZeroEngine(model.train(), config, recipe.optimizer)
+        engine = ZeroEngine(model, config, recipe.optimizer)
     settings = Mask(threshold=args.threshold, update=args.update)
     mask = GradientMask(engine.module, settings, seed=0)
     ids = torch.randint(5, args.vocabulary, (args.batch, args.length), device=engine.device)
@@ -82,17 +72,12 @@ def main() -> None:
     names = ["zero0", "zero1", "zero2", "zero3", "fsdp"]
     parser.add_argument("--engines", nargs="+", default=names, choices=names)
     parser.add_argument("--update", default="gradient", choices=["gradient", "strict"])
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--batch", type=int, default=8, help="sequences")
-    parser.add_argument("--length", type=int, default=128, help="tokens")
+    add_sizes(parser)
     parser.add_argument("--threshold", type=float, default=0.7)
     parser.add_argument("--pairs", type=int, default=20, help="timed pairs of steps")
     args = parser.parse_args()
     start_distributed()
-    print(f"{args.layers} layers of {args.hidden}, {args.batch} x {args.length} tokens, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
+    print(setting(args))
     for name in args.engines:
         dense, ratio = measure(name, args)
         print(f"{name}: dense step {dense * 1000:.1f} ms, with the mask x {ratio:.3f}")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import RobertaConfig, RobertaForMaskedLM
+from roberta import add_sizes, roberta
 
 from pipeline.engine.config import resolve_ds_config
 from pipeline.engine.distributed import start_distributed
@@ -43,20 +43,6 @@ class Seconds:
         self.steps.append(values["seconds"])
 
 
-def model_of(args: argparse.Namespace) -> RobertaForMaskedLM:
-    torch.manual_seed(0)
-    return RobertaForMaskedLM(
-        RobertaConfig(
-            vocab_size=args.vocabulary,
-            hidden_size=args.hidden,
-            num_hidden_layers=args.layers,
-            num_attention_heads=max(1, args.hidden // 64),
-            intermediate_size=4 * args.hidden,
-            max_position_embeddings=args.length + 2,
-        )
-    ).train()
-
-
 def batches(args: argparse.Namespace) -> Iterator[list[dict[str, torch.Tensor]]]:
     """15 % of the tokens are predicted."""
     while True:
@@ -69,12 +55,12 @@ def measure(name: str, recipe: Recipe, args: argparse.Namespace) -> float:
     """The median seconds of a step."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = resolve_ds_config({"zero_optimization": {"stage": args.zero}}, recipe, 1, device)
-    engine = ZeroEngine(model_of(args), config, recipe.optimizer)
+    engine = ZeroEngine(roberta(args), config, recipe.optimizer)
     mask = GradientMask(engine.module, recipe.mask, seed=0) if name == "migu" else None
     methods: list[Method] = []
     if name == "kd":
         kd = Distill(replace(recipe, kd=DistillSettings()))
-        frozen = model_of(args)
+        frozen = roberta(args)
         nowhere = Path(".")
         tokenizer: Any = None
         kd.prepare(
@@ -100,11 +86,7 @@ def main() -> None:
     )
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--zero", type=int, default=2, help="ZeRO stage")
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--batch", type=int, default=8, help="sequences")
-    parser.add_argument("--length", type=int, default=164, help="tokens")
+    add_sizes(parser, layers=2, length=164)
     parser.add_argument("--steps", type=int, default=12, help="of a method in a round")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()

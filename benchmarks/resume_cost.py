@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 import torch
+from roberta import add_sizes, roberta
 from torch.nn import functional as F
-from transformers import RobertaConfig, RobertaForMaskedLM
 
 from pipeline.engine.config import resolve_ds_config
 from pipeline.engine.zero import ZeroEngine
@@ -33,20 +33,9 @@ class NoData:
 
 def saving(args: argparse.Namespace) -> None:
     recipe = load_recipe("demo", [f"train.batch_size={args.batch}", "train.precision=fp32"])
-    torch.manual_seed(0)
-    model = RobertaForMaskedLM(
-        RobertaConfig(
-            vocab_size=args.vocabulary,
-            hidden_size=args.hidden,
-            num_hidden_layers=args.layers,
-            num_attention_heads=args.hidden // 64,
-            intermediate_size=4 * args.hidden,
-            max_position_embeddings=args.length + 2,
-        )
-    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     zero = {"zero_optimization": {"stage": args.stage}}
-    engine = ZeroEngine(model.train(), resolve_ds_config(zero, recipe, 1, device), recipe.optimizer)
+    engine = ZeroEngine(roberta(args), resolve_ds_config(zero, recipe, 1, device), recipe.optimizer)
     ids = torch.randint(5, args.vocabulary, (args.batch, args.length), device=engine.device)
     waited: list[float] = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
@@ -97,11 +86,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--stage", type=int, default=2)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=8000)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128)
+    add_sizes(parser, hidden=256, vocabulary=8000)
     parser.add_argument("--folder", help="where to save; default: among the temporary files")
     saving(parser.parse_args())
 
