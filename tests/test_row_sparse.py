@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.recipe import Mask
 from pipeline.shard import ParameterShards
-from tests.reference import MODELS, micro_batches, step_loss
+from tests.reference import EPS, MODELS, micro_batches, step_loss
 from tests.spawn import run_ranks
 from tests.test_fsdp import fsdp_engine
 from tests.test_parity import ENGINES, compare, zero_engine
@@ -121,7 +121,7 @@ def test_which_step_selects_the_rows_of_a_step(backward, refresh):
 def attached_weights(backward, drop=False):
     torch.manual_seed(0)
     model = MODELS["roberta"]()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=EPS)
     attached = attach(model, optimizer, backward=backward)
     for step, batches in enumerate(micro_batches("roberta", 4, 1)):
         step_loss("roberta", model, batches).backward()
