@@ -3,7 +3,6 @@
 The processes are forked from one that has imported everything, so that fifty of them are cheap.
 """
 
-import gzip
 import hashlib
 import json
 import multiprocessing
@@ -18,41 +17,18 @@ from typing import Any
 
 from tests.spawn import free_port
 
-WORDS = [f"{a}{b}" for a in ("river", "stone", "cloud", "winter") for b in ("light", "ing", "s")]
-
-RECIPE = """
-name: run
-model:
-  config: {{model_type: roberta, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2,
-            intermediate_size: 24, max_position_embeddings: 34, hidden_dropout_prob: 0.1}}
-  train_tokenizer: 300
-data:
-  domains:
-    a: {{files: ['{folder}/a.jsonl.gz'], heldout_fraction: 0.2}}
-    b: {{files: ['{folder}/b.jsonl.gz'], heldout_fraction: 0.2}}
-  sequence_length: 32
-  heldout_sequences: 8
-stages: [{{domain: a, steps: 12, evaluate_every: 5}}, {{domain: {{a: 0.4, b: 0.6}}, steps: 12}}]
-optimizer: {{lr: 1.0e-3}}
-train: {{batch_size: 12}}
-resume: {{steps: 3, keep: 2}}
-"""
-
-
-def write_recipe(folder: Path) -> Path:
-    for k, domain in enumerate("ab"):
-        with gzip.open(folder / f"{domain}.jsonl.gz", "wt") as file:
-            for i in range(80):
-                text = " ".join(WORDS[(i * 7 + j * j + 5 * k) % 12] for j in range(30 + i % 9))
-                file.write(json.dumps({"text": f"{text} {i}"}) + "\n")
-    path = folder / "recipe.yaml"
-    path.write_text(RECIPE.format(folder=folder), encoding="utf-8")
-    return path
+# What the runs have besides `tiny_recipe`: saving, evaluations within a stage, a mixture.
+SETTINGS = [
+    "name=run",
+    "stages=[{domain: a, steps: 12, evaluate_every: 5}, {domain: {a: 0.4, b: 0.6}, steps: 12}]",
+    "train={batch_size: 12}",
+    "resume={steps: 3, keep: 2}",
+]
 
 
 @dataclass
 class Scene:
-    """One run; every attempt appends what it does to `notes`."""
+    """One run, of `tiny_recipe`; every attempt appends what it does to `notes`."""
 
     recipe: Path
     runs: Path
@@ -161,7 +137,7 @@ def _run(scene: Scene, rank: int, ranks: int, engine: str, act: Any) -> None:
     from tests.test_parity import ENGINES
 
     start_distributed()
-    recipe = load_recipe(scene.recipe, scene.overrides)
+    recipe = load_recipe(scene.recipe, [*SETTINGS, *scene.overrides])
     if engine == "fsdp":
         recipe.engine.kind = "fsdp"
         config = resolve_fsdp_config(recipe, ranks, "cpu")

@@ -14,7 +14,8 @@ import torch
 
 from pipeline import signals
 from pipeline.errors import RETRY
-from tests.faults.attempts import Scene, attempt, end, kill, start, write_recipe
+from tests.faults.attempts import Scene, attempt, end, kill, start
+from tests.test_run import tiny_recipe
 
 EVERYTHING = bool(os.environ.get("RUN_EVERYTHING"))
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +29,7 @@ HOPS = ((2, "zero2", (1, 4)), (1, "zero3", (1, 7)), (3, "fsdp", (2, 5)), (2, "ze
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    return write_recipe(tmp_path_factory.mktemp("recipe"))
+    return tiny_recipe(tmp_path_factory.mktemp("recipe"))
 
 
 @pytest.fixture(scope="module")
