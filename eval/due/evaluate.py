@@ -8,7 +8,6 @@ half of them, and training may go on or do the same meanwhile.
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 from eval.analysis.files import Damaged, read_json
 from eval.due.whole import digest_of
+from eval.measure.command import SCRIPT, arguments, ended
 from eval.measure.results import write_json
 from pipeline.checkpoint import is_published
 from pipeline.recipe import Recipe
@@ -26,7 +26,6 @@ from pipeline.redact import redact
 from pipeline.run.evaluation import RESULTS, Evaluation
 from pipeline.run.recipe_file import load_recipe
 
-SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "evaluate.py"
 PLACE = ".due"  # in the folder of the results, until they are whole
 
 
@@ -171,22 +170,10 @@ def _measure(due: Due, place: Path, seconds: float | None, stop: Callable[[], bo
 
 
 def _arguments(due: Due, place: Path) -> list[str]:
-    task, recipe = due.task, due.recipe
-    given = {
-        "--checkpoint": task.checkpoint,
-        "--revision": task.revision,
-        "--tokenizer": recipe.model.tokenizer if task.stage == 0 else None,
-        "--recipe": str(task.run / "recipe.yaml"),
-        "--heldout": str(task.run / "heldout"),
-        "--output": str(place),
-        "--attention": recipe.model.attention,
-        "--threshold": str(recipe.mask.threshold) if due.kind == "heldout" else None,
-        "--tasks": due.kind,
-    }
-    words = [word for name, value in given.items() if value for word in (name, value)]
-    if due.kind == "end_tasks":
-        words += ["--end-tasks", *recipe.end_tasks_after(task.stage)]
-    return [*words, "--with-parent"]
+    given = arguments(due.task, due.recipe, [due.kind], place)
+    if due.kind == "heldout":
+        given += ["--threshold", str(due.recipe.mask.threshold)]
+    return [*given, "--with-parent"]
 
 
 def _move(due: Due, place: Path) -> Outcome:
@@ -212,11 +199,10 @@ def _gone(due: Due) -> bool:
 def _reason(said: str, code: int) -> str:
     """The last that the process said, or how it ended."""
     if code < 0:
-        name = signal.Signals(-code).name
-        return f"the process was ended by {name}" + ": was there enough memory?" * (code == -9)
+        return ended("the process", code)
     lines = [line.strip() for line in redact(said).splitlines() if line.strip()]
     _, found, after = "\n".join(lines).rpartition("could not be measured:\n")
     if found:
         return after.replace("\n", "; ")
     errors = [line for line in lines if line.startswith("error:")]
-    return (errors or lines or [f"the process ended with exit code {code}"])[-1]
+    return (errors or lines or [ended("the process", code)])[-1]

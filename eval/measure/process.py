@@ -5,7 +5,6 @@ measured reaches rank 0 through the process group, so no file has to be seen by 
 """
 
 import os
-import signal
 import subprocess
 import sys
 from functools import partial
@@ -14,13 +13,13 @@ from pathlib import Path
 import torch
 
 from eval.measure.checkpoint import failure, merge, part
+from eval.measure.command import SCRIPT, arguments, ended
 from pipeline import heartbeat, signals
 from pipeline.nodes import first_beside
 from pipeline.ranks import gather, meet, on_rank0, rank
 from pipeline.recipe import Recipe
 from pipeline.run.evaluation import Evaluation
 
-SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "evaluate.py"
 # What a launcher sets for its ranks; the evaluation is not one of them.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -85,7 +84,8 @@ def _measure(task: Evaluation, recipe: Recipe, kinds: list[str], share: int, sha
         if not part(task.folder, kind, share).is_file():
             reason = failure(task.folder, kind, share)
             if not reason.is_file():
-                reason.write_text(f"{kind}: {_end(code)}", encoding="utf-8")
+                how = ended(f"the evaluation process of rank {rank()}", code)
+                reason.write_text(f"{kind}: {how}", encoding="utf-8")
     found = sorted(task.folder.glob(f"share-{share}.*"))
     content = {path.name: path.read_bytes() for path in found}
     for path in found:
@@ -93,31 +93,11 @@ def _measure(task: Evaluation, recipe: Recipe, kinds: list[str], share: int, sha
     return content
 
 
-def _end(code: int) -> str:
-    """How the process of this rank ended without a word."""
-    if code >= 0:
-        return f"the evaluation process of rank {rank()} ended with exit code {code}"
-    text = f"the evaluation process of rank {rank()} was ended by {signal.Signals(-code).name}"
-    return text + ": was there enough memory?" * (code == -signal.SIGKILL)
-
-
 def _arguments(
     task: Evaluation, recipe: Recipe, kinds: list[str], share: int, shares: int
 ) -> list[str]:
-    arguments = {
-        "--checkpoint": task.checkpoint,
-        "--revision": task.revision,
-        "--tokenizer": recipe.model.tokenizer if task.stage == 0 else None,
-        "--recipe": str(task.run / "recipe.yaml"),
-        "--heldout": str(task.run / "heldout"),
-        "--output": str(task.folder),
-        "--share": f"{share}/{shares}",
-        "--attention": recipe.model.attention,
-    }
-    given = [x for name, value in arguments.items() if value for x in (name, value)]
-    if "end_tasks" in kinds:
-        given += ["--end-tasks", *recipe.end_tasks_after(task.stage)]
-    return [*given, "--tasks", *kinds]
+    given = arguments(task, recipe, kinds, task.folder)
+    return [*given, "--share", f"{share}/{shares}"]
 
 
 def _prepare(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from eval.measure.command import ended
 from eval.sandbox.jail import die_with_parent
 from pipeline.errors import UserError
 
@@ -63,10 +63,7 @@ def _reason(receiver: Any, code: int) -> str:
     try:
         return receiver.recv()
     except EOFError:
-        if code >= 0:
-            return f"its process ended with exit code {code}"
-        killed = f"its process was ended by {signal.Signals(-code).name}"
-        return killed + ": was there enough memory?" * (code == -signal.SIGKILL)
+        return ended("its process", code)
 
 
 def _job(sender: Any, threads: int, function: Callable[..., None], job: tuple) -> None:
