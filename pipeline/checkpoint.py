@@ -1,10 +1,12 @@
 """Publish a folder atomically, with a manifest that says whether it is whole; replace a file."""
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 from pipeline.errors import UserError, advice
 
 MANIFEST = "manifest.json"
+LEFT_OVER = 3600.0  # seconds after which nobody writes a temporary file any more
 
 
 def publish(folder: Path, write: Callable[[Path], None], info: dict[str, Any]) -> None:
@@ -68,6 +71,14 @@ def replace_file(path: Path, content: bytes | str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_left_over(folder: Path) -> None:
+    """Delete what killed processes left of `replace_file` in a folder: no write takes an hour."""
+    for path in folder.glob(".*.[0-9]*.tmp"):
+        with contextlib.suppress(OSError):  # another one does the same; a folder
+            if time.time() - path.stat().st_mtime > LEFT_OVER:
+                path.unlink()
 
 
 def is_published(folder: Path) -> bool:

@@ -1,117 +1,40 @@
 """`report.py due`: what is due is done once, whatever happens in between, and told once."""
 
-import hashlib
-import http.server
 import json
 import os
-import shutil
-import socketserver
-import threading
 import time
 from pathlib import Path
-from typing import ClassVar
+from types import SimpleNamespace
 
 import pytest
 
 import eval.due.due
 import eval.due.evaluate
 import eval.due.every
-import eval.due.notify
 from eval.due.due import due
-from eval.due.evaluate import Outcome
-from eval.due.notify import Email, Notify, load_notify
+from eval.due.evaluate import Outcome, evaluate, find_due
+from eval.due.notify import Notify
 from eval.due.state import locked
 from eval.report.page import write_report
 from launch.report import main
-from pipeline.checkpoint import publish, replace_file
-from pipeline.errors import UserError
+from pipeline.checkpoint import publish
 from tests.fake_runs import fake_run, fake_tuning
-
-# Stands for launch/evaluate.py: does what the file `behave` beside the checkpoint says.
-EVALUATOR = """
-import json, shutil, sys, time
-from pathlib import Path
-given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-checkpoint, output = Path(given["--checkpoint"]), Path(given["--output"])
-behave = checkpoint.parent / "behave"
-what = behave.read_text() if behave.exists() else ""
-with open("started.txt", "a") as file:
-    file.write(str(checkpoint) + "\\n")
-if what == "fail":
-    sys.exit("error: could not be measured:\\n  heldout: out of luck")
-if what == "pause":
-    time.sleep(0.6)
-if what == "slow":
-    time.sleep(60)
-if what == "delete":
-    shutil.rmtree(checkpoint)
-loss = 5 - len(checkpoint.parts[-2]) / 10
-domains = {d: {"loss": loss, "stderr": 0.01} for d in "ab"}
-(output / "eval.json").write_text(json.dumps({"domains": domains}))
-"""
-RECIPE = """
-name: {name}
-model: {{path: models/base, objective: causal}}
-data: {{domains: {{a: {{files: [a.jsonl]}}, b: {{files: [b.jsonl]}}}}}}
-stages: [{{domain: a, steps: 3}}, {{domain: b, steps: 3}}]
-"""
+from tests.published_runs import (
+    NOTIFY,
+    RECIPE,
+    TELL,
+    index,
+    published_run,
+    started,
+    told,
+    weights_of,
+    working_directory,
+)
 
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """The working directory, with an evaluator that takes no time."""
-    monkeypatch.chdir(tmp_path)
-    Path("evaluator.py").write_text(EVALUATOR)
-    monkeypatch.setattr(eval.due.evaluate, "SCRIPT", tmp_path / "evaluator.py")
-    monkeypatch.setattr(eval.due.notify, "PAUSE", 0.01)
-    monkeypatch.setattr(eval.due.due, "write_report", page_of)
-    for name in "ab":
-        Path(f"{name}.jsonl").write_text('{"text": "words"}\n')
-    Path("runs").mkdir()
-    Path("models").mkdir()
-    return Path("runs")
-
-
-def published_run(root, name="run", stages=("01_a", "02_b")):
-    """A run that published and evaluated nothing."""
-    folder = root / name
-    (folder / "stages").mkdir(parents=True)
-    (folder / "recipe.yaml").write_text(RECIPE.format(name=name))
-    publish(folder / "heldout", lambda f: (f / "a.txt").write_text("text"), {})
-    for stage in stages:
-        write = weights_of(f"{name} {stage}")
-        publish(folder / "stages" / stage / "checkpoint", write, {"stage": int(stage[:2])})
-    return folder
-
-
-def page_of(run):
-    """In place of the report, whose figures take a second."""
-    (run / "report").mkdir(exist_ok=True)
-    replace_file(run / "report" / "index.html", "<html></html>\n")
-
-
-def weights_of(text):
-    return lambda folder: (folder / "model.safetensors").write_text(text)
-
-
-def started():
-    path = Path("started.txt")
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def index(root):
-    return {run["folder"]: run for run in json.loads((root / "index.json").read_text())["runs"]}
-
-
-def told(path="told.jsonl"):
-    """The events that the command got, by kind."""
-    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
-    found = [json.loads(line) for line in lines]
-    return [event for message in found for event in message.get("events", [message])]
-
-
-TELL = ["sh", "-c", "cat >> told.jsonl; echo >> told.jsonl"]
-NOTIFY = Notify(command=TELL)
+    return working_directory(tmp_path, monkeypatch)
 
 
 def test_what_is_due_is_done_once(root, monkeypatch):
@@ -133,68 +56,6 @@ def test_what_is_due_is_done_once(root, monkeypatch):
     assert due(root, notify=NOTIFY) == page
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == kept
     assert (len(started()), len(told())) == (4, 1)
-
-
-class Killed(BaseException):
-    pass
-
-
-def test_a_call_that_is_killed_at_any_step_is_gone_on_with(root, monkeypatch):
-    """Everything that is kept is kept by `os.replace`: killed before each of them in turn."""
-
-    def tree():
-        """Without times, and what is to be seen only once."""
-        files = [p for p in root.rglob("*") if p.is_file() and p.suffix in (".json", ".html")]
-        files = [p for p in files if ".report" not in p.parts and p.name != "manifest.json"]
-        texts = {p: p.read_text() for p in files if p.name != "environment.json"}
-        return {p: hash_of(t) for p, t in texts.items() if p.parent != root} | {
-            p: hash_of(json.loads(p.read_text())["runs"]) for p in files if p == root / "index.json"
-        }
-
-    def measure(due, place, seconds, stop):  # without a process: this test has many
-        with open("started.txt", "a") as file:
-            file.write(due.task.checkpoint + "\n")
-        domains = {d: {"loss": 4.0, "stderr": 0.01} for d in "ab"}
-        (place / "eval.json").write_text(json.dumps({"domains": domains}))
-        return Outcome("done")
-
-    monkeypatch.setattr(eval.due.evaluate, "_measure", measure)
-    published_run(root)
-    due(root, notify=NOTIFY)
-    expected, ids, starts = tree(), {e["id"] for e in told()}, len(started())
-    replace, kills = os.replace, 0
-    for first in range(0, 30, 3):
-        shutil.rmtree(root)
-        root.mkdir()
-        published_run(root)
-        Path("told.jsonl").unlink(missing_ok=True)
-        Path("started.txt").unlink(missing_ok=True)
-        left = first
-
-        def counted(source, target, *more):
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise Killed
-            replace(source, target, *more)
-
-        monkeypatch.setattr(os, "replace", counted)
-        try:
-            due(root, notify=NOTIFY)
-        except Killed:
-            kills += 1
-        monkeypatch.setattr(os, "replace", replace)
-        for page in root.rglob("*.html"):
-            assert page.read_text().rstrip().endswith("</html>")
-        due(root, notify=NOTIFY)
-        assert tree() == expected
-        assert {event["id"] for event in told()} == ids
-        assert starts <= len(started()) <= starts + 1
-    assert kills > 5
-
-
-def hash_of(value):
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def test_a_damaged_checkpoint_is_marked_and_told_once(root):
@@ -278,22 +139,42 @@ def test_a_checkpoint_that_is_deleted_meanwhile_is_no_failure(root, capsys):
     assert not any(event["kind"] == "failed" and "eval" in event["title"] for event in told())
 
 
-def test_the_budget_ends_a_call_and_what_it_cut_off_comes_first(root):
-    run = published_run(root)
-    behave = run / "stages" / "01_a" / "behave"
-    behave.write_text("slow")
-    Path("models/behave").write_text("pause")
+def test_the_budget_ends_a_call_and_what_it_cut_off_comes_first(root, monkeypatch):
+    """In seconds of a clock that only evaluations move."""
+    clock, lasts, seen = [0.0], {"00_base": 2, "01_a": 60, "02_b": 2}, []
+
+    def measure(due, place, seconds, stop):
+        seen.append(due.task.folder.name)
+        clock[0] += min(lasts[seen[-1]], seconds)
+        if lasts[seen[-1]] > seconds:
+            return Outcome("cut")
+        domains = {d: {"loss": 4.0, "stderr": 0.01} for d in "ab"}
+        (place / "eval.json").write_text(json.dumps({"domains": domains}))
+        return Outcome("done")
+
+    monkeypatch.setattr(eval.due.evaluate, "_measure", measure)
+    monkeypatch.setattr(eval.due.due, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    published_run(root)
     due(root, budget=4)  # the base took some of it
     left = json.loads((root / "index.json").read_text())["notes"]
     assert left == ["2 evaluations are left for the next call: the budget is spent."]
     assert index(root)["run"]["problems"] == []
-    due(root, budget=1)  # all of it is not enough: a failure, which comes last from now on
+    due(root, budget=4)  # all of it is not enough: a failure, which comes last from now on
     assert any("longer than the whole budget" in text for text in index(root)["run"]["problems"])
-    behave.unlink()
+    lasts["01_a"] = 2
     due(root, budget=60)
-    assert [Path(line).parts[-2] for line in started()] == [
-        "models", "01_a", "01_a", "02_b", "01_a",
-    ]  # fmt: skip
+    assert seen == ["00_base", "01_a", "01_a", "02_b", "01_a"]
+
+
+def test_an_evaluation_that_is_cut_off_is_gone(root):
+    run = published_run(root)
+    (run / "stages" / "01_a" / "behave").write_text("slow")
+    (one,) = [one for one in find_due(run, "run") if one.task.stage == 1]
+    before = time.monotonic()
+    assert evaluate(one, 1.0, lambda: False).kind == "cut"
+    assert evaluate(one, None, lambda: time.monotonic() > before + 2).kind == "cut"
+    assert time.monotonic() < before + 30  # it sleeps for 60
+    assert not list(run.rglob(".due"))
 
 
 def test_calls_do_not_overlap_and_training_runs_are_left_alone(root, capsys):
@@ -343,99 +224,6 @@ def test_a_regression_is_told_once(root):
     assert {event["run"] for event in events} == {"worse"}
     assert len(events) == len({event["id"] for event in events})
     assert "hellaswag fell by" in events[0]["text"]
-
-
-class Hook(http.server.BaseHTTPRequestHandler):
-    answers: ClassVar[list] = []
-    got: ClassVar[list] = []
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        answer = self.answers.pop(0) if self.answers else 200
-        if answer is None:
-            time.sleep(3)
-            return
-        self.got.append((answer, json.loads(body)))
-        self.send_response(answer)
-        self.end_headers()
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("answers", "takes"),
-    [([500, 503], 1), ([500] * 3, 2), ([None], 1), ([404], 2)],
-    ids=["two errors", "errors for a call", "no answer", "not found"],
-)
-def test_a_webhook_is_tried_again_and_gets_a_message_once(
-    root, monkeypatch, answers, takes, capsys
-):
-    monkeypatch.setattr(eval.due.notify, "LIMIT", 0.5)
-    Hook.answers, Hook.got = list(answers), []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hook)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    fake_run(root / "run")
-    settings = Notify(webhook=f"http://127.0.0.1:{server.server_port}/secret")
-    for call in range(1, takes + 2):
-        due(root, notify=settings)
-        taken = [body for answer, body in Hook.got if answer == 200]
-        assert len(taken) == (call >= takes)
-    assert taken[0]["kind"] == "finished"
-    assert ("not delivered" in (said := capsys.readouterr().out)) == (takes > 1)
-    assert "secret" not in said
-    server.shutdown()
-    server.server_close()
-
-
-class Mailbox(socketserver.StreamRequestHandler):
-    got: ClassVar[list] = []
-
-    def handle(self):
-        self.wfile.write(b"220 here\r\n")
-        while line := self.rfile.readline():
-            word = line[:4].upper()
-            if word == b"DATA":
-                self.wfile.write(b"354 go on\r\n")
-                lines = iter(self.rfile.readline, b".\r\n")
-                self.got.append(b"".join(lines).decode())
-            self.wfile.write(b"221 bye\r\n" if word == b"QUIT" else b"250 fine\r\n")
-
-
-def test_mail_is_sent_once_and_many_events_are_one_message(root):
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Mailbox) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        for i in range(11):
-            (root / f"empty{i}").mkdir()
-        mail = Email(["a@b.org"], "c@d.org", "127.0.0.1", server.server_address[1])
-        for _ in range(2):
-            due(root, notify=Notify(email=mail))
-        server.shutdown()
-    (message,) = Mailbox.got
-    assert "Subject: 11 events" in message
-    assert "Message-ID: <" in message
-    assert "empty10" in message
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ("", "names no command"),
-        ("command: [", "notify.yaml"),
-        ("webhook: ftp://x", "http:// or https://"),
-        ("web: http://x", "web: Unexpected"),
-        ("email: {to: [a], sender: b, password: {a: secret}}", "email.password"),
-        ("webhook: ${oc.env:NOT_SET_ANYWHERE}", "NOT_SET_ANYWHERE"),
-        ("command: x\nevents: [everything]", "events.0"),
-    ],
-)
-def test_wrong_settings_are_one_message(tmp_path, text, complaint):
-    path = tmp_path / "notify.yaml"
-    path.write_text(text)
-    with pytest.raises(UserError) as error:
-        load_notify(path)
-    assert complaint in str(error.value)
-    assert "secret" not in str(error.value)
 
 
 def test_command_line(root, capsys, tmp_path):

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from eval.analysis.load import load_run
 from eval.due.events import events_of, failed
-from eval.due.folders import Found, checkpoints, find_folders, stamp
+from eval.due.folders import Found, checkpoints, find_folders, stage_folders, stamp
 from eval.due.notify import Notify, send
-from eval.due.state import State, locked, read_state
+from eval.due.state import FOLDER, State, locked, read_state
 from eval.due.whole import damage_of
 from eval.report.index import Entry, entry_of, from_json, over_time, write_index
 from eval.report.page import write_report
-from pipeline.checkpoint import is_published
+from pipeline.checkpoint import is_published, remove_left_over
 from pipeline.errors import UserError, advice
 from pipeline.progress import say
 
@@ -75,6 +75,7 @@ def due(
         end = None if budget is None else time.monotonic() + budget
         call = Call(root, read_state(root), budget, end)
         folders = find_folders(root)
+        _tidy(call, folders)
         _check(call, folders)
         _pages(call, folders)
         _evaluate(call, folders, stop)
@@ -84,6 +85,14 @@ def due(
             for text in send(events, notify, call.state):
                 say(f"not delivered, the next call tries again: {text}")
         return page
+
+
+def _tidy(call: Call, folders: list[Found]) -> None:
+    """Remove the half-written files of calls that were killed; nobody has ever read them."""
+    runs = [found.path for found in folders if not found.problem]
+    stages = (stage for run in runs for stage in stage_folders(run))
+    for place in (call.root, call.root / FOLDER, *(run / "report" for run in runs), *stages):
+        remove_left_over(place)
 
 
 def _check(call: Call, folders: list[Found]) -> None:

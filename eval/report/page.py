@@ -3,6 +3,7 @@
 import json
 import re
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -225,9 +226,14 @@ def _each(changes: dict[str, float]) -> str:
 
 def render(template: str, **content: object) -> str:
     """Fill one of the templates, everything escaped but what is marked as markup."""
-    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    return _environment().get_template(template).render(**content)
+
+
+@cache
+def _environment() -> Environment:
+    """One for all pages of a process: to compile a template takes longer than to fill it."""
     environment = Environment(
-        loader=loader,
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -237,7 +243,7 @@ def render(template: str, **content: object) -> str:
     environment.filters |= {"percent": percent, "signed_percent": signed_percent}
     # A learning rate such as 1e-3 must not break at its hyphen.
     environment.filters["unbroken"] = lambda text: re.sub(r"(?<=\de)-(?=\d)", "\u2011", text)
-    return environment.get_template(template).render(**content)
+    return environment
 
 
 def marked(figures: dict[str, str]) -> dict[str, Markup]:
