@@ -59,6 +59,7 @@ class FsdpEngine:
             lr=optimizer.lr,
             betas=tuple(optimizer.betas),
             eps=optimizer.eps,
+            fused=True,
         )
         self.micro_batches: int = config["gradient_accumulation_steps"]  # of a step and rank
         self._clip: float = config["gradient_clipping"]
@@ -177,7 +178,7 @@ class FsdpEngine:
                 continue
             adam = self._optimizer.state[p]
             if not adam:
-                adam["step"] = torch.zeros(())
+                adam["step"] = torch.zeros((), device=p.device)
                 for moment in MOMENTS:
                     adam[moment] = torch.zeros_like(p)
             for shard in self.shards.master_shards([name]):

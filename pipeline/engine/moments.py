@@ -25,7 +25,8 @@ def make_state(adam: Any, weight: Tensor) -> dict[str, Any]:
     if hasattr(adam, "init_state"):  # bitsandbytes
         adam.init_state(adam.param_groups[0], weight, 0, 0)
         return adam.state[weight]
-    state["step"] = 0 if isinstance(adam, DeepSpeedCPUAdam) else torch.zeros(())
+    on_host = isinstance(adam, DeepSpeedCPUAdam)
+    state["step"] = 0 if on_host else torch.zeros((), device=weight.device)
     for moment in MOMENTS:
         state[moment] = torch.zeros_like(weight, dtype=torch.float32)
     return state
