@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import random
+import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -338,3 +339,13 @@ def _write_tasks(folder, trained, progress, limit, problems, skipped, sampled, d
 
 def _mean_of(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def many_runs(root: Path, count: int) -> None:
+    """Five kinds of runs, each many times."""
+    made = [fake_run(root / f"pretrain-{i}", seed=i, enabled=i % 2 > 0, heldout="text",
+                     steps=30, evaluated=1 + i % 3) for i in range(3)]  # fmt: skip
+    made += [fake_tuning(root / f"tune-{i}", seed=i, trained=("code", "law"), limit=300,
+                         damage=0.2 * i) for i in range(2)]  # fmt: skip
+    for i in range(len(made), count):
+        shutil.copytree(made[i % len(made)], root / f"{made[i % len(made)].name[:-2]}-{i}")

@@ -16,7 +16,7 @@ from eval.analysis.falls import falls
 from eval.analysis.load import load_run
 from eval.report.index import Entry, entry_of, from_json, over_time, write_index
 from tests.browser import CHROMIUM, Browser
-from tests.fake_runs import fake_run, fake_tuning
+from tests.fake_runs import fake_run, fake_tuning, many_runs
 
 HOSTILE = "<img src=x onerror=alert(1)>\u202e"
 COUNT = 200
@@ -26,12 +26,7 @@ COUNT = 200
 def many(tmp_path_factory):
     """(folder, entries, seconds of this process that they took) of 200 runs."""
     root = tmp_path_factory.mktemp("many")
-    made = [fake_run(root / f"pretrain-{i}", seed=i, enabled=i % 2 > 0, heldout="text",
-                     steps=30, evaluated=1 + i % 3) for i in range(3)]  # fmt: skip
-    made += [fake_tuning(root / f"tune-{i}", seed=i, trained=("code", "law"), limit=300,
-                         damage=0.2 * i) for i in range(2)]  # fmt: skip
-    for i in range(len(made), COUNT):
-        shutil.copytree(made[i % len(made)], root / f"{made[i % len(made)].name[:-2]}-{i}")
+    many_runs(root, COUNT)
     start = time.process_time()
     entries = [entry_of(load_run(path), path.name) for path in sorted(root.iterdir())]
     write_index(root, entries, "now", ["a note"])
@@ -88,9 +83,11 @@ def test_the_page_is_one_file_that_allows_nothing_else(many):
     assert "\u202e" not in page
 
 
-def test_sorting_and_filtering_take_less_than_a_second(browser, many):
+def test_opening_sorting_and_filtering_take_less_than_a_second(browser, many):
     root, entries, _ = many
     browser.open(root / "index.html")
+    opened = "document.body.offsetHeight && performance.getEntriesByType('navigation')[0]"
+    assert 0 < browser.run(f"({opened}).loadEventEnd") < 1000
     assert [e for e in browser.seen if e["method"] in ("Runtime.exceptionThrown",
             "Log.entryAdded")] == []  # fmt: skip
     requests = [e["params"]["request"]["url"] for e in browser.seen
@@ -139,6 +136,9 @@ def test_the_page_is_accessible_and_fits(browser, many, axe, phone, dark):
     ground = browser.run("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", ground)[:3])) < 200) == dark
     browser.run(axe + "; 0")
+    # Every 16th row: all are of one template, and the checker looks at each pixel of each.
+    browser.run("document.querySelectorAll('table.runs tbody tr').forEach("
+                "(row, i) => { if (i % 16) row.remove(); })")  # fmt: skip
     found = browser.run("axe.run().then((r) => JSON.stringify(r.violations.map("
                         "(v) => [v.id, v.help, v.nodes[0].html.slice(0, 200)])))")  # fmt: skip
     assert json.loads(found) == []
