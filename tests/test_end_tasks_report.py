@@ -8,6 +8,7 @@ from eval.analysis.end_tasks import estimate, read_end_tasks, table
 from eval.analysis.load import load_run
 from eval.report.compare import write_comparison
 from eval.report.page import write_report
+from eval.report.summary import end_task_lines
 from tests.fake_runs import fake_run
 from tests.test_report import assert_self_contained, text_of
 
@@ -76,6 +77,21 @@ def test_the_pages_show_them(tmp_path):
     rows = json.loads((tmp_path / "compared/report.json").read_text())["end_tasks"]["rows"]
     assert sorted(row["score"]["mean"] for row in rows.values()) == pytest.approx([0.6025, 0.7025])
     assert "70.25" in text_of(page)
+
+
+def test_the_terminal_shows_the_matrix_and_the_papers_numbers(tmp_path):
+    _, title, head, *rows, numbers = "\n".join(
+        end_task_lines(load_run(measured(tmp_path / "run")))
+    ).split("\n")
+    assert "macro-F1" in title
+    assert head.split() == ["math", "code", "c", "news"]
+    assert [row.split()[1:] for row in rows] == [
+        ["75.0", "-", "-", "-"],
+        ["-", "55.0", "-", "-"],
+        ["68.0", "53.0", "90.0", "30.0"],
+    ]
+    assert "MF1 60.2" in numbers
+    assert "Forgetting, MF1 4.5" in numbers
 
 
 def test_a_damaged_file_is_told_and_the_rest_shown(tmp_path):

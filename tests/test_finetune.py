@@ -2,11 +2,14 @@
 
 import json
 
+import pytest
 import torch
 
+from eval.analysis.load import load_run
 from eval.measure.checkpoint import Checkpoint, measure_share, merge
 from eval.measure.lm import measure_in_engine
 from eval.report.page import write_report
+from eval.report.summary import accuracy_lines
 from pipeline.engine.config import resolve_engine_config
 from pipeline.ranks import on_rank0, world_size
 from pipeline.run.recipe_file import load_recipe
@@ -76,6 +79,13 @@ def test_a_run_of_tasks_has_the_matrix_of_its_answers(tmp_path):
         assert {"acc", "bwt", "forgetting", "fwt"} <= set(numbers["metrics"])
         page = (run / "report/index.html").read_text()
         assert "Accuracy on every task after every stage" in page
+        _, title, head, *rows, metrics = "\n".join(accuracy_lines(load_run(run))).split("\n")
+        assert title.startswith("accuracy")
+        assert head.split() == numbers["tasks"]
+        assert [[float(x) / 100 for x in row.split()[1:]] for row in rows] == [
+            pytest.approx(row, abs=1e-3) for row in numbers["accuracy"]
+        ]
+        assert all(name in metrics for name in ("ACC", "BWT", "FWT"))
     losses = [
         json.loads((tmp_path / name / "stages/02_mood/eval.json").read_text())["domains"]
         for name in ("zero", "fsdp")

@@ -40,21 +40,22 @@ class EndTaskMatrix:
 
     def final(self, key: str) -> list[float]:
         """The mean over the tasks after the last stage, per seed; [] if one is missing."""
-        return self._mean([self._at(self.last, task, key) for task in self.tasks])
+        return self._mean([self.at(self.last, task, key) for task in self.tasks])
 
     def forgetting(self, key: str) -> list[float]:
         """Per seed, as DEFINITIONS says; [] where it is not defined or something is missing."""
         old = [task for task in self.tasks if self.own.get(task, self.last) < self.last]
-        before = self._mean([self._at(self.own[task], task, key) for task in old])
-        after = self._mean([self._at(self.last, task, key) for task in old])
+        before = self._mean([self.at(self.own[task], task, key) for task in old])
+        after = self._mean([self.at(self.last, task, key) for task in old])
         return [b - a for b, a in zip(before, after, strict=True)] if before and after else []
 
     def of_stages(self, stages: Sequence[int], key: str) -> list[float]:
         """The final mean over the tasks of some stages, per seed (the paper's Table 4)."""
         chosen = [task for task in self.tasks if self.own.get(task) in stages]
-        return self._mean([self._at(self.last, task, key) for task in chosen])
+        return self._mean([self.at(self.last, task, key) for task in chosen])
 
-    def _at(self, stage: int, task: str, key: str) -> list[float]:
+    def at(self, stage: int, task: str, key: str) -> list[float]:
+        """Per seed; [] where it was not measured."""
         return self.values.get(stage, {}).get(task, {}).get(key, [])
 
     def _mean(self, columns: list[list[float]]) -> list[float]:
