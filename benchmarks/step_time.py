@@ -302,7 +302,7 @@ def _model(args: argparse.Namespace) -> nn.Module:
     return model.train()
 
 
-def _steps(args: argparse.Namespace, count: int) -> list[list[dict]]:
+def steps_of(args: argparse.Namespace, count: int) -> list[list[dict]]:
     """Random tokens; a masked model predicts 15% of them, a causal one all."""
     config, _, sequences, length = SHAPES[args.shape]
     generator = torch.Generator().manual_seed(0)
@@ -325,7 +325,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     start_distributed()
     warm = 2
-    steps = _steps(args, args.pairs + warm)
+    steps = steps_of(args, args.pairs + warm)
     modes: dict[str, Turns] = {}
     shared = None
     for mode in args.modes:
