@@ -80,7 +80,8 @@ def test_every_point_runs_once_and_failures_are_tried_again(tmp_path):
         run_sweep(sweep_points(Sweep("demo", {"migu": {}}, seeds=2)), command(), tmp_path, jobs=1)
 
 
-def test_an_interrupted_sweep_ends_its_runs_and_goes_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_sweep_ends_its_runs_and_goes_on(tmp_path, number):
     script = f"""
 import sys
 from pathlib import Path
@@ -95,7 +96,7 @@ run_sweep(points, [sys.executable, "-c", slow], Path({str(tmp_path)!r}), 2)
     while not all(log.is_file() and log.read_text() for log in logs):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    sweep.send_signal(signal.SIGINT)
+    sweep.send_signal(number)
     assert sweep.wait(timeout=30) != 0
     assert all("KeyboardInterrupt" in log.read_text() for log in logs)  # not left behind
     outcomes = run_sweep(sweep_points(Sweep("demo", seeds=2)), command(), tmp_path, jobs=2)

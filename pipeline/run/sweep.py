@@ -13,8 +13,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,7 @@ def run_sweep(
 
     Raises:
         UserError: another process works on the sweep; the folder cannot be written.
-        KeyboardInterrupt: passed on, after the running processes have been ended.
+        KeyboardInterrupt: on Ctrl-C and SIGTERM, after the running processes have been ended.
     """
     try:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -193,6 +194,19 @@ def run_sweep(
         raise UserError(f"{folder}: cannot be written: {error}") from None
     with lock:
         return _Runner(list(points), command, folder, jobs, threads, gpus, attempts).run()
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """A scheduler's SIGTERM ends the running processes too, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Runner:
@@ -230,7 +244,7 @@ class _Runner:
             say(f"{done} of {len(self.points)} runs have finished before")
         bar = tqdm(total=len(self.points), initial=done, desc="sweep", unit="run", disable=None)
         try:
-            with ThreadPoolExecutor(self.jobs) as pool:
+            with _sigterm_interrupts(), ThreadPoolExecutor(self.jobs) as pool:
                 try:
                     for _ in pool.map(lambda p: self._run(p, bar), left):
                         pass
