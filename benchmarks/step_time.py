@@ -6,10 +6,12 @@ Every mode runs its own whole loop (`train_stage` here, `Trainer.train` there) i
 own, and the threads take turns step by step, so that a slow moment of the machine hits all alike.
 Prints the median step of each mode and the median, over the rounds, of the ratio to fine-tuning
 in the same round, with quartiles; the JSON has them too. Times are of whole steps: forward,
-backward, mask, clipping, optimizer.
+backward, mask, clipping, optimizer. Batches have no padding, as packed ones. On a CPU freed memory
+is kept (`keep_freed_memory`), for all modes alike.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -62,6 +64,7 @@ RATIOS = {  # name in the result: (of, to)
     "authors_vs_ft": ("authors", "ft"),
 }
 LR = 1e-5
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
 
 
 class Turns:
@@ -232,7 +235,7 @@ class Trainers(Turns):
 
         model = _model(args)
         rows = [
-            {k: t[i] for k, t in batch.items() if k in ("input_ids", "attention_mask", "labels")}
+            {k: t[i] for k, t in batch.items()}
             for step in steps
             for batch in step
             for i in range(len(batch["input_ids"]))
@@ -314,14 +317,22 @@ def steps_of(args: argparse.Namespace, count: int) -> list[list[dict]]:
             labels = ids.clone()
             if config["model_type"] != "llama":
                 labels[torch.rand(ids.shape, generator=generator) >= 0.15] = -100
-            step.append(
-                {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-            )
+            step.append({"input_ids": ids, "labels": labels})
         steps.append(step)
     return steps
 
 
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed for the next step, as torch's allocator of a GPU does: a
+    large tensor would be fetched from the system anew each time, page by page."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        for setting in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
+            libc.mallopt(*setting)
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
+    keep_freed_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     start_distributed()
     warm = 2
