@@ -13,8 +13,10 @@ import pytest
 import yaml
 
 from eval.analysis.load import load_run
+from eval.analysis.settings import Difference, Pair, Reading, Setting
 from eval.report.compare import compare, terminal_summary, write_comparison
 from eval.report.page import write_report
+from eval.report.verdict import headline
 from launch.report import main
 from pipeline.errors import UserError
 from tests.fake_runs import fake_run
@@ -217,6 +219,35 @@ def test_what_the_noise_swallows_is_not_called_a_difference(tmp_path):
     assert "beyond the noise: migu" in headline(0.001)
     assert "no difference in forgetting exceeds the noise" in headline(1.0)
     assert "unknown noise" in headline(None)
+
+
+def test_the_headline_tells_of_a_method_outside_the_rates_of_the_others():
+    """It is read along the runs, beside the nearest rate of the method that the others are read
+    from."""
+    settings = [
+        Setting("ft, lr 1e-3", "ft", 1e-3, [0]),
+        Setting("ft, lr 5e-4", "ft", 5e-4, [1]),
+        Setting("migu", "migu", 1e-3, [2]),
+        Setting("anchor", "anchor", 1e-3, [3]),
+    ]
+    far, unknown = Difference(0.4, 0.01), Difference(0.1, None)
+    pairs = [
+        Pair("ft, lr 1e-3", "ft, lr 5e-4", far, far, far),
+        Pair("ft, lr 1e-3", "migu", far, far, far),
+        Pair("anchor", "ft, lr 1e-3", far, far, far),
+        Pair("anchor", "ft, lr 5e-4", far, far, unknown),
+    ]
+    readings = [
+        Reading("ft", "migu", 0.7, 0.4, 0.5, Difference(0.1, 0.01)),
+        Reading("ft", "anchor", 0.8, None, 0.2, None, "outside"),
+    ]
+    told = headline(settings, pairs, readings)
+    assert "between learning rates, one seed), beyond the noise: migu forgot 0.100 more" in told
+    assert (
+        "along each run, one seed), beyond the noise: anchor forgot 0.400 less than ft, lr" in told
+    )
+    assert "unknown" not in told
+    assert "lr 5e-4" not in told
 
 
 def test_noise_is_paired_over_the_sequences_of_a_common_text(tmp_path):

@@ -4,11 +4,14 @@ Computed, so that it claims no more than the numbers: a difference smaller than 
 "within the noise", and less learning is never told as a virtue.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 from eval.analysis.noise import RESAMPLES
 from eval.analysis.settings import Difference, Pair, Reading, Setting
 from eval.analysis.text import short_float
+
+Told = tuple[str, str, Difference]  # the first setting forgot that much more than the second
 
 
 def headline(
@@ -18,17 +21,51 @@ def headline(
     damaged: Sequence[str] = (),
 ) -> str:
     """What is decided at equal learning, by the reading between learning rates where there is one
-    (it compares ends of whole sequences), else by the reading along the curves. `damaged` are the
-    names of the runs that were left out of all of it."""
+    (it compares ends of whole sequences), by the reading along the curves for the others.
+    `damaged` are the names of the runs that were left out of all of it."""
     if damaged:
         without = f"No verdict on {', '.join(damaged)}: damaged, see the warnings."
         return f"{without} {headline(settings, pairs, readings)}"
-    told = [(r.at, r.method, r.difference) for r in readings if r.difference]
-    how = "read between learning rates" if told else "read along each run"
-    told = told or [(p.second, p.first, p.forgotten_equal) for p in pairs if p.forgotten_equal]
-    if not told:
+    between = [(r.at, r.method, r.difference) for r in readings if r.difference]
+    along = _along(
+        settings, pairs, {r.at for r in readings if r.difference}, {m for _, m, _ in between}
+    )
+    if not between and not along:
         return "No two of these settings can be read at equal learning."
-    how += ", one seed" if all(len(s.runs) == 1 for s in settings) else ", means over seeds"
+    seeds = ", one seed" if all(len(s.runs) == 1 for s in settings) else ", means over seeds"
+    return " ".join(
+        _decided(told, f"{how}{seeds}")
+        for told, how in (
+            (between, "read between learning rates"),
+            (along, "read along each run"),
+        )
+        if told
+    )
+
+
+def _along(
+    settings: Sequence[Setting], pairs: Sequence[Pair], read: set[str], methods: set[str]
+) -> list[Told]:
+    """What is told of the curves along the runs: every pair where nothing was read between the
+    learning rates of a method; else each setting that was not, beside the nearest rate of one that
+    was read from."""
+    told = [(p.second, p.first, p.forgotten_equal) for p in pairs if p.forgotten_equal]
+    if not read:
+        return told
+    told += [(b, a, Difference(-d.value, d.noise)) for a, b, d in told]
+    by_name = {s.name: s for s in settings}
+    found = []
+    for setting in settings:
+        if setting.name in read or setting.method in methods:
+            continue
+        mine = [x for x in told if x[0] == setting.name and by_name[x[1]].method in methods]
+        if mine:
+            found.append(min(mine, key=lambda x: abs(math.log(by_name[x[1]].lr / setting.lr))))
+    return found
+
+
+def _decided(told: Sequence[Told], how: str) -> str:
+    """Which of the differences exceed the noise, and how many do not."""
     known = [(a, b, d) for a, b, d in told if d.noise is not None]
     decided = [
         f"{a} forgot {abs(d.value):.3f} {_word(d)} than {b}" for a, b, d in known if not d.within
