@@ -119,7 +119,7 @@ def new(arguments: list[str]) -> None:
     )
     parser.add_argument(
         "--objective",
-        choices=("masked", "causal"),
+        choices=("masked", "causal", "seq2seq"),
         help="default: what the model's configuration says",
     )
     o = parser.parse_args(arguments)

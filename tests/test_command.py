@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from transformers import BertConfig, LlamaConfig, PretrainedConfig, RobertaConfig
+from transformers import BertConfig, LlamaConfig, PretrainedConfig, RobertaConfig, T5Config
 
 from launch.migu import OWN, programs
 from pipeline.engine.config import DS_CONFIGS, load_ds_config
@@ -69,6 +69,12 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         (RobertaConfig(max_position_embeddings=66, **SIZES), "RobertaForMaskedLM", "masked", 64),
         (BertConfig(**SIZES), "BertForMaskedLM", "masked", 512),
         (LlamaConfig(intermediate_size=16, **SIZES), "LlamaForCausalLM", "causal", 512),
+        (
+            T5Config(d_model=16, d_ff=16, d_kv=8, num_heads=2, num_layers=1),
+            "T5WithLMHeadModel",
+            "seq2seq",
+            512,
+        ),
     ],
 )
 def test_a_new_recipe_asks_the_model_and_the_files(
@@ -97,7 +103,8 @@ def test_a_new_recipe_asks_the_model_and_the_files(
         ({"data": ["a.txt", "a.txt"]}, "two corpora are called 'a'"),
         ({"data": ["rows.jsonl"]}, "'body'"),
         ({"model": "mute"}, "--objective"),
-        ({"model": "nowhere/at/all"}, "nowhere/at/all"),
+        ({"model": "nowhere/at/all"}, "'nowhere/at/all' (there is no such folder here)"),
+        ({"data": ["law="]}, "law=: write NAME=FILE"),
         ({"data": ["?.txt"]}, "as in news=?.txt"),
     ],
 )

@@ -2,8 +2,12 @@
 
 import importlib.machinery
 import json
+import os
+import struct
 import sys
 import types
+from collections import defaultdict
+from importlib.util import find_spec
 
 import pytest
 
@@ -12,6 +16,8 @@ from pipeline.progress import EventLog
 from pipeline.recipe import Data, Model, Recipe, Stage
 from pipeline.run import trackers
 from pipeline.run.trackers import Trackers, check_trackers
+from tests.spawn import run_ranks
+from tests.test_nodes import write_recipe
 
 NAMES = ("tensorboard", "wandb", "mlflow", "trackio")
 
@@ -65,21 +71,132 @@ def a_run(folder, *names):
     log.close()
 
 
-@pytest.mark.parametrize("name", ["tensorboard"])
-def test_steps_and_results_are_tracked(tmp_path, name):
+def of_tensorboard(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    a_run(tmp_path, name)
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    read = {
-        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-    }
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)]
+            for tag in events.Tags()["scalars"]}  # fmt: skip
+
+
+def of_wandb(folder):
+    """From its own files: records in blocks of 32 KB, each with a header of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    read = defaultdict(list)
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        data, at, parts = path.read_bytes(), 7, b""
+        while at + 7 <= len(data):
+            if (room := 32768 - at % 32768) < 7:
+                at += room
+                continue
+            length, kind = struct.unpack_from("<HB", data, at + 4)
+            parts, at = parts + data[at + 7 : at + 7 + length], at + 7 + length
+            if kind in (2, 3):  # its first, a middle part
+                continue
+            items = Record.FromString(parts).history.item
+            values = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
+            parts = b""
+            for name in values:
+                axis = f"{name.split('/')[0]}/step" if name.startswith("stage_") else "stage"
+                if name[0] != "_" and name != axis:
+                    read[name].append((values[axis], values[name]))
+    return read
+
+
+def of_mlflow(folder):
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient()
+    (experiment,) = client.search_experiments(filter_string="name = 'migu'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    history = {name: client.get_metric_history(run.info.run_id, name) for name in run.data.metrics}
+    return {name: sorted((m.step, m.value) for m in found) for name, found in history.items()}
+
+
+def of_trackio(folder):
+    from trackio.sqlite_storage import SQLiteStorage
+
+    read = defaultdict(list)
+    for record in SQLiteStorage.get_logs("migu", "demo"):
+        for name in set(record) - {"step", "timestamp", "stage"}:
+            read[name].append((record["step"], record[name]))
+    return read
+
+
+READ = {
+    "tensorboard": of_tensorboard,
+    "wandb": of_wandb,
+    "mlflow": of_mlflow,
+    "trackio": of_trackio,
+}
+
+
+@pytest.fixture
+def installed(request, tmp_path, monkeypatch):
+    """The name of a tracker that is installed, which is to send nothing anywhere."""
+    pytest.importorskip(request.param)
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_ALLOW_FILE_STORE"):  # they are set by a run
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    return request.param
+
+
+@pytest.mark.parametrize("installed", NAMES, indirect=True)
+def test_steps_and_results_are_tracked(tmp_path, installed):
+    a_run(tmp_path, installed)
+    read = READ[installed](tmp_path)
     assert read["stage_01_a/loss"] == [(1, 5.0), (2, 2.5)]
     assert read["stage_02_b/loss_on_a"] == [(1, 2.5), (2, 1.25)]
     assert read["heldout/prose"] == [(1, 5.0), (2, 6.0)]
     assert [step for step, _ in read["benchmarks/piqa"]] == [1, 2]
     assert not any("gradient_norm" in tag for tag in read)  # NaN is no number to draw
+
+
+def train(recipe, folder):
+    """With every tracker that is installed."""
+    from pipeline import ranks
+    from pipeline.engine.config import resolve_engine_config
+    from pipeline.run.recipe_file import load_recipe
+    from pipeline.run.run import run_recipe
+
+    names = [name for name in NAMES if find_spec(name)]
+    for kind in ("deepspeed", "fsdp"):
+        given = [f"name={kind}", f"engine.kind={kind}", f"track=[{','.join(names)}]"]
+        loaded = load_recipe(recipe, given)
+        config = resolve_engine_config(None, loaded, ranks.world_size(), "cpu")
+        run_recipe(loaded, config, folder, lambda *_: {}, lambda *_: None, lambda run: run)
+
+
+@pytest.mark.skipif(not os.environ.get("RUN_EVERYTHING"), reason="trains under two engines")
+def test_every_engine_is_tracked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    run_ranks(train, 2, write_recipe(tmp_path), tmp_path)
+    for kind in ("deepspeed", "fsdp"):
+        log = [json.loads(line) for line in (tmp_path / kind / "log.jsonl").open()]
+        losses = [(r["step"], pytest.approx(r["loss"])) for r in log if r["event"] == "step"]
+        assert len(losses) == 2
+        for name in filter(find_spec, ("tensorboard", "wandb")):
+            assert READ[name](tmp_path / kind)["stage_01_a/loss"] == losses
+        if find_spec("trackio"):
+            from trackio.sqlite_storage import SQLiteStorage
+
+            seen = [r for r in SQLiteStorage.get_logs("migu", kind) if "stage_01_a/loss" in r]
+            assert [(r["step"], r["stage_01_a/loss"]) for r in seen] == losses
+        if find_spec("mlflow"):
+            from mlflow.tracking import MlflowClient
+
+            client = MlflowClient((tmp_path / "mlruns").as_uri())
+            everywhere = [e.experiment_id for e in client.search_experiments()]
+            (run,) = client.search_runs(everywhere, f"attributes.run_name = '{kind}'")
+            found = client.get_metric_history(run.info.run_id, "stage_01_a/loss")
+            assert sorted((m.step, m.value) for m in found) == losses
 
 
 @pytest.mark.parametrize("library", NAMES[1:], indirect=True)

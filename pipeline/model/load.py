@@ -74,7 +74,8 @@ def load_config(model: Model, vocab_size: int | None = None) -> PretrainedConfig
                 ),
             )
         except (OSError, ValueError) as error:
-            raise UserError(f"model.path: cannot load {model.path!r}: {why(error)}") from None
+            here = "" if Path(str(model.path)).exists() else " (there is no such folder here)"
+            raise UserError(f"model.path: cannot load {model.path!r}{here}: {why(error)}") from None
     for key, value in model.overrides.items():
         if not hasattr(config, key):
             raise UserError(f"model.overrides.{key}: {type(config).__name__} has no such attribute")

@@ -42,7 +42,8 @@ def write_recipe(
     """Write `name`.yaml: train `model` on the corpora of `data`, one stage each, in their order.
 
     data, keep: a file or glob (the domain is called like the file), or NAME=FILE[,FILE...]; those
-    of `keep` are only measured. objective: masked or causal; None asks the model's configuration.
+    of `keep` are only measured. objective: masked, causal or seq2seq; None asks the model's
+    configuration.
 
     Raises:
         UserError: NAME.yaml is there already, a file cannot be read, the model's configuration
@@ -77,6 +78,8 @@ def _domain(entry: str) -> tuple[str, list[str]]:
     """The name and the files that an argument says."""
     name, equals, files = entry.partition("=")
     if equals and not Path(entry).exists():
+        if not (name and all(files.split(","))):
+            raise UserError(f"{entry}: write NAME=FILE or NAME=FILE,FILE")
         return name, files.split(",")
     stem = Path(entry).name
     suffix = next((s for s in sorted(SUFFIXES, key=len, reverse=True) if stem.endswith(s)), "")
@@ -105,13 +108,15 @@ def _ask_model(model: str, objective: str | None) -> tuple[str, int]:
     asked = Model(path=model)
     config = load_config(asked)
     kinds = " ".join(getattr(config, "architectures", None) or [])
-    if objective is None:
+    if objective is None and getattr(config, "is_encoder_decoder", False):
+        objective = "seq2seq"
+    elif objective is None:
         says = {"ForMaskedLM": "masked", "ForCausalLM": "causal", "LMHeadModel": "causal"}
         objective = next((o for ending, o in says.items() if ending in kinds), None)
     if objective is None:
         raise UserError(
             f"{model}: its configuration ({kinds or 'no architectures'}) does not say how it is "
-            "trained; give --objective masked or --objective causal"
+            "trained; give --objective masked, causal or seq2seq"
         )
     asked.objective = objective  # type: ignore[assignment]
     limit = longest_input(empty_model(asked, config)) or LONGEST

@@ -165,6 +165,9 @@ class _Wandb:
 
 class _MLflow:
     def __init__(self, recipe: Recipe, folder: Path, identity: str | None):
+        # Without a database library its default fails, and it asks to be told twice about folders.
+        os.environ.setdefault("MLFLOW_TRACKING_URI", Path("mlruns").resolve().as_uri())
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         import mlflow
 
         self._mlflow = mlflow
