@@ -21,6 +21,7 @@ class Anchor:
     teacher: Literal["base", "previous"] = "base"  # previous: what the stage before published
     cache: int = 64  # likeliest tokens of each position that are kept; 0: ask the teacher each step
     tokens: Annotated[int, pydantic.BeforeValidator(number)] = 1_000_000  # of the text
+    mask_anchor: bool = True  # false: the mask leaves the gradient of this text as it is
 
 
 @dataclass
@@ -41,6 +42,13 @@ class L2ToStart:
 @dataclass
 class Half:
     """Train a random half of every block's matrices a stage (HFT); it has no settings."""
+
+
+@dataclass
+class Mofo:
+    """Move only the entries of a weight whose momentum is largest (MoFO, arXiv 2407.20999)."""
+
+    share: float = 0.15  # of the entries of each weight tensor, in each step
 
 
 @dataclass

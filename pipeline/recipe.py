@@ -23,6 +23,7 @@ from pipeline.method_settings import (
     Ewc,
     Half,
     L2ToStart,
+    Mofo,
     OLora,
     PublishAverage,
     SourceColumns,
@@ -221,7 +222,8 @@ class Mask:
     normalize: Literal["none", "token"] = "none"
     rule: Literal["exact", "quantile"] = "exact"
     split_fused: bool = False  # select in each part of a fused linear (q, k, v; gate, up) by itself
-    criterion: Literal["output", "random", "weight", "gradient"] = "output"
+    # fisher: FGGM, with refresh: stage
+    criterion: Literal["output", "random", "weight", "gradient", "fisher"] = "output"
     random_redraw: Literal["stage", "step"] = "stage"  # criterion: random
     # gradient: AdamW sees zeros (the authors' code); strict: masked rows do not move (Eq. 6)
     update: Literal["gradient", "strict"] = "gradient"
@@ -372,6 +374,7 @@ class Recipe:
     ewc: Ewc | None = None
     derpp: DerPlusPlus | None = None
     entropy_gate: EntropyGate | None = None
+    mofo: Mofo | None = None
     ema: Ema | None = None
     publish_average: PublishAverage | None = None
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -470,6 +473,11 @@ def _refresh_problems(mask: Mask) -> list[str]:
         found.append(
             f"mask.backward: rows by {mask.criterion} are known before the backward; set row_sparse"
         )
+    if mask.criterion == "fisher" and mask.refresh != "stage":
+        found.append(
+            "mask.criterion: fisher ranks the rows by the stage's text before it is trained; set "
+            "mask.refresh=stage"
+        )
     if mask.refresh != "stage":
         if mask.calibration != Mask.calibration:
             found.append("mask.calibration: has no effect without mask.refresh=stage; remove it")
@@ -482,7 +490,7 @@ def _refresh_problems(mask: Mask) -> list[str]:
             )
     if mask.criterion == "random" and mask.random_redraw == "step":
         found.append("mask.random_redraw: has no effect with mask.refresh=stage; remove it")
-    if mask.criterion != "output" and mask.calibration != Mask.calibration:
+    if mask.criterion not in ("output", "fisher") and mask.calibration != Mask.calibration:
         found.append(
             f"mask.calibration: has no effect with criterion {mask.criterion!r}; remove it"
         )

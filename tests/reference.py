@@ -155,11 +155,16 @@ def step_loss(name: str, model: torch.nn.Module, batches: list[dict]) -> torch.T
 
 
 def train_reference(
-    name: str, steps: list[list[dict]], strict: bool = False, extra: Callable | None = None
+    name: str,
+    steps: list[list[dict]],
+    strict: bool = False,
+    extra: Callable | None = None,
+    mask_extra: bool = True,
 ) -> tuple[dict, list[dict]]:
     """Returns (weights, per step the kept rows of each layer). strict: masked rows do not move.
 
-    extra: (model, step from 0) -> a term of the loss on other text, which no magnitude sees.
+    extra: (model, step from 0) -> a term of the loss on other text, which no magnitude sees;
+    mask_extra: whether its gradient is masked.
     """
     model = MODELS[name]()
     linears = masked_linears(name, model)
@@ -191,7 +196,7 @@ def train_reference(
         optimizer.zero_grad()
         step_loss(name, model, batches).backward()
         seen = dict(magnitude)
-        if extra is not None:
+        if extra is not None and mask_extra:
             extra(model, i).backward()
         magnitude.update(seen)
         masks = {}
@@ -202,6 +207,8 @@ def train_reference(
             masks[layer] = torch.zeros(d_out, dtype=torch.bool).index_fill(0, top, True)
             module.weight.grad *= _along_outputs(module, masks[layer])  # Eq. 6
         kept.append(masks)
+        if extra is not None and not mask_extra:
+            extra(model, i).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         before = {layer: module.weight.detach().clone() for layer, module in linears.items()}
         optimizer.step()

@@ -133,6 +133,7 @@ def train_anchored(name, kind, folder, cache=53, micro=2, sharp=1.0, **changes):
     """(weights, kept rows of each step, losses) of STEPS steps on this rank's share."""
     recipe = recipe_with_anchor(name, 4, cache, **changes)
     recipe.train.micro_batch_size = micro
+    recipe.mask.backward = "dense" if recipe.anchor.mask_anchor else "row_sparse"
     model = MODELS[name]().train()
     separation = separate_documents(model, name != "roberta", False, "rows", LENGTH)
     build, settings = BUILDS[kind]
@@ -172,7 +173,7 @@ def split(name, micro):
     ]
 
 
-def anchored_reference(name):
+def anchored_reference(name, masked=True):
     """By hand: the new text's mean loss + 0.7 * the mean KL over the predictions of 3 rows a step,
     in the order in which the anchor takes them."""
     frozen, rows = teacher_of(name), anchor_rows(name, 6)
@@ -188,7 +189,7 @@ def anchored_reference(name):
             count += int(wanted.sum())
         return 0.7 * kl / count
 
-    return train_reference(name, micro_batches(name, STEPS, 2), extra=extra)
+    return train_reference(name, micro_batches(name, STEPS, 2), extra=extra, mask_extra=masked)
 
 
 def compare_anchored(folder):
@@ -216,6 +217,28 @@ def compare_anchored(folder):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_engine_equals_the_anchored_reference(ranks, tmp_path):
     for results in run_ranks(compare_anchored, ranks, tmp_path):
+        for case, (flips, difference) in results.items():
+            assert flips == 0, case
+            assert difference < 1e-6, case
+
+
+def compare_unmasked(folder):
+    """As `compare_anchored`, where the mask leaves the anchor out."""
+    out = {}
+    for name, kind, micro in (("llama", "zero2", 1), ("roberta", "zero3", 2), ("llama", "fsdp", 2)):
+        expected, kept = anchored_reference(name, masked=False)
+        weights, history, _ = train_anchored(name, kind, folder, 53, micro, mask_anchor=False)
+        flips = sum(
+            int((rows != masks[n.removesuffix(".weight")]).sum())
+            for masks, found in zip(kept, history, strict=True)
+            for n, rows in found.items()
+        )
+        out[kind] = flips, max(float((weights[n] - w).abs().max()) for n, w in expected.items())
+    return out
+
+
+def test_the_mask_may_leave_the_anchor_out(tmp_path):
+    for results in run_ranks(compare_unmasked, 2, tmp_path):
         for case, (flips, difference) in results.items():
             assert flips == 0, case
             assert difference < 1e-6, case

@@ -1,5 +1,6 @@
 """The defining property of each small method, on the pieces of every kind of engine."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -17,9 +18,10 @@ from pipeline.methods.source_columns import SourceColumns, input_norms
 from pipeline.model.lora import EARLIER, add_adapter
 from pipeline.ranks import rank, world_size
 from pipeline.recipe import L2ToStart as L2Settings
-from pipeline.recipe import Lora
+from pipeline.recipe import Lora, Recipe
 from pipeline.recipe import OLora as OLoraSettings
 from pipeline.recipe import SourceColumns as SourceSettings
+from pipeline.run.methods import METHODS, NEEDS, needs_table
 from pipeline.run.recipe_file import load_recipe
 from pipeline.run.run import run_recipe
 from pipeline.run.train import train_stage
@@ -189,6 +191,14 @@ def example_of_the_docs():
 
 def test_the_example_of_the_docs_does_what_it_says():
     assert run_ranks(example_of_the_docs, 1)[0] == [False, True]
+
+
+def test_the_page_has_what_each_method_says_that_it_needs():
+    """The paper's Table 1."""
+    assert needs_table() in (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert all(set(m.needs) <= set(NEEDS) for m in METHODS)
+    settings = {f.name for f in dataclasses.fields(Recipe)}
+    assert {m.name for m in METHODS} <= settings
 
 
 def test_input_norms_are_those_of_the_real_tokens():

@@ -8,10 +8,11 @@ CRITERIA = {
     "random": "random rows",
     "weight": "weight magnitude",
     "gradient": "gradient magnitude",
+    "fisher": "fggm",
 }
 METHODS = (
     "anchor", "olora", "l2_to_start", "hft", "ssu", "das", "kd", "ewc", "derpp", "entropy_gate",
-    "ema", "publish_average",
+    "mofo", "ema", "publish_average",
 )  # fmt: skip
 """The recipe's keys of methods beside the mask; where one is set, its key is part of the label."""
 FREE = ("mask", "optimizer", "seed", "name", "track", "start_from", *METHODS)

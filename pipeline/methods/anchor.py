@@ -52,7 +52,7 @@ class Anchor(Method):
     def __init__(self, recipe: Recipe):
         assert recipe.anchor is not None
         self.settings, self.recipe = recipe.anchor, recipe
-        self.weight = self.settings.weight
+        self.weight, self.masked = self.settings.weight, self.settings.mask_anchor
         self.objective = recipe.model.objective
         self.rows = round(self.settings.fraction * recipe.train.batch_size)  # of a step
         self._extra = ExtraRows(self.rows, recipe.train.micro_batch_size)

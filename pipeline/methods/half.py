@@ -21,6 +21,7 @@ class Half(Method):
     """The recipe's `hft`."""
 
     name = "hft"
+    needs = ("task labels",)
 
     def __init__(self, recipe: Recipe):
         self.frozen: list[str] = []

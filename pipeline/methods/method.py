@@ -60,13 +60,16 @@ class Method:
     sum of all gradients.
 
     name: its key in the recipe, and in the log that of its loss.
-    needs: what it takes beside the new text: "task labels", "old data", "old weights" (Table 1).
+    needs: what it takes beside the new text (Table 1): "task labels" (where a task ends and the
+        next one begins), "old data", "old weights" (other than those that are trained on).
     weight: of its loss beside that of the new text.
+    masked: whether the mask is applied to the gradient of its own micro-batches.
     """
 
     name = ""
     needs: tuple[str, ...] = ()
     weight = 1.0
+    masked = True
 
     def begin(self, start: Start) -> None:
         """Once, before the engine is built: while a whole model still fits. All ranks call it."""

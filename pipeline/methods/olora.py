@@ -18,6 +18,7 @@ class OLora(Method):
     """The recipe's `olora`, of incremental adapters."""
 
     name = "olora"
+    needs = ("task labels",)
 
     def __init__(self, recipe: Recipe):
         assert recipe.olora is not None

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.migu.fisher import FisherRecorder
 from pipeline.migu.magnitude import MagnitudeRecorder
 from pipeline.migu.mask import select_rows
 from pipeline.migu.row_sparse import RowSparseLinears
@@ -56,16 +57,17 @@ class GradientMask:
         self.sparse = (
             RowSparseLinears(model, self.targets) if settings.backward != "dense" else None
         )
-        self.recorder = (
-            MagnitudeRecorder(self.targets, settings.normalize)
-            if settings.criterion == "output"
-            else None
-        )
+        self.recorder: Any = None
+        if settings.criterion == "output":
+            self.recorder = MagnitudeRecorder(self.targets, settings.normalize)
+        elif settings.criterion == "fisher":
+            self.recorder = FisherRecorder(self.targets)
         self.keep: Tensor | None = None  # bool [sum of rows], the last step's rows
         self._kept = 0.0  # their fraction
         self._coming: tuple[Tensor, float] | None = None  # `backward: previous`: the next step's
         self._age = 0  # steps since the last selection
         self._shown = False  # that the backwards leave the other rows out
+        self._opened = False  # by `all_rows`, in this step
         self._signs: Tensor | None = None  # int64 [sum of rows]: random numbers, alike on all ranks
 
     @property
@@ -131,7 +133,9 @@ class GradientMask:
         elif self.selects:
             self.select(shards, step)
         self._age += 1
-        if dense or edited:
+        if self._opened:  # the backwards have left out what is masked of the new text
+            self._opened = False
+        elif dense or edited:
             rows = self.rows_by_name(self.keep)  # type: ignore[arg-type]
             for shard in shards.gradient_shards([t.name for t in self.targets]):
                 keep, output_dim = rows[shard.name]
@@ -139,6 +143,17 @@ class GradientMask:
         elif not self._shown:
             self._require_sparse(shards)
         return self._kept
+
+    @contextmanager
+    def all_rows(self) -> Iterator[None]:
+        """Backwards within it, behind those of the new text, are not masked, nor is whatever else
+        is added to the gradients of this step; with `backward: row_sparse`."""
+        assert self.sparse is not None
+        assert self.keep is not None
+        self._opened = True
+        self.sparse.keep(None)
+        yield
+        self.sparse.keep(self.keep)
 
     def _apply_previous(self, shards: ShardedModel, step: int) -> None:
         """The rows of this step are those that the last one selected; the first step has its own,

@@ -42,8 +42,12 @@ class RowSparseLinears:
         for target, rows in zip(self._targets, self._rows, strict=True):
             target.observed.forward = _forward(target.observed, rows, target.output_dim)  # type: ignore[assignment]
 
-    def keep(self, keep: Tensor) -> None:
-        """keep: bool [sum of rows], the targets one after the other."""
+    def keep(self, keep: Tensor | None) -> None:
+        """keep: bool [sum of rows], the targets one after the other; None: every row."""
+        if keep is None:
+            for rows in self._rows:
+                rows.index = None
+            return
         for rows, part in zip(self._rows, keep.split(self._sizes), strict=True):
             rows.index = part.nonzero().view(-1)
 

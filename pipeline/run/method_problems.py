@@ -42,6 +42,20 @@ def anchor_problems(r: Recipe) -> list[str]:
             found.append(f"data.domains.{name}: the name means something else beside an anchor")
     if a.loss == "cross_entropy" and a.cache != Anchor.cache:
         found.append("anchor.cache: has no effect on the cross-entropy of the text; remove it")
+    if not a.mask_anchor:
+        k = r.mask
+        if not k.enabled:
+            found.append("anchor.mask_anchor: has no effect without a mask; remove it")
+        elif k.backward != "row_sparse" or k.refresh == "stage":
+            found.append(
+                "anchor.mask_anchor: false needs mask.backward=row_sparse, where the new text's "
+                "backward leaves the masked rows out by itself; other ways mask the sum of both"
+            )
+        elif k.update == "strict":
+            found.append(
+                "anchor.mask_anchor: false moves masked rows, which mask.update=strict holds; "
+                "remove one of the two"
+            )
     if a.tokens < r.data.sequence_length:
         found.append(f"anchor.tokens: {a.tokens} is less than a sequence")
     return found
@@ -78,6 +92,8 @@ def method_problems(r: Recipe) -> list[str]:
                 r.optimizer.name == "adamw",
                 f"{name}: optimizer.name={r.optimizer.name} {EIGHT_BIT_DRIFT.split(';')[0]}",
             )
+    if r.mofo is not None:
+        need(0 < r.mofo.share < 1, f"mofo.share: {r.mofo.share} is outside (0, 1)")
     if r.l2_to_start is not None:
         need(r.l2_to_start.weight > 0, "l2_to_start.weight: must be positive")
         need(

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from pipeline.methods.ewc import Ewc
 from pipeline.methods.half import Half
 from pipeline.methods.l2_to_start import L2ToStart
 from pipeline.methods.method import Method, Start, Teacher
+from pipeline.methods.mofo import Mofo
 from pipeline.methods.olora import OLora
 from pipeline.methods.source_columns import SourceColumns
 from pipeline.model.attention import Separation
@@ -33,24 +34,46 @@ from pipeline.ranks import on_rank0
 from pipeline.recipe import Recipe
 from pipeline.run.data import RunData
 
+# In the order in which they act on a step; a name is the recipe's key.
+METHODS = (
+    EntropyGate,
+    Anchor,
+    OLora,
+    Distill,
+    DerPlusPlus,
+    Ewc,  # reads the gradient before the ones below change it
+    L2ToStart,
+    Half,
+    SourceColumns,
+    Das,
+    Mofo,
+    Ema,  # averages what the ones above have made of an update
+    StartAverage,
+)
+NEEDS = ("task labels", "old data", "old weights")  # `Method.needs`
+# What is set elsewhere in the recipe than by a method's own key.
+OTHERS = {
+    "mask": (),
+    "mask.criterion: fisher": ("task labels",),
+    "model.lora": (),
+    "model.lora.incremental": ("task labels",),
+    "stages[].replay": ("old data",),
+    "start_from: base": ("task labels",),
+}
+
 
 def methods_of(recipe: Recipe) -> list[Method]:
     """In the order in which they act on a step."""
-    chosen: list[tuple[Any, Callable[[Recipe], Method]]] = [
-        (recipe.entropy_gate, EntropyGate),
-        (recipe.anchor, Anchor),
-        (recipe.olora, OLora),
-        (recipe.kd, Distill),
-        (recipe.derpp, DerPlusPlus),
-        (recipe.ewc, Ewc),  # reads the gradient before the ones below change it
-        (recipe.l2_to_start, L2ToStart),
-        (recipe.hft, Half),
-        (recipe.ssu, SourceColumns),
-        (recipe.das, Das),
-        (recipe.ema, Ema),
-        (recipe.publish_average, StartAverage),
-    ]
-    return [method(recipe) for settings, method in chosen if settings is not None]
+    return [m(recipe) for m in METHODS if getattr(recipe, m.name) is not None]
+
+
+def needs_table() -> str:
+    """The paper's Table 1 of what is here: what each method needs beside the new text; Markdown."""
+    needs = {**OTHERS, **{m.name: m.needs for m in METHODS}}
+    rows = [["method", *NEEDS], ["---"] * (1 + len(NEEDS))]
+    for name, needed in sorted(needs.items(), key=lambda item: (len(item[1]), item[0])):
+        rows.append([f"`{name}`", *("yes" if n in needed else "" for n in NEEDS)])
+    return "".join(f"| {' | '.join(row)} |\n".replace("  ", " ") for row in rows)
 
 
 def run_start(

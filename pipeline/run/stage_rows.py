@@ -1,8 +1,8 @@
 """`mask.refresh: stage`: the rows of a stage, chosen before it begins, and the model split by them.
 
-The rows come from the magnitudes of the stage's first sequences, by the weights that it starts
-from. They are kept beside the stage's checkpoint, so that a stage that is continued, on other ranks
-too, has the same ones.
+The rows come from the magnitudes of the stage's first sequences (or their Fisher information), by
+the weights that it starts from. They are kept beside the stage's checkpoint, so that a stage that
+is continued, on other ranks too, has the same ones.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -15,13 +15,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pipeline.checkpoint import is_published, publish, verify
+from pipeline.data.objective import targets_of
 from pipeline.engine.config import DTYPES, precision_of
 from pipeline.errors import UserError
+from pipeline.migu.fisher import FisherRecorder
 from pipeline.migu.gradient_mask import GradientMask, NonFiniteMagnitude
 from pipeline.migu.targets import Target
 from pipeline.model.attention import Separation, arrange
+from pipeline.model.load import predict
 from pipeline.model.split_linear import split_linears, split_parts
 from pipeline.nodes import send_folder
 from pipeline.progress import say
@@ -107,7 +111,6 @@ def _choose(
     return {name: keep for name, (keep, _) in mask.rows_by_name(mask.keep).items()}
 
 
-@torch.no_grad()
 def _calibrate(
     net: nn.Module,
     mask: GradientMask,
@@ -116,18 +119,35 @@ def _calibrate(
     batches: Batches,
     device: torch.device,
 ) -> None:
-    """Forwards of the stage's first sequences, without dropout."""
+    """Passes over the stage's first sequences, without dropout."""
     steps = -(-recipe.mask.calibration // recipe.train.batch_size)
     net.eval()
     for _, micro_batches in zip(range(steps), batches, strict=False):
         for waiting in micro_batches:
             batch = {k: v.to(device) for k, v in waiting.items()}
+            if isinstance(mask.recorder, FisherRecorder):
+                for i in range(len(batch["labels"])):
+                    one = {k: v[i : i + 1] for k, v in batch.items()}
+                    _log_likelihood(net, one, separation, recipe.model.objective).backward()
+                    mask.recorder.add()
+                continue
             inputs, tokens = arrange(batch, separation, net)
-            with mask.recording(tokens.get("real"), tokens.get("decoder_real")):
+            with torch.no_grad(), mask.recording(tokens.get("real"), tokens.get("decoder_real")):
                 net(**inputs)
+    net.zero_grad(set_to_none=True)
     net.train()
     if close := getattr(batches, "close", None):
         close()
+
+
+def _log_likelihood(
+    net: nn.Module, batch: dict[str, Tensor], separation: Separation | None, objective: str
+) -> Tensor:
+    """Of all that a row predicts; nats."""
+    inputs, tokens = arrange(batch, separation, net)
+    targets = targets_of(tokens["labels"], objective)
+    logits = predict(net, inputs, targets >= 0, None).float()
+    return -F.cross_entropy(logits, targets[targets >= 0], reduction="sum")
 
 
 @contextmanager
@@ -171,6 +191,9 @@ class FrozenRows:
 
     def hold(self, *_: Any) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def all_rows(self) -> AbstractContextManager[None]:
+        raise RuntimeError("the other rows are frozen")  # `anchor_problems`
 
     def state_dict(self) -> dict[str, Any]:
         return {}

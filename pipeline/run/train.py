@@ -125,7 +125,7 @@ def train_stage(
             loss_sum += loss
         mean_loss = (summed(loss_sum, engine.device) / predicted.clamp_min(1)).item()
         with timer("backward"):
-            method_losses = extra_backwards(engine, head, extras)
+            method_losses = extra_backwards(engine, head, extras, mask)
         domain_losses = by_domain.reduce() if by_domain is not None else None
         lr = learning_rate(recipe.optimizer, peak_lr, step, steps)
         if lr_factor is not None:
@@ -232,10 +232,15 @@ def _predictions(
 
 
 def extra_backwards(
-    engine: Any, head: PredictedPositions | None, extras: list[tuple[Method, Any]]
+    engine: Any,
+    head: PredictedPositions | None,
+    extras: list[tuple[Method, Any]],
+    mask: Mask | None = None,
 ) -> dict[str, float]:
     """The micro-batches that methods add, behind those of the new text; each method's mean loss
     (nats a prediction, without its weight) over all ranks.
+
+    mask: of the step, whose rows are known where a method is not masked.
 
     The new text's loss is a mean over its predictions; a method's is one over its own, times its
     weight, whatever the numbers of rows.
@@ -248,7 +253,8 @@ def extra_backwards(
     for i, (method, batch) in enumerate(extras, start=1):
         loss = method.loss(engine, head, batch)
         scale = engine.micro_batches * world_size() / max(predicted[method], 1)
-        engine.backward(loss * method.weight * scale, last=i == len(extras))
+        with mask.all_rows() if mask and not method.masked else nullcontext():
+            engine.backward(loss * method.weight * scale, last=i == len(extras))
         sums[method] = sums.get(method, 0.0) + loss.detach().double()
     means = totals([sums[m].item() for m in counts], engine.device)
     return {m.name: s / max(predicted[m], 1) for m, s in zip(counts, means, strict=True)}
