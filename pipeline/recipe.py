@@ -381,7 +381,8 @@ class Recipe:
     train: Train = field(default_factory=Train)
     engine: Engine = field(default_factory=Engine)
     evaluate: Evaluation = field(default_factory=Evaluation)
-    start_from: Literal["previous", "base"] = "previous"  # what each stage starts from
+    # what each stage starts from; nearest: the base or earlier stage that knows its text best
+    start_from: Literal["previous", "base", "nearest"] = "previous"
     resume: Resume | None = field(default_factory=Resume)  # null: a stage starts over
     stop: Stop | None = None  # of the stages that train its domain
     bad_steps: BadSteps = field(default_factory=BadSteps)

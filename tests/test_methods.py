@@ -251,6 +251,25 @@ def test_every_stage_may_start_from_the_base(tmp_path):
     assert all(float((two[n] - w.bfloat16()).abs().max()) < 1e-20 for n, w in zero.items())
 
 
+def test_a_stage_may_start_from_the_nearest_of_all_before(tmp_path):
+    """The second stage learns nothing but noise, so that the third, which cannot move, ends with
+    the weights of the first."""
+    base = build_base(tmp_path / "base")
+    model = f"model={{path: {base}, objective: causal}}"
+    stages = "stages=[{domain: a, steps: 8}, {domain: b, steps: 4, lr: 1}, {domain: a, steps: 1}]"
+    fixed = ["optimizer.lr=0.01", "stages[2].lr=1.0e-30", "mask.enabled=false"]
+    run(tmp_path, [model, stages, *fixed, "start_from=nearest"])
+    folder = tmp_path / "runs/tiny"
+    losses = json.loads((folder / "kept/nearest/stage-03.json").read_text())["losses"]
+    assert losses[1] < losses[0] < losses[2]
+    one, two, three = (
+        load_file(folder / f"stages/{stage}/checkpoint/model.safetensors")
+        for stage in ("01_a", "02_b", "03_a")
+    )
+    assert all(float((three[n] - w).abs().max()) < 1e-20 for n, w in one.items())
+    assert not any(torch.equal(three[n], w) for n, w in two.items())
+
+
 def test_source_columns_in_a_run(tmp_path):
     """The share of the columns that the base's own text, or a domain's, uses most stays."""
     (tmp_path / "self").mkdir(), (tmp_path / "b").mkdir()
@@ -288,6 +307,8 @@ def test_the_start_of_the_run_is_the_base(start):
         (["olora={}"], "model.lora.incremental=true"),
         (["hft={}", "optimizer.weight_decay=0.1"], "hft: optimizer.weight_decay"),
         (["ssu={text: c}"], "ssu.text: 'c' is neither"),
+        (["start_from=nearest", "train.publish_dtype=bfloat16"], "set train.publish_dtype=float32"),
+        (["start_from=base", "ewc={}"], "start_from: base makes a model of its own .* ewc is for"),
         (["l2_to_start={}", "train.precision=fp16"], "l2_to_start: adds to the gradient"),
     ],
 )

@@ -36,9 +36,10 @@ from tests.test_parity import recipe_for
 from tests.test_run import tiny_recipe
 
 STEPS, SHARE = 3, 0.15
-ENGINES = [("roberta", "zero2"), ("llama", "zero3"), ("roberta", "fsdp")]
+ENGINES = [("llama", "zero3"), ("roberta", "fsdp")]
 if os.environ.get("RUN_EVERYTHING"):
-    ENGINES += [("llama", "zero0"), ("roberta", "zero1 offload"), ("llama", "zero3 offload")]
+    ENGINES += [("llama", "zero0"), ("roberta", "zero1 offload")]
+    ENGINES += [("roberta", "zero2"), ("llama", "zero3 offload")]
 
 
 def test_the_threshold_is_that_of_a_sort():
@@ -109,7 +110,7 @@ def momenta():
         expected = by_hand(name, world_size())
         found[kind] = max(float((weights[n] - w).abs().max()) for n, w in expected.items())
     start = dict(MODELS["llama"]().named_parameters())
-    _, first, rows = filtered("llama", "fsdp", masked=True)
+    _, first, rows = filtered("llama", "zero2", masked=True)
     outside = [(first[n] != start[n]).any(1) & ~keep for n, keep in rows.items()]
     moved = {n: int((w != start[n]).sum()) / w.numel() for n, w in first.items()}
     return found, torch.cat(outside).any().item(), max(moved.values())

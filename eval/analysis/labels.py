@@ -59,7 +59,8 @@ def methods_of(runs: list[Run]) -> list[str]:
         criterion = str(recipe.get("mask.criterion", "output"))
         threshold = recipe.get("mask.threshold", 0.7)
         selected = f"{CRITERIA.get(criterion, criterion)} T={threshold:g}" if is_masked else ""
-        alone = "each from the base" if recipe.get("start_from") == "base" else ""
+        source = recipe.get("start_from", "previous")
+        alone = f"each from the {source}" if source != "previous" else ""
         parts = (adapter_of(recipe), *methods_in(recipe), selected, alone)
         name = ", ".join(filter(None, parts)) or "ft"
         extra = [

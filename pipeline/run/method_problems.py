@@ -171,6 +171,26 @@ def baseline_problems(r: Recipe) -> list[str]:
             getattr(r, name) is None or len(r.stages) > 1,
             f"{name}: has no effect in a run of one stage: it protects earlier stages; remove it",
         )
+    lora = r.model.lora
+    apart = {n: getattr(r, n) for n in ("das", "ewc", "derpp", "olora")}
+    apart["model.lora.incremental"] = lora and lora.incremental
+    for name, used in apart.items():
+        need(
+            not used or r.start_from == "previous",
+            f"start_from: {r.start_from} makes a model of its own in each stage, and {name} is for "
+            "one that goes through all stages; remove one of them",
+        )
+    if r.start_from == "nearest":
+        need(
+            r.data.prepare,
+            "start_from: nearest reads the first of a stage's text from its prepared corpus, and "
+            "data.prepare=false makes none; remove one of them",
+        )
+        need(
+            r.train.publish_dtype == "float32",
+            "start_from: nearest may start from any earlier stage, and fp32 weights are kept of "
+            "the last one only; set train.publish_dtype=float32",
+        )
     if r.das:
         need(r.das.sequences >= 1, "das.sequences: must be at least 1")
         need(0 < r.das.dropout < 1, f"das.dropout: {r.das.dropout} is outside (0, 1)")

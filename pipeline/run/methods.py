@@ -59,6 +59,7 @@ OTHERS = {
     "model.lora.incremental": ("task labels",),
     "stages[].replay": ("old data",),
     "start_from: base": ("task labels",),
+    "start_from: nearest": ("task labels", "old weights"),
 }
 
 

@@ -39,6 +39,7 @@ from pipeline.run.evaluation import RESULTS, Evaluation
 from pipeline.run.folder import MASTERS, RESUME, describe_model, open_run, stage_folder, step_folder
 from pipeline.run.guard import KeptWeights, watch_of
 from pipeline.run.methods import methods_of, run_start, stage_start
+from pipeline.run.nearest import nearest_start
 from pipeline.run.published import check_masters, publish_masters, publish_model, remove
 from pipeline.run.replicas import check_replicas, compare_replicas
 from pipeline.run.resume import Attempt, StageState, discard
@@ -219,8 +220,9 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
     for line in plan.describe(recipe.data.sequence_length):
         _tell(f"{s.name}: {line}")
     end_if_asked()
-    goes_on = stage > 1 and recipe.start_from == "previous"
-    before = str(run.checkpoint(stage - 1)) if goes_on else _base_checkpoint(run)
+    source = _source(run, stage)
+    goes_on = source > 0
+    before = str(run.checkpoint(source)) if goes_on else _base_checkpoint(run)
     if run.keeps_masters and goes_on and run.holds != before:
         check_masters(run.masters(stage - 1))
     if run.adds_adapters:
@@ -315,6 +317,22 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
         remove(run.masters(stage - 1))
     publish_seconds = time.perf_counter() - since
     return {**numbers, "publish_seconds": publish_seconds}
+
+
+def _source(run: Run, stage: int) -> int:
+    """The stage whose weights a stage starts from; 0: the base."""
+    start_from = run.recipe.start_from
+    if stage == 1 or start_from == "base":
+        return 0
+    if start_from == "previous":
+        return stage - 1
+    assert run.begun is not None  # by `run_recipe`
+    _close_engine(run)  # room for whole models
+    checkpoints = [_base_checkpoint(run), *(str(run.checkpoint(i)) for i in range(1, stage))]
+    source = nearest_start(run.begun, stage, checkpoints)
+    names = ["the base", *(f"stage {i} {s.name}" for i, s in enumerate(run.recipe.stages, 1))]
+    _tell(f"stage {stage} {run.recipe.stages[stage - 1].name}: starts from {names[source]}")
+    return source
 
 
 def _unlogged(run: Run, stage: int) -> dict[str, Any] | None:

@@ -1,0 +1,120 @@
+"""Every method over two tasks with a small T5, with and without MIGU, under ZeRO-2 and FSDP2."""
+
+import os
+
+import pytest
+from safetensors.torch import load_file
+
+from pipeline.engine.config import resolve_engine_config
+from pipeline.errors import UserError
+from pipeline.ranks import meet, on_rank0, world_size
+from pipeline.run.methods import METHODS, OTHERS
+from pipeline.run.recipe_file import load_recipe
+from pipeline.run.run import run_recipe
+from tests.spawn import run_ranks
+
+EVERYTHING = bool(os.environ.get("RUN_EVERYTHING"))
+RECIPE = """
+model:
+  config: {model_type: t5, d_model: 16, d_kv: 8, d_ff: 24, num_layers: 1, num_heads: 2}
+  train_tokenizer: 420
+  objective: seq2seq
+data:
+  domains:
+    subject:
+      embedded: toy_subject
+      task: {instruction: "Of what?", labels: [animal, plant, tool, person], train_rows: 40}
+    mood:
+      embedded: toy_mood
+      task: {instruction: "How?", labels: [happy, sad], train_rows: 40}
+    place:
+      embedded: toy_place
+      task: {instruction: "Where?", labels: [indoors, outdoors], train_rows: 40}
+  template: plain
+  packing: false
+  sequence_length: 96
+  heldout_sequences: 4
+stages: [{domain: subject, steps: 2}, {domain: mood, steps: 2}]
+train: {batch_size: 4}
+optimizer: {lr: 0.01}
+"""
+LORA = ("model.config=null", "model.train_tokenizer=null")
+OVERRIDES = {
+    "entropy_gate": ("entropy_gate={tokens: 5}",),
+    "anchor": ("anchor={text: place, tokens: 2k, cache: 8, fraction: 0.5}",),
+    "olora": (*LORA, "model.lora={incremental: true}", "olora={}"),
+    "kd": ("kd={}",),
+    "ewc": ("ewc={}",),
+    "l2_to_start": ("l2_to_start={}",),
+    "hft": ("hft={}",),
+    "mofo": ("mofo={}",),
+    "ema": ("ema={}",),
+    "publish_average": ("publish_average={}",),
+    "mask": (),
+    "mask.criterion: fisher": ("mask.criterion=fisher", "mask.refresh=stage"),
+    "model.lora": (*LORA, "model.lora={}"),
+    "model.lora.incremental": (*LORA, "model.lora={incremental: true}"),
+    "stages[].replay": ("stages[1].replay=0.1",),
+    "start_from: base": ("start_from=base",),
+    "start_from: nearest": ("start_from=nearest",),
+}
+# They look at one stack of layers, and a T5 has two: refused there, and tested elsewhere.
+OF_ONE_STACK = ("das", "derpp", "ssu")
+TOGETHER = "entropy_gate", "anchor", "kd", "ewc", "l2_to_start", "hft", "mofo", "ema"
+
+
+def cases(method):
+    """(name of the run, overrides)"""
+    if method == "together":
+        together = [o for name in TOGETHER for o in OVERRIDES[name]]
+        return [("together-zero2", (*together, "stages[1].replay=0.1"))]
+    found = []
+    for masked in (True,) if method.startswith("mask") else (True, False):
+        off = () if masked else ("mask.enabled=false",)
+        found += [(f"{masked}-{e}", (*OVERRIDES[method], *off)) for e in ("zero2", "fsdp")]
+    return found
+
+
+def run_all(folder, method):
+    path = folder / "recipe.yaml"
+    on_rank0(lambda: path.write_text(RECIPE))
+    runs = cases(method)
+    if any("lora" in o for _, overrides in runs for o in overrides):  # its base
+        runs = [("base-zero2", ("stages=[{domain: subject, steps: 1}]",)), *runs]
+    nothing = lambda *_: None  # noqa: E731
+    for name, overrides in runs:
+        meet()
+        if any("lora" in o for o in overrides):
+            overrides = (f"model.path={folder}/base-zero2/stages/00_base/checkpoint", *overrides)
+        fsdp = name.endswith("fsdp")
+        kind = ["engine.kind=fsdp"] if fsdp else []
+        recipe = load_recipe(
+            path, [f"data.prepared={folder}/prepared", f"name={name}", *overrides, *kind]
+        )
+        config = resolve_engine_config(
+            None if fsdp else "ds_configs/zero2.json", recipe, world_size(), "cpu"
+        )
+        run_recipe(recipe, config, folder, nothing, nothing, nothing)
+
+
+@pytest.mark.parametrize("method", ["together", *(OVERRIDES if EVERYTHING else ())])
+def test_methods_run_over_tasks_on_every_engine(tmp_path, method):
+    """What is published is finite; the two engines publish the same."""
+    run_ranks(run_all, 2, tmp_path, method)
+    published = {}
+    for name, _ in cases(method):
+        [file] = (tmp_path / name / "stages/02_mood/checkpoint").glob("*.safetensors")
+        published[name] = load_file(file)
+        assert all(w.isfinite().all() for w in published[name].values())
+    for name, weights in published.items():
+        other = published.get(name.replace("zero2", "fsdp"), weights)
+        assert max(float((other[key] - w).abs().max()) for key, w in weights.items()) < 1e-3
+
+
+def test_every_method_is_among_them(tmp_path):
+    assert {m.name for m in METHODS} | OTHERS.keys() == OVERRIDES.keys() | set(OF_ONE_STACK)
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name: x\n" + RECIPE)
+    for name in OF_ONE_STACK:
+        with pytest.raises(UserError, match=f"{name}: reads the hidden states"):
+            load_recipe(path, [f"{name}={{}}"])
