@@ -74,7 +74,7 @@ def end_task_lines(run: Run) -> list[str]:
     scores = Matrix(stages, tasks, {}, rows, lower_is_better=False)
     title = "end tasks after each stage: macro-F1 (of ChemProt micro-F1), %"
     shown = (f"{COLUMNS[key]} {percent(e.mean)}" for key, e in table([matrix]).items() if e)
-    return [*lines, *matrix_lines(title, scores, percent), ", ".join(shown)]
+    return [*lines, *matrix_lines(title, scores, percent), "; ".join(shown)]
 
 
 def task_lines(run: Run) -> list[str]:
