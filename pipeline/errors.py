@@ -25,16 +25,23 @@ class TrainingStopped(Exception):
     a rank is gone."""
 
 
+# The exit code that says that the same command goes on: EX_TEMPFAIL of sysexits.h.
+RETRY = 75
+
+
 class RankLost(TrainingStopped):
-    """Another rank is gone: the same command goes on where this attempt has got to."""
+    """Another rank is gone, and with it what this attempt can do.
+
+    code: the exit code of all: RETRY, or that of a rank which has ended with a message.
+    """
+
+    def __init__(self, message: str, code: int = RETRY):
+        super().__init__(message)
+        self.code = code
 
 
 class Interrupted(Exception):
     """The run was asked to end (a signal). Nothing is lost; the same command goes on."""
-
-
-# The exit code that says so to a scheduler: EX_TEMPFAIL of sysexits.h.
-RETRY = 75
 
 
 class BadGradient(TrainingStopped):

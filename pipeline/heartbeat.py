@@ -37,6 +37,7 @@ class Heartbeat:
         self._watched = list(range(1, ranks)) if rank == 0 else [0]
         self._seen: dict[int, tuple[bytes, float]] = {}
         self.gone: str | None = None  # who, and what is known about it
+        self._code = RETRY  # its exit code, which is this rank's then
         self._stays = False  # this rank ends by itself
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
@@ -57,7 +58,7 @@ class Heartbeat:
     def check(self) -> None:
         """Raises RankLost if a rank is gone."""
         if self.gone is not None:
-            raise RankLost(self.gone)
+            raise RankLost(self.gone, self._code)
 
     def say(self, key: str) -> None:
         self._store.set(f"heartbeat/{key}", "1")
@@ -69,12 +70,27 @@ class Heartbeat:
         """Add to a counter that all ranks share; its new value."""
         return self._store.add(f"heartbeat/{key}", more)
 
-    def leave(self, reason: str) -> None:
-        """This rank ends; the others need not wait for it."""
+    def lost(self) -> RankLost:
+        """Why a collective has broken: another rank has said that it ends, or is just gone."""
+        try:
+            if self.gone is None and self.said("gone"):
+                self._hear_of_the_gone()
+        except RuntimeError:
+            pass  # the store is gone too
+        return RankLost(self.gone or "another rank is gone; see what it has said", self._code)
+
+    def leave(self, reason: str, code: int, alone: bool) -> None:
+        """This rank ends; the others need not wait for it, and end with the same code.
+
+        alone: they do not know it by themselves, so the store, which may be rank 0's, has to stay
+            until they have heard.
+        """
         self._stays = True
         if self.gone is None:
             try:
-                self._store.set("heartbeat/gone", f"rank {self._rank} ended: {reason}")
+                self._store.set("heartbeat/gone", f"{code} rank {self._rank} ended: {reason}")
+                if alone and self._rank == 0:
+                    time.sleep(2 * INTERVAL)
             except RuntimeError:
                 return  # so has the store
 
@@ -92,10 +108,10 @@ class Heartbeat:
                     told = True
                 self._store.set(f"heartbeat/{self._rank}", str(beats))
                 if self.said("gone"):
-                    self.gone = self._store.get("heartbeat/gone").decode()
+                    self._hear_of_the_gone()
                 elif silent := self._silent():
                     self.gone = f"rank {silent[0]} has not been heard of for {LIMIT:.0f} seconds"
-                    self._store.set("heartbeat/gone", self.gone)
+                    self._store.set("heartbeat/gone", f"{RETRY} {self.gone}")
             except RuntimeError as error:  # the store is rank 0's, or the launcher's
                 self.gone = f"rank 0 is gone ({_first_line(error)})"
             time.sleep(INTERVAL)
@@ -103,7 +119,11 @@ class Heartbeat:
             return
         time.sleep(PATIENCE)  # a daemon: usually the process ends meanwhile
         print(f"rank {self._rank}: stopped: {self.gone}", file=sys.stderr, flush=True)
-        os._exit(RETRY)
+        os._exit(self._code)
+
+    def _hear_of_the_gone(self) -> None:
+        code, who = self._store.get("heartbeat/gone").decode().split(" ", 1)
+        self._code, self.gone = int(code), who
 
     def _silent(self) -> list[int]:
         keys = [f"heartbeat/{r}" for r in self._watched]

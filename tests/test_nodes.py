@@ -206,7 +206,7 @@ def launch(launcher: str, script: Path, port: int, *arguments: str) -> subproces
 def test_an_error_of_one_rank_alone_ends_the_run_and_is_printed(launcher, script):
     process = launch(launcher, script, free_port())
     output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
+    assert process.returncode == (2 if launcher == "deepspeed" else 1)  # torchrun has its own
     assert "the disk of node 1 is full" in output
     assert "rank 1" in output
     # torchrun prints a table of its own; neither rank prints a traceback of this project.

@@ -69,7 +69,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 
     Rank 0 speaks for all; an error of another rank alone is printed by that rank, with its number.
     Exit codes: 2 for a UserError, 1 for TrainingStopped, RETRY where the same command goes on: a
-    rank is gone, or the run was asked to end; 130 for Ctrl-C before it could be.
+    rank is gone, or the run was asked to end; 130 for Ctrl-C before it could be. Where a rank has
+    ended with a message, the others end with its code.
     """
     read_and_write_utf8()
     use_caches_that_exist()
@@ -81,9 +82,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except Interrupted as error:
         _interrupted(error)
     except RankLost as error:
-        if _asked():
-            _interrupted(error)
-        _leave(error, f"stopped: {error}. Run the same command again to continue.", RETRY)
+        _left_alone(error)
     except TrainingStopped as error:
         _leave(error, f"stopped: {error}. The stages that were published are unharmed.", 1)
     except OSError as error:
@@ -95,10 +94,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except RuntimeError as error:
         if not any(sign in str(error) for sign in LOST):
             raise
-        if _asked():
-            _interrupted(error)
-        _leave(error, "stopped: another rank is gone; see what it has said. Run the same command "
-               "again to continue.", RETRY)  # fmt: skip
+        heart = _heart()
+        _left_alone(heart.lost() if heart else RankLost("another rank is gone"))
     sys.exit(0)
 
 
@@ -116,6 +113,20 @@ def _asked() -> str | None:
     return signals and signals.asked()
 
 
+def _heart() -> Any:
+    """This rank's heartbeat; None where nobody waits for it."""
+    heartbeat: Any = sys.modules.get("pipeline.heartbeat")
+    return heartbeat and heartbeat.mine()
+
+
+def _left_alone(error: RankLost) -> NoReturn:
+    """Another rank is gone: with its code, where it has ended with a message."""
+    if _asked():
+        _interrupted(error)
+    again = ". Run the same command again to continue." if error.code == RETRY else ""
+    _leave(error, f"stopped: {error}{again}", error.code)
+
+
 def _interrupted(error: Exception) -> NoReturn:
     """Every rank was to end, so rank 0 alone says it."""
     error.everywhere = True  # type: ignore[attr-defined]
@@ -126,11 +137,11 @@ def _interrupted(error: Exception) -> NoReturn:
 def _leave(error: Exception | None, message: str, code: int) -> NoReturn:
     """End this process with a message, printed once for all the ranks that have the same."""
     rank = int(os.environ.get("RANK", 0))
-    heartbeat: Any = sys.modules.get("pipeline.heartbeat")  # if not, nobody waits for this rank
-    if heartbeat and (mine := heartbeat.mine()):
-        mine.leave(message)
+    alone = error is not None and not getattr(error, "everywhere", False)
+    if heart := _heart():
+        heart.leave(message, code, alone)
     if rank > 0:
-        if error is None or getattr(error, "everywhere", False):
+        if not alone:
             sys.exit(code)  # rank 0 prints it
         # Where rank 0 and the ranks before this one fail alike, the launcher ends this one first.
         time.sleep(3 + 2 * int(os.environ.get("LOCAL_RANK", 0)))
