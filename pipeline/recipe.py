@@ -264,14 +264,17 @@ class BadSteps:
 
 @dataclass
 class Guard:
-    """Watch the held-out loss of a domain that a stage must not forget (docs/faults.md)."""
+    """Watch what a stage must not forget: the held-out loss of a domain, or a benchmark
+    (docs/faults.md)."""
 
-    domain: str
-    max_rise: float = 0.05  # nats of held-out text
+    domain: str | None = None
+    max_rise: float = 0.05  # nats of its held-out text
+    benchmark: str | None = None  # instead of a domain: one of evaluate.benchmarks
+    max_fall: float = 2.0  # points (of 100) of the benchmark
     steps: int = 50  # between two checks
     # stop: end the stage with the weights of the last check that passed
     action: Literal["stop", "lower_lr", "warn"] = "stop"
-    against: Literal["base", "stage"] = "base"  # the loss of stage 0, or of the stage's start
+    against: Literal["base", "stage"] = "base"  # as at stage 0, or as the stage began
 
 
 @dataclass
@@ -301,6 +304,10 @@ class Resume:
     steps: int | None = 200  # between two checkpoints
     minutes: float | None = 15  # the longest time between two
     keep: int = 2  # the newest ones, until the stage is published
+    # steps; a checkpoint behind a multiple of it is kept beside the newest ones; null: none
+    keep_every: int | None = None
+    # stop: the run ends (exit code 2) where a checkpoint cannot be written; go_on: it is said
+    on_error: Literal["go_on", "stop"] = "go_on"
     grace: float = 120  # seconds from the signal to end until the process does, whatever it does
 
 

@@ -323,6 +323,8 @@ KEYS: dict[str, str | Change] = {
     "BadSteps.window": "test_the_budget_and_the_spike_rule",
     "Guard.domain": "test_the_guard_ends_a_stage_that_forgets_and_publishes_what_was_before",
     "Guard.max_rise": "test_what_the_guard_does",
+    "Guard.benchmark": "test_what_the_guard_does",
+    "Guard.max_fall": "test_what_the_guard_does",
     "Guard.steps": "test_what_the_guard_does",
     "Guard.action": "test_what_the_guard_does",
     "Guard.against": "test_what_the_guard_does",
@@ -335,6 +337,8 @@ KEYS: dict[str, str | Change] = {
     "Resume.steps": "test_a_stage_is_saved_when_the_recipe_says",
     "Resume.minutes": "test_a_stage_is_saved_when_the_recipe_says",
     "Resume.keep": "test_a_stage_is_saved_when_the_recipe_says",
+    "Resume.keep_every": "test_a_stage_is_saved_when_the_recipe_says",
+    "Resume.on_error": "test_a_full_disk_costs_no_checkpoint_and_the_recipe_says_what_then",
     "Resume.grace": "test_the_grace_period_and_a_second_signal_end_at_once",
     "Evaluation.domains": Change(
         "evaluate.domains=[a]",

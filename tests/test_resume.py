@@ -1,22 +1,29 @@
 """What the ranks hold of a stage is saved by weight: any engine on any ranks goes on from it."""
 
+import errno
 import io
 import itertools
 import json
+import os
+import re
 from contextlib import redirect_stdout
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
 from pipeline.errors import UserError
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.ranks import meet, rank, world_size
 from pipeline.recipe import Resume
+from pipeline.run import resume
 from pipeline.run.resume import Attempt, Saver, StageState, newest
 from pipeline.run.train import train_stage
 from tests.reference import MODELS, micro_batches
 from tests.spawn import run_ranks
 from tests.test_engine import BUILDS, EVERYTHING, start
+from tests.test_optimizer import small_roberta
+from tests.test_parity import ENGINES, recipe_for, zero_engine
 
 STEPS = 2  # before a checkpoint and behind it
 BATCH = 2  # micro-batches of a step
@@ -187,17 +194,115 @@ def in_every_way(folder):
         when_saved(folder / "none", None),
         when_saved(folder / "steps", Resume(steps=2, minutes=None, keep=2)),
         when_saved(folder / "one", Resume(steps=2, minutes=None, keep=1)),
+        when_saved(folder / "every", Resume(steps=1, minutes=None, keep=1, keep_every=3)),
         when_saved(folder / "at once", Resume(steps=None, minutes=1e-9))[3],
         when_saved(folder / "minutes", Resume(steps=None, minutes=60))[3],
     ]
 
 
 def test_a_stage_is_saved_when_the_recipe_says(results):
-    none, steps, one, at_once, minutes = results["when"][0]
+    none, steps, one, every, at_once, minutes = results["when"][0]
     assert none == [[]] * 7
     assert steps == [[], [2], [2], [2, 4], [2, 4], [4, 6], [4, 6]]  # the last step is published
     assert one == [[], [2], [2], [4], [4], [6], [6]]
+    assert every == [[1], [2], [3], [3, 4], [3, 5], [3, 6], [3, 6]]
     assert (at_once, minutes) == ([3, 4], [])
+
+
+def one_rank_cannot_write(folder):
+    """What both policies do where the disk of rank 1 is full behind the second step of four: the
+    checkpoints that are there at the end, and the message."""
+    engine, _ = engine_of("roberta", "zero2", "fp32")
+    write, out = resume.write_pieces, {}
+
+    def full(path, pieces):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for policy in ("go_on", "stop"):
+        settings = Resume(steps=1, minutes=None, keep=1, on_error=policy)
+        attempt = Attempt(folder / policy, settings, StageState(engine, Position()), 9)
+        message = None
+        try:
+            for step in range(1, 5):
+                resume.write_pieces = full if (rank(), step) == (1, 2) else write
+                attempt.after_step(step)
+            attempt.finish()
+        except UserError as error:
+            message = str(error)
+        meet()
+        out[policy] = sorted(p.name for p in (folder / policy).iterdir()), message
+    engine.close()
+    return out
+
+
+def test_where_one_rank_cannot_write_all_go_on_or_all_stop(results):
+    for found in results["full"]:
+        assert found["go_on"] == (["step-000004"], None)
+        there, message = found["stop"]
+        assert there == ["step-000001"]
+        assert re.search(r"no resume checkpoint was written: rank 1: .*No space left", message)
+
+
+def eight_bits_go_on(folder):
+    """AdamW with 8-bit moments: by engine, the largest difference of a weight behind the steps
+    after a checkpoint, and of a moment right behind it as a share of the largest of its weight."""
+    out = {}
+    for kind in ENGINES if EVERYTHING else ("zero2",):
+        settings = recipe_for("roberta", 2 * world_size())
+        settings.optimizer.name, settings.mask.update = "adamw8bit", "strict"
+        one, other = (zero_engine(small_roberta(), settings, ENGINES[kind]) for _ in range(2))
+        train(one, settings, "roberta", 0, STEPS)
+        save(folder / kind, one, STEPS)
+        StageState(other, Position()).load(newest(folder / kind))
+        moment = 0.0
+        for a, b in zip(one.state_shards(), other.state_shards(), strict=True):
+            assert (a.step, b.step) == (STEPS, STEPS)
+            assert torch.equal(a.master.tensor, b.master.tensor)
+            for name, m in a.moments.items():
+                if m.numel() and m.any():
+                    difference = (m - b.moments[name]).abs().max() / m.abs().max()
+                    moment = max(moment, float(difference))
+        for engine in (one, other):
+            train(engine, settings, "roberta", STEPS, STEPS)
+        expected = dict(one.full_weights())
+        weight = max(float((w - expected[n]).abs().max()) for n, w in other.full_weights())
+        out[kind] = weight, moment
+        one.close()
+        other.close()
+    return out
+
+
+def test_moments_of_eight_bits_are_rounded_once_more(results):
+    for found in results["eight"]:
+        for weight, moment in found.values():
+            assert moment < 0.02  # a step of the 8 bits
+            assert weight < 1e-3  # steps are of 1e-2
+
+
+def loss_scale_goes_on(folder):
+    """A CPU does not train in fp16, so the scale is DeepSpeed's own beside an engine in fp32."""
+    scales = []
+    for first in (True, False):
+        engine, _ = engine_of("gpt2", "zero1", "fp32")
+        scaler = engine._scaler = DynamicLossScaler(init_scale=2**16, scale_window=50)
+        assert scaler.cur_scale == 2**16
+        if first:
+            for overflow in (True, False, False, True, True, False):
+                scaler.update_scale(overflow)
+            save(folder, engine, 1)
+        else:
+            StageState(engine, Position()).load(newest(folder))
+        for _ in range(49):  # when it grows depends on when it last shrank
+            scaler.update_scale(False)
+        scales.append(vars(scaler))
+        engine.close()
+    return scales
+
+
+def test_the_loss_scale_goes_on(results):
+    for one, other in results["scale"]:
+        assert one == other
+        assert one["cur_scale"] < 2**16
 
 
 def masks_go_on(_folder):
@@ -254,6 +359,7 @@ def everything(folder):
     parts = {
         "same": in_the_same_engine, "across": across_engines, "damaged": damaged,
         "when": in_every_way, "nodes": without_a_shared_folder,
+        "full": one_rank_cannot_write, "eight": eight_bits_go_on, "scale": loss_scale_goes_on,
         "masks": masks_go_on,
     }  # fmt: skip
     return {name: part(folder / name) for name, part in parts.items()}

@@ -132,9 +132,14 @@ def interventions(log: Log, stages: list[str]) -> list[str]:
             "stop": f"The guard ended {where}",
             "lower_lr": f"The guard lowered the learning rate of {where}",
         }.get(r["action"], f"The guard warns of {where}")
-        risen, limit = finite(r.get("rise")), finite(r.get("max_rise"))
-        by = "" if risen is None or limit is None else f" by {risen:.3f} nats, over {limit:g},"
-        text = f"{did}: the held-out loss of {r.get('domain')} had risen{by} at step {r['step']}."
+        if "benchmark" in r:
+            what, unit = f"{r['benchmark']} had fallen", "points"
+            worse, limit = finite(r.get("fall")), finite(r.get("max_fall"))
+        else:
+            what, unit = f"the held-out loss of {r.get('domain')} had risen", "nats"
+            worse, limit = finite(r.get("rise")), finite(r.get("max_rise"))
+        by = "" if worse is None or limit is None else f" by {worse:.3f} {unit}, over {limit:g},"
+        text = f"{did}: {what}{by} at step {r['step']}."
         if r["action"] == "stop":
             text += " Its checkpoint is that of the last check that passed."
         found.append(text)

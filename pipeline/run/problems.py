@@ -314,6 +314,8 @@ def resume_problems(r: Resume | None) -> list[str]:
         found.append("resume: neither `steps` nor `minutes` says when to save; give one, or null")
     if r.keep < 1:
         found.append("resume.keep: must be at least 1")
+    if r.keep_every is not None and (not r.steps or r.keep_every < 1 or r.keep_every % r.steps):
+        found.append("resume.keep_every: must be a multiple of resume.steps, or null")
     if not r.grace > 0:
         found.append("resume.grace: must be above 0, in seconds")
     return found

@@ -169,10 +169,17 @@ class Attempt:
 
         Raises:
             Interrupted: on every rank, when what there is to save is on the disk.
+            UserError: on every rank, where nothing can be saved and the recipe stops then.
         """
         saver = self._saver
-        asked, late = any_rank(signals.asked() is not None, saver is not None and saver.late)
+        asked, late, failed = any_rank(
+            signals.asked() is not None,
+            saver is not None and saver.late,
+            saver is not None and saver.failed,
+        )
         last = step == self._steps  # the stage is published
+        if failed:
+            self.finish()
         if saver is not None and (asked or ((late or saver.due(step)) and not last)):
             saver.save(step)
         if asked:
@@ -193,7 +200,11 @@ class Attempt:
         return None if found is None else self.state.load(found, position=False)
 
     def finish(self) -> None:
-        """Wait for what is being written. All ranks call it."""
+        """Wait for what is being written. All ranks call it.
+
+        Raises:
+            UserError: on every rank, where it cannot be, and the recipe stops then.
+        """
         if self._saver is not None:
             self._saver.finish()
 
@@ -230,6 +241,11 @@ class Saver:
         minutes = self._settings.minutes
         return minutes is not None and time.monotonic() - self._since > 60 * minutes
 
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows that what was being written is not on the disk."""
+        return self._problem is not None
+
     def due(self, step: int) -> bool:
         return self._settings.steps is not None and step % self._settings.steps == 0
 
@@ -259,7 +275,11 @@ class Saver:
 
     def finish(self) -> str | None:
         """Wait until what is being written is on the disk; why it is not, said by rank 0: the
-        checkpoints before it are unharmed, and training may go on. All ranks call it."""
+        checkpoints before it are unharmed, and training may go on. All ranks call it.
+
+        Raises:
+            UserError: on every rank, why it is not, where the recipe stops then.
+        """
         if self._thread is None:
             return None
         self._written.wait()
@@ -268,8 +288,15 @@ class Saver:
         self._thread.join()
         self._thread = None
         problem = next((p for p in gather(self._problem) if p), None)
+        self._problem = None
+        text = f"{self._folder}: no resume checkpoint was written: {problem}"
+        if problem and self._settings.on_error == "stop":
+            raise everywhere(
+                f"{text}. Those before it are whole: mend this and run the same command again, or "
+                "set resume.on_error=go_on"
+            )
         if problem and rank() == 0:
-            say(f"{self._folder}: no resume checkpoint was written: {problem}")
+            say(text)
         return problem
 
     def _copy(self, key: str, live: torch.Tensor) -> torch.Tensor:
@@ -310,8 +337,9 @@ class Saver:
         seal(temporary, self._folder / _name(step), {"step": step, "token": self._token}, digests)
         self._durable.append(step)
         kept = {_name(s) for s in self._durable[-self._settings.keep :]}
+        every = self._settings.keep_every
         for folder in self._folder.glob("step-*"):
-            if folder.name not in kept:
+            if folder.name not in kept and (not every or int(folder.name[5:]) % every):
                 _delete(folder)
 
 

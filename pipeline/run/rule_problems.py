@@ -1,6 +1,6 @@
 """What is wrong with the recipe's rules for a stage that goes wrong."""
 
-from pipeline.recipe import BadSteps, Recipe
+from pipeline.recipe import BadSteps, Guard, Recipe
 
 
 def rule_problems(r: Recipe) -> list[str]:
@@ -28,11 +28,20 @@ def rule_problems(r: Recipe) -> list[str]:
         found.append("bad_steps.window: must be at least 2 steps")
     if g is None:
         return found
-    if g.domain not in r.heldout_domains():
+    if (g.domain is None) == (g.benchmark is None):
+        found.append("guard: give the `domain` or the `benchmark` that it watches, one of the two")
+    elif g.domain is not None and g.domain not in r.heldout_domains():
         known = ", ".join(r.heldout_domains())
         found.append(f"guard.domain: {g.domain!r} is not one of the measured domains ({known})")
-    if not g.max_rise > 0:
-        found.append("guard.max_rise: must be positive, in nats of held-out text")
+    elif g.benchmark is not None and g.benchmark not in r.evaluate.benchmarks:
+        known = ", ".join(r.evaluate.benchmarks) or "none"
+        found.append(f"guard.benchmark: {g.benchmark!r} is not in evaluate.benchmarks ({known})")
+    for key, unit, of in (("max_rise", "nats of held-out text", "domain"),
+                          ("max_fall", "points of the benchmark", "benchmark")):  # fmt: skip
+        if not getattr(g, key) > 0:
+            found.append(f"guard.{key}: must be positive, in {unit}")
+        if getattr(g, of) is None and getattr(g, key) != getattr(Guard, key):
+            found.append(f"guard.{key}: has no effect without guard.{of}; remove it")
     if g.steps < 1:
         found.append("guard.steps: must be at least 1")
     return found

@@ -35,7 +35,7 @@ from pipeline.recipe import Recipe
 from pipeline.run.bad_steps import BadStepRule
 from pipeline.run.build import Engine, build_engine, starts_elsewhere
 from pipeline.run.data import RunData, describe_unread, open_data
-from pipeline.run.evaluation import RESULTS, Evaluation
+from pipeline.run.evaluation import Evaluation
 from pipeline.run.folder import MASTERS, RESUME, describe_model, open_run, stage_folder, step_folder
 from pipeline.run.guard import KeptWeights, watch_of
 from pipeline.run.methods import methods_of, run_start, stage_start
@@ -228,7 +228,7 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
     if run.adds_adapters:
         _close_engine(run)
     engine = _engine_with(run, before, stage)
-    _require_space(run, engine)
+    _require_space(run, engine, plan.steps)
     assert run.begun is not None  # by `run_recipe`
     begun = stage_start(run.begun, stage, before, run.separation, engine)
     for method in run.methods:
@@ -242,7 +242,8 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
 
     kept = KeptWeights(run.checkpoint(stage).parent, engine, run.methods)
     loss = partial(_published_loss, run, engine)
-    guard = watch_of(recipe.guard, stage, plan.steps, loss, kept, run.log)
+    evaluated = partial(_evaluate_within, run, stage, engine, measure, plan)
+    guard = watch_of(recipe.guard, stage, plan.steps, loss, evaluated, kept, run.log)
     bad = BadStepRule(recipe.bad_steps, stage, s.name, run.log, batches.documents)
     rules = [bad, *([guard] if guard else [])]
     state = StageState(engine, batches, mask, [*run.methods, *rules], recipe.stage_seed(stage))
@@ -251,7 +252,7 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
     if attempt.behind:
         _tell(f"stage {stage} {s.name}: goes on behind step {attempt.behind} of {plan.steps}")
     elif guard is not None:
-        guard.begin(Evaluation(run.folder, 0, "base", "").folder / RESULTS["heldout"])
+        guard.begin(run.checkpoint(0).parent, run.checkpoint(stage - 1 if goes_on else 0).parent)
     if run.log is not None:
         run.log.write("begin", stage=stage, step=attempt.behind)
     on_rank0(partial(_clear_within, run, stage, attempt.behind))
@@ -265,13 +266,13 @@ def _train(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict
                 run.check_folder()
                 if every and step % every == 0:
                     compare_replicas(engine, step)
-                ended = guard is not None and guard.after_step(step)
-                if not ended:
-                    attempt.after_step(step)
             try:
+                ended = guard is not None and guard.after_step(step)
+                if step > attempt.behind and not ended:
+                    attempt.after_step(step)
                 ended = ended or (step > 0 and target is not None and target.reached(step))
                 if step in pauses and not ended:
-                    _evaluate_within(run, stage, engine, measure, step, pauses[step])
+                    evaluated(step)
             except Interrupted:
                 attempt.leave(step)
                 raise
@@ -353,11 +354,12 @@ def _evaluate_within(
     stage: int,
     engine: Engine,
     measure: Callable[[Evaluation], float],
+    plan: StagePlan,
     step: int,
-    progress: float,
-) -> None:
-    """Publish and measure the model as it is after a step of a stage."""
-    name = run.recipe.stages[stage - 1].name
+) -> Path:
+    """Publish and measure the model as it is after a step of a stage; the folder of the results."""
+    name, every = run.recipe.stages[stage - 1].name, run.recipe.stages[stage - 1].evaluate_every
+    progress = plan.pauses(every).get(step, step / plan.steps_per_unit)
     target = step_folder(stage_folder(run.folder, stage, name), step) / "checkpoint"
     info = {"stage": stage, "name": name, "steps": step, "progress": progress}
     with published(engine, run.methods):
@@ -366,6 +368,7 @@ def _evaluate_within(
         run.holds = str(target)
         measure(Evaluation(run.folder, stage, name, str(target), None, step, progress))
     run.holds = None
+    return target.parent
 
 
 def _published_loss(run: Run, engine: Engine, domain: str) -> float:
@@ -412,13 +415,14 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _require_space(run: Run, engine: Engine) -> None:
+def _require_space(run: Run, engine: Engine, steps: int) -> None:
     """For what the stage will publish."""
     split = is_split(engine.module)
     parameters: list[Any] = [p for p in engine.module.parameters() if p.requires_grad or split]
     size = getattr(torch, run.recipe.train.publish_dtype).itemsize + 4 * run.keeps_masters
     if run.recipe.resume is not None:  # fp32 and two moments; the new one beside those kept
-        size += 12 * (run.recipe.resume.keep + 1)
+        every = run.recipe.resume.keep_every
+        size += 12 * (run.recipe.resume.keep + 1 + (steps // every if every else 0))
     if run.recipe.guard is not None and run.recipe.guard.action == "stop":
         size += 4 * 2
     numbers = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)

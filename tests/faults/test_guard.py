@@ -1,52 +1,84 @@
 """The forgetting guard."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from eval.analysis.log import interventions
+from pipeline.engine.config import resolve_engine_config
+from pipeline.errors import Interrupted, UserError
 from pipeline.recipe import Guard
 from pipeline.run.guard import Watch
+from pipeline.run.recipe_file import load_recipe
+from pipeline.run.run import run_recipe
+from tests.spawn import run_ranks
 from tests.test_run import command, evaluation, finish, recipe
 
 __all__ = ["recipe"]  # a fixture
+CAUSAL = [
+    "model={objective: causal, train_tokenizer: 300, config: {model_type: gpt2, n_embd: 16,"
+    " n_layer: 1, n_head: 2, n_positions: 34}}",
+    "stages=[{domain: a, steps: 6}]", "evaluate.benchmarks={b: {}}",
+    "guard={benchmark: b, max_fall: 5, steps: 2}",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("action", ["stop", "lower_lr", "warn"])
 @pytest.mark.parametrize("against", ["base", "stage"])
-def test_what_the_guard_does(tmp_path, action, against):
-    """Stage 0 had a loss of 2.0, the stage begins at 2.02, and it rises by 0.01 a step."""
+@pytest.mark.parametrize("what", ["domain", "benchmark"])
+def test_what_the_guard_does(tmp_path, action, against, what):
+    """Stage 0 had a loss of 2.0, the stage begins at 2.02, and it rises by 0.01 a step; or points
+    that fall by a hundred times as much."""
     kept, measured = [], []
     now = [0]
 
-    def measure(domain):
-        measured.append((domain, now[0]))
-        return 2.02 + 0.01 * now[0]
+    def measure(step):
+        assert step == now[0]
+        measured.append(step)
+        loss = 2.02 + 0.01 * step
+        return loss if what == "domain" else 300 - 100 * loss
 
-    guard = Watch(
-        Guard("general", max_rise=0.045, steps=2, action=action, against=against),
-        1, 7, measure, kept.append, None,
-    )  # fmt: skip
-    base = tmp_path / "eval.json"
-    base.write_text('{"domains": {"general": {"loss": 2.0}}}')
-    guard.begin(base)
+    settings = Guard("general", max_rise=0.045, steps=2, action=action, against=against)
+    if what == "benchmark":
+        settings = Guard(None, benchmark="b", max_fall=4.5, steps=2, action=action, against=against)
+    guard = Watch(settings, 1, 7, measure, kept.append, None)
+    base, before = tmp_path / "00_base", tmp_path / "before"
+    for folder, loss in ((base, 2.0), (before, 2.02)):
+        folder.mkdir()
+        (folder / "eval.json").write_text(json.dumps({"domains": {"general": {"loss": loss}}}))
+        points = {"benchmarks": {"b": {"value": 3 - loss}}}
+        (folder / "benchmarks.json").write_text(json.dumps(points))
+    guard.begin(base, before)
     ended = None
     for now[0] in range(1, 8):
         if guard.after_step(now[0]):
             ended = now[0]
             break
+        assert not guard.after_step(now[0])  # once more, as where a run goes on: nothing is done
     first = 4 if against == "base" else 6  # the first check over the limit
-    checks = [step for domain, step in measured if domain == "general" and step]
+    checks = [step for step in measured if step]
     assert checks == ([n for n in (2, 4, 6) if n <= first] if action == "stop" else [2, 4, 6, 7])
     assert ended == (first if action == "stop" else None)
     assert kept == ([n for n in (0, 2, 4) if n < first] if action == "stop" else [])
     over = [n for n in (2, 4, 6, 7) if n >= first]
     assert guard.lr_factor == (0.5 ** len(over) if action == "lower_lr" else 1.0)
     assert guard.stopped_at == ended
-    again = Watch(
-        Guard("general", action=action, against=against), 1, 7, measure, kept.append, None
-    )
+    again = Watch(settings, 1, 7, measure, kept.append, None)
     again.load_state_dict(json.loads(json.dumps(guard.state_dict())))
-    assert (again.reference, again.lr_factor) == (guard.reference, guard.lr_factor)
+    assert again.state_dict() == guard.state_dict()
+
+
+def test_a_benchmark_that_was_not_measured_is_said(tmp_path):
+    guard = Watch(Guard(benchmark="b"), 1, 100, lambda step: None, lambda step: None, None)
+    (tmp_path / "benchmarks.json").write_text('{"benchmarks": {}, "skipped": {"b": "no network"}}')
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UserError, match=r"guard\.benchmark: .* has no result of b"):
+            guard.begin(folder, folder)
+    guard.reference = 50.0
+    assert not guard.after_step(50)  # a check whose evaluation failed ends nothing
 
 
 def test_the_guard_ends_a_stage_that_forgets_and_publishes_what_was_before(recipe):
@@ -76,3 +108,53 @@ def test_the_guard_ends_a_stage_that_forgets_and_publishes_what_was_before(recip
     assert (run / "stages/03_a/eval.json").is_file()  # the run goes on
     assert not list(run.rglob("guarded-*"))
     assert "The guard ended stage 2" in (run / "report/index.html").read_text()
+
+
+def watched(recipe):
+    """A run whose benchmark falls by two points a step; its evaluation behind step 4 is ended by a
+    signal, the first time. The steps that were evaluated, and what the log says of the stage."""
+    from eval.measure.lm import losses_in_engine, measure_in_engine
+
+    runs = recipe.parent / "runs"
+    asked = load_recipe(recipe, CAUSAL)
+    config = resolve_engine_config(None, asked, 1, "cpu")
+    evaluated, weights = [], {}
+
+    def evaluate(task, recipe, pending):
+        evaluated.append(task.step)
+        assert pending == ["benchmarks"]
+        if task.step is not None:
+            weights[task.step] = load_file(f"{task.checkpoint}/model.safetensors")
+        if evaluated.count(4) == 1 and task.step == 4:
+            raise Interrupted("SIGTERM")
+        result = {"benchmarks": {"b": {"value": 0.9 - 0.02 * (task.step or 0)}}, "skipped": {}}
+        (task.folder / "benchmarks.json").write_text(json.dumps(result))
+
+    def run():
+        run_recipe(
+            asked, config, runs, measure_in_engine, evaluate, lambda f: f, losses_in_engine
+        )  # fmt: skip
+
+    with pytest.raises(Interrupted):
+        run()
+    run()
+    stage = runs / "tiny/stages/01_a"
+    published = load_file(stage / "checkpoint/model.safetensors")
+    assert all(torch.equal(w, weights[2][n]) for n, w in published.items())
+    assert not all(torch.equal(w, weights[4][n]) for n, w in published.items())
+    records = [json.loads(line) for line in (runs / "tiny/log.jsonl").open()]
+    checks = [(r["step"], r["points"], r["action"]) for r in records if r["event"] == "guard"]
+    [end] = [r["guard"] for r in records if r["event"] == "stage"]
+    last = [r for r in records if r["event"] == "guard"][-1]
+    told = interventions(SimpleNamespace(guards={1: last}, bad_steps=[]), ["base", "a"])
+    return evaluated, checks, end, told
+
+
+def test_a_benchmark_is_watched_within_a_stage(recipe):
+    [(evaluated, checks, end, told)] = run_ranks(watched, 1, recipe)
+    assert evaluated == [None, 2, 4, 4, None]
+    assert checks == [(2, pytest.approx(86), None), (4, pytest.approx(82), "stop")]
+    assert end == {"stopped_at": 4, "published": 2}
+    assert told[0].startswith(
+        "The guard ended stage 1 (a): b had fallen by 8.000 points, over 5, at step 4."
+    )
