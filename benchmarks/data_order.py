@@ -7,6 +7,7 @@ included; against `datasets.map`, which groups the same documents to rows, and t
 Seeking: in a corpus of 10 million documents (10 GB of ids), whose index is simulated.
 """
 
+import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -63,7 +64,7 @@ class Index:
         return self._lengths[places].astype(np.int64)
 
 
-def main() -> None:
+def reading() -> None:
     lengths = np.random.default_rng(1).integers(20, 980, DOCUMENTS)
     tokens = int(lengths.sum())
     with tempfile.TemporaryDirectory() as name:
@@ -88,6 +89,9 @@ def main() -> None:
     print(f"datasets.map, DataLoader  {theirs / 1e6:6.1f} M: a ratio of {ours / theirs:.1f}")
     print(f"DataLoader after the map  {later / 1e6:6.1f} M: a ratio of {ours / later:.1f}")
 
+
+def seeking() -> None:
+    """What a stage that goes on waits for its place in the data."""
     index = Index()
     for at in (0.01, 0.9):  # of an epoch
         packer, _ = packer_of(index)
@@ -104,4 +108,10 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seek", action="store_true", help="only that")
+    if not parser.parse_args().seek:
+        reading()
+    seeking()

@@ -70,8 +70,8 @@ def start(
     scene: Scene, ranks: int = 1, engine: str = "zero2", act: Callable[..., None] | None = None
 ) -> list[Any]:
     """One attempt's processes. act(place, stage, step) is called by rank 0 at each of its places:
-    "step" (behind it), "saving" (in the thread, when the files are written), "measuring",
-    "publishing"."""
+    "preparing" (model, tokenizer, data), "step" (behind it), "saving" (in the thread, when the
+    files are written), "measuring", "publishing"."""
     scene.notes.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.faults.attempts", "pipeline.run.run", "pipeline.run.cli",
@@ -155,7 +155,7 @@ def _run(scene: Scene, rank: int, ranks: int, engine: str, act: Any) -> None:
             act(place, now["stage"], now["step"])
 
     following, applying = StageBatches.__next__, GradientMask.apply
-    publishing, saving = run.publish_model, resume.seal
+    preparing, publishing, saving = run._prepare, run.publish_model, resume.seal
     behind = resume.Attempt.after_step
 
     def follow(batches: Any) -> Any:
@@ -173,6 +173,10 @@ def _run(scene: Scene, rank: int, ranks: int, engine: str, act: Any) -> None:
         note("mask", hashlib.sha256(mask.keep.numpy().tobytes()).hexdigest())
         return kept
 
+    def prepare(*args: Any) -> Any:
+        at("preparing")
+        return preparing(*args)
+
     def publish(*args: Any) -> None:
         at("publishing")
         publishing(*args)
@@ -186,7 +190,7 @@ def _run(scene: Scene, rank: int, ranks: int, engine: str, act: Any) -> None:
         behind(self, step)
 
     StageBatches.__next__, GradientMask.apply = follow, apply  # type: ignore[method-assign]
-    run.publish_model, resume.seal = publish, seal
+    run._prepare, run.publish_model, resume.seal = prepare, publish, seal
     resume.Attempt.after_step = after_step  # type: ignore[method-assign]
 
     def measure(engine: Any, separation: Any, task: Any, asked: Any) -> None:

@@ -23,8 +23,12 @@ ROOT = Path(__file__).resolve().parents[2]
 EXACT = ["model.config.hidden_dropout_prob=0.0", "model.config.attention_probs_dropout_prob=0.0",
          "optimizer.eps=1.0e-4"]  # fmt: skip
 # How an attempt is ended by a signal to rank 0, and on what the next one goes on.
-PLACES = ("saving", "measuring", *(("step", "publishing") if EVERYTHING else ()))
-HOPS = ((2, "zero2", (1, 4)), (1, "zero3", (1, 7)), (3, "fsdp", (2, 5)), (2, "zero1", None))
+PLACES = ("saving", "measuring")
+if EVERYTHING:
+    PLACES += ("preparing", "step", "publishing")
+# Ranks, engine, sequences of a micro-batch, the last step.
+HOPS = ((2, "zero2", 6, (1, 4)), (1, "zero3", 4, (1, 7)), (3, "fsdp", 2, (2, 5)),
+        (2, "zero1", 6, None))  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +98,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(recipe):
 
 
 def send(wanted, place, stage, step):
-    """Send SIGTERM to this process there, in stage 1 behind its first steps."""
-    if place == wanted and stage == 1 and step >= 4 and not os.environ.get("SENT"):
+    """Send SIGTERM to this process there: before there is a stage, or in the first one behind its
+    first steps."""
+    there = stage == 0 if wanted == "preparing" else stage == 1 and step >= 4
+    if place == wanted and there and not os.environ.get("SENT"):
         os.environ["SENT"] = "1"
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.2)  # it is heard by a thread
@@ -108,7 +114,7 @@ def test_a_signal_to_one_rank_ends_all_and_the_run_goes_on(place, unbroken):
     assert "Traceback" not in output(scene)
     assert "run the same command again to continue" in output(scene)
     saved = list(scene.folder.glob("stages/01_a/resume/step-*"))
-    assert saved or place == "publishing"
+    assert saved or place in ("preparing", "publishing")
     assert attempt(scene, 2) == [0, 0], output(scene)
     same(scene, unbroken, 0.0)
 
@@ -121,7 +127,8 @@ def stop(wanted, place, stage, step):
 
 def test_ranks_and_engines_change_in_the_middle_of_stages(unbroken):
     scene = Scene(unbroken.recipe, unbroken.recipe.parent / "changing", EXACT)
-    for ranks, engine, last in HOPS:
+    for ranks, engine, size, last in HOPS:
+        scene.overrides = [*EXACT, f"train.micro_batch_size={size}"]
         codes = attempt(scene, ranks, engine, partial(stop, last) if last else None)
         assert codes == [RETRY if last else 0] * ranks, output(scene)
     text = (scene.notes / "output.txt").read_text()
