@@ -2,9 +2,11 @@
 
     python benchmarks/resume_cost.py --every 20 --rounds 6
 
-Prints the ratio of the times of `every` steps with one save among them and without, in turn; how
-long a step waits for a save, and how long a save takes alone; and its size. How long it takes to be
-at a position of the data: data_order.py.
+Prints the ratio of the times of `every` steps with one save among them and without, in turn, by the
+clock and in seconds of the CPU, the thread that writes included (what it costs where no core is
+idle; another program on the machine changes it little); how long a step waits for a save, and how
+long a save takes alone; and its size. How long it takes to be at a position of the data:
+data_order.py --seek.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from roberta import add_sizes, roberta
+from roberta import add_sizes, roberta, setting
 from torch.nn import functional as F
 
 from pipeline.engine.config import resolve_ds_config
@@ -59,22 +61,26 @@ def saving(args: argparse.Namespace) -> None:
         pairs = []
         for i in range(args.rounds):
             order = (True, False) if i % 2 else (False, True)
-            times = {}
+            times, cpu = {}, {}
             for save in order:
+                since = time.process_time()
                 times[save] = steps(i + 1, save)
                 saver.finish()  # outside: each half pays for itself alone
-            pairs.append((times[True], times[False]))
+                cpu[save] = time.process_time() - since
+            pairs.append((times[True], times[False], cpu[True], cpu[False]))
         since = time.perf_counter()
         saver.save(args.rounds + 1)
         saver.finish()
         alone = time.perf_counter() - since
         [newest, *_] = sorted(Path(folder).glob("step-*"), reverse=True)
         size = sum(p.stat().st_size for p in newest.iterdir())
-    ratio = statistics.median(a / b for a, b in pairs)
-    without = statistics.median(b for _, b in pairs)
+    ratio = statistics.median(a / b for a, b, _, _ in pairs)
+    work = statistics.median(a / b for _, _, a, b in pairs)
+    without = statistics.median(b for _, b, _, _ in pairs)
     print(
-        f"{args.every} steps: {without:.2f} s without; with one save x "
-        f"{ratio:.3f}\na save: {size / 1e6:.0f} MB, {alone:.2f} s alone, of which a step waits "
+        f"{setting(args)}\n{args.every} steps: {without:.2f} s without; with one save x "
+        f"{ratio:.3f}, in CPU seconds x {work:.3f}\n"
+        f"a save: {size / 1e6:.0f} MB, {alone:.2f} s alone, of which a step waits "
         f"{statistics.median(waited):.3f} s ({statistics.median(waited) / alone:.0%})"
     )
 

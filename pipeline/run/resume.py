@@ -223,9 +223,7 @@ class Saver:
         self._folder, self._settings, self._state = folder, settings, state
         self._token = on_rank0(partial(secrets.token_hex, 4))  # of this attempt
         self._near = _near(folder)
-        if rank() == self._near[0]:
-            for leftover in folder.glob(".*.tmp"):
-                shutil.rmtree(leftover, ignore_errors=True)
+        self._clear(".*.tmp")
         self._own = _share(state)
         self._buffers: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -289,6 +287,8 @@ class Saver:
         self._thread = None
         problem = next((p for p in gather(self._problem) if p), None)
         self._problem = None
+        if problem:  # now that no rank writes there
+            self._clear(self._temporary(self.newest))
         text = f"{self._folder}: no resume checkpoint was written: {problem}"
         if problem and self._settings.on_error == "stop":
             raise everywhere(
@@ -299,6 +299,15 @@ class Saver:
             say(text)
         return problem
 
+    def _temporary(self, step: int) -> str:
+        return f".{_name(step)}.{self._token}.tmp"
+
+    def _clear(self, pattern: str) -> None:
+        """Delete what was begun and not published."""
+        if rank() == self._near[0]:
+            for leftover in self._folder.glob(pattern):
+                shutil.rmtree(leftover, ignore_errors=True)
+
     def _copy(self, key: str, live: torch.Tensor) -> torch.Tensor:
         if key not in self._buffers:
             pinned = torch.cuda.is_available()
@@ -306,7 +315,7 @@ class Saver:
         return self._buffers[key].copy_(live.detach(), non_blocking=True)
 
     def _write(self, step: int, state: State, pieces: dict[str, Any], side: State) -> None:
-        temporary = self._folder / f".{_name(step)}.{self._token}.tmp"
+        temporary = self._folder / self._temporary(step)
         try:
             temporary.mkdir(parents=True, exist_ok=True)
             stem = f"rank-{rank():05d}"
@@ -317,7 +326,6 @@ class Saver:
                 self._publish(temporary, step, state)
         except Exception as error:  # whatever it is, training does not depend on it
             self._problem = f"rank {rank()}: {error}"
-            shutil.rmtree(temporary, ignore_errors=True)
         finally:
             self._written.set()
 
@@ -326,7 +334,6 @@ class Saver:
         sides = [temporary / f"rank-{r:05d}.json" for r in self._near]
         while not all(side.exists() for side in sides):
             if self._given_up.wait(0.02):
-                shutil.rmtree(temporary, ignore_errors=True)
                 return
         _write_json(temporary / STATE, state)
         digests = {STATE: sha256(temporary / STATE)}

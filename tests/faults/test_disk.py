@@ -45,7 +45,7 @@ class OneWeight:
     def __init__(self):
         self.weight = torch.zeros(30_000)  # a checkpoint has 360 kB
         self._moments = {name: torch.zeros_like(self.weight) for name in MOMENTS}
-        self._adam = {}
+        self._adam = {"step": 0}
 
     def state_shards(self):
         master = Shard("weight", self.weight, 0, tuple(self.weight.shape))

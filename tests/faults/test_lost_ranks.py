@@ -81,7 +81,7 @@ def end(launcher):
 @pytest.mark.skipif(not EVERYTHING, reason="RUN_EVERYTHING=1: two launchers, and their patience")
 def test_a_run_goes_on_with_the_node_that_is_left(tmp_path):
     recipe, port = tiny_recipe(tmp_path), free_port()
-    overrides = ["stages=[{domain: a, steps: 300}]", "resume={steps: 5}"]
+    overrides = ["stages=[{domain: a, steps: 100}]", "resume={steps: 5}"]
     first = agent(recipe, port, *overrides)  # it has the place where they meet
     time.sleep(2)
     second = agent(recipe, port, *overrides)
@@ -103,5 +103,5 @@ def test_a_run_goes_on_with_the_node_that_is_left(tmp_path):
     assert "goes on behind step" in output
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     steps = [r["step"] for r in records if r["event"] == "step"]
-    assert steps[-1] == 300
-    assert sorted(set(steps)) == list(range(1, 301))
+    assert steps[-1] == 100
+    assert sorted(set(steps)) == list(range(1, 101))
