@@ -247,8 +247,8 @@ def test_where_one_rank_cannot_write_all_go_on_or_all_stop(results):
 
 
 def eight_bits_go_on(folder):
-    """AdamW with 8-bit moments: by engine, the largest difference of a weight behind the steps
-    after a checkpoint, and of a moment right behind it as a share of the largest of its weight."""
+    """AdamW with 8-bit moments: by engine, the largest difference of a moment in a new engine, as a
+    share of the largest of its weight. The fp32 weights are those that were saved."""
     out = {}
     for kind in ENGINES if EVERYTHING else ("zero2",):
         settings = recipe_for("roberta", 2 * world_size())
@@ -265,11 +265,7 @@ def eight_bits_go_on(folder):
                 if m.numel() and m.any():
                     difference = (m - b.moments[name]).abs().max() / m.abs().max()
                     moment = max(moment, float(difference))
-        for engine in (one, other):
-            train(engine, settings, "roberta", STEPS, STEPS)
-        expected = dict(one.full_weights())
-        weight = max(float((w - expected[n]).abs().max()) for n, w in other.full_weights())
-        out[kind] = weight, moment
+        out[kind] = moment
         one.close()
         other.close()
     return out
@@ -277,9 +273,8 @@ def eight_bits_go_on(folder):
 
 def test_moments_of_eight_bits_are_rounded_once_more(results):
     for found in results["eight"]:
-        for weight, moment in found.values():
-            assert moment < 0.02  # a step of the 8 bits
-            assert weight < 1e-3  # steps are of 1e-2
+        assert found
+        assert all(moment < 0.02 for moment in found.values())  # a step of the 8 bits
 
 
 def loss_scale_goes_on(folder):
