@@ -75,6 +75,26 @@ def test_the_image_is_described_without_a_complaint():
     subprocess.run([tool("hadolint"), str(ROOT / "Dockerfile")], check=True)
 
 
+def test_the_image_explains_itself_runs_commands_and_knows_its_health(tmp_path):
+    (tmp_path / "migu").write_text("#!/bin/sh\necho the programs\n", encoding="utf-8")
+    (tmp_path / "migu").chmod(0o755)
+    beside = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+    def entry(*command: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [ROOT / "docker/entrypoint.sh", *command], capture_output=True, text=True, cwd=ROOT,
+            env={**os.environ, "PATH": beside, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+
+    for asked in ((), ("--help",)):
+        said = entry(*asked).stdout
+        assert "make demo" in said
+        assert "--gpus all" in said
+        assert said.endswith("the programs\n")
+    assert entry("sh", "-c", "exit 75").returncode == 75  # what asks to be queued again
+    assert entry("health").returncode == 0
+
+
 def test_the_environment_can_be_read_by_all_who_read_it():
     """DeepSpeed takes only KEY=VALUE, without comments; the shell must not expand anything."""
     lines = (CLUSTER / "environment").read_text(encoding="utf-8").splitlines()
