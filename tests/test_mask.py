@@ -227,7 +227,7 @@ def test_split_fused_selects_in_each_part():
     mask = GradientMask(model, Mask(split_fused=True), seed=0)
     with mask.recording():
         model(input_ids=torch.arange(5, 15)[None]).logits.square().sum().backward()
-    magnitudes = mask.recorder.magnitudes.clone()
+    magnitudes = mask.recorder.scores.clone()
     mask.apply(Plain(model), 1)
     at = 0
     for target in mask.targets:

@@ -12,28 +12,61 @@ from pipeline.errors import UserError
 from pipeline.migu.targets import Target
 
 
-class MagnitudeRecorder:
-    """Sums abs(output) of each target over the real tokens of a step into one flat fp32 buffer.
+class RowScores:
+    """A number for every row of the targets, summed over what is seen, in one flat fp32 buffer.
 
     The flat layout (targets in order, `rows` entries each) lets one all-reduce and a batched
-    selection serve the whole model. Outputs are observed only inside `recording()`, which the loop
-    opens around the forward: an activation-checkpoint recompute runs in backward, so it is not
-    counted twice. A module that is called several times in one forward adds up.
+    selection serve the whole model. `observed` says of which targets any rank has seen something:
+    bool [targets].
+    """
+
+    def __init__(self, targets: list[Target]):
+        device = targets[0].weight.device
+        self.sizes = [t.rows for t in targets]
+        # One tensor, so that one all-reduce serves both.
+        self._sums = torch.zeros(sum(self.sizes) + len(targets), device=device)
+        self.scores, self.seen = self._sums.split([sum(self.sizes), len(targets)])
+        self.observed = torch.ones(len(targets), dtype=torch.bool, device=device)
+
+    def take(self) -> Tensor:
+        """What this rank has recorded since the last time, to be given to `put`; resets."""
+        taken = self._sums.clone()
+        self._sums.zero_()
+        return taken
+
+    def put(self, taken: Tensor) -> None:
+        """As if only what is in `taken` (a sum of results of `take`) had been recorded."""
+        self._sums.copy_(taken)
+
+    def reduce(self) -> Tensor:
+        """The scores of all ranks, fp32 [sum of rows]; resets.
+
+        Every rank gets the same bits, so every rank selects the same rows.
+        """
+        total = self.take()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(total)
+        scores, seen = total.split([len(self.scores), len(self.seen)])
+        self.observed = seen > 0
+        return scores
+
+
+class MagnitudeRecorder(RowScores):
+    """Sums abs(output) of each target over the real tokens of a step.
+
+    Outputs are observed only inside `recording()`, which the loop opens around the forward: an
+    activation-checkpoint recompute runs in backward, so it is not counted twice. A module that is
+    called several times in one forward adds up.
     """
 
     def __init__(self, targets: list[Target], normalize: Literal["none", "token"] = "none"):
         """normalize: "token" divides each token's output vector by its own L1 norm first."""
-        device = targets[0].weight.device
-        sizes = [t.rows for t in targets]
-        # One tensor, so that one all-reduce serves both.
-        self._sums = torch.zeros(sum(sizes) + len(sizes), device=device)
-        self.magnitudes, self._calls = self._sums.split([sum(sizes), len(sizes)])
-        self.observed = torch.ones(len(sizes), dtype=torch.bool, device=device)
+        super().__init__(targets)
         self._normalize = normalize == "token"
         self._open = False
         self._real: dict[str, Tensor | None] = {}
         self._hooks = []
-        views = zip(targets, self.magnitudes.split(sizes), self._calls.split(1), strict=True)
+        views = zip(targets, self.scores.split(self.sizes), self.seen.split(1), strict=True)
         for target, view, calls in views:
             hook = self._hook(target, view, calls)
             self._hooks.append(target.observed.register_forward_hook(hook))
@@ -78,29 +111,6 @@ class MagnitudeRecorder:
             yield
         finally:
             self._open, self._real = False, {}
-
-    def take(self) -> Tensor:
-        """What this rank has recorded since the last time, to be given to `put`; resets."""
-        taken = self._sums.clone()
-        self._sums.zero_()
-        return taken
-
-    def put(self, taken: Tensor) -> None:
-        """As if only the forwards of `taken` (a sum of results of `take`) had been recorded."""
-        self._sums.copy_(taken)
-
-    def reduce(self) -> Tensor:
-        """Magnitudes of the whole step (all micro-batches, all ranks), fp32 [sum of rows]; resets.
-
-        Every rank gets the same bits, so every rank selects the same rows. `observed` says of which
-        targets any rank saw an output: bool [targets].
-        """
-        total = self.take()
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(total)
-        magnitudes, calls = total.split([len(self.magnitudes), len(self._calls)])
-        self.observed = calls > 0
-        return magnitudes
 
     def close(self) -> None:
         """Remove the hooks from the model."""
