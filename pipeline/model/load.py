@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -15,7 +16,9 @@ from transformers import (
     PretrainedConfig,
 )
 
+from pipeline.data.objective import targets_of
 from pipeline.errors import UserError
+from pipeline.model.attention import Separation, arrange
 from pipeline.model.gguf import local_weights
 from pipeline.model.lora import (
     TASK_TYPES,
@@ -311,3 +314,14 @@ def predict(
     logits = forward(**inputs).logits
     head.select(None)
     return logits.reshape(-1, logits.shape[-1])
+
+
+def summed_loss(
+    net: nn.Module, batch: dict[str, Tensor], separation: Separation | None, objective: str
+) -> tuple[Tensor, int]:
+    """(nats, predicted tokens) of a batch on the device of a whole model."""
+    inputs, tokens = arrange(batch, separation, net)
+    targets = targets_of(tokens["labels"], objective)
+    logits = predict(net, inputs, targets >= 0, None).float()
+    loss = F.cross_entropy(logits, targets[targets >= 0], reduction="sum")
+    return loss, len(logits)

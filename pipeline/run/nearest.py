@@ -9,14 +9,12 @@ training text.
 import json
 
 import torch
-from torch.nn import functional as F
 
 from pipeline.checkpoint import replace_file
-from pipeline.data.objective import targets_of
 from pipeline.methods.domain_text import domain_batches
 from pipeline.methods.method import Start
-from pipeline.model.attention import arrange, separation_of
-from pipeline.model.load import predict
+from pipeline.model.attention import separation_of
+from pipeline.model.load import summed_loss
 from pipeline.ranks import on_rank0, rank, totals, world_size
 from pipeline.run.methods import teacher_at
 
@@ -55,10 +53,8 @@ def mean_loss(begun: Start, stage: int, checkpoint: str) -> float:
         begun, recipe.stages[stage - 1].domains, SEQUENCES, (recipe.seed, STREAM, stage),
         (rank(), world_size()),
     ):  # fmt: skip
-        inputs, tokens = arrange({k: v.to(device) for k, v in batch.items()}, separation, net)
-        targets = targets_of(tokens["labels"], recipe.model.objective)
-        logits = predict(net, inputs, targets >= 0, None).float()
-        total += F.cross_entropy(logits, targets[targets >= 0], reduction="sum").item()
-        count += len(logits)
+        there = {k: v.to(device) for k, v in batch.items()}
+        loss, predicted = summed_loss(net, there, separation, recipe.model.objective)
+        total, count = total + loss.item(), count + predicted
     total, count = totals([total, count], device)
     return total / max(count, 1)

@@ -15,17 +15,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pipeline.checkpoint import is_published, publish, verify
-from pipeline.data.objective import targets_of
 from pipeline.engine.config import DTYPES, precision_of
 from pipeline.errors import UserError
 from pipeline.migu.fisher import FisherRecorder
 from pipeline.migu.gradient_mask import GradientMask, NonFiniteMagnitude
 from pipeline.migu.targets import Target
 from pipeline.model.attention import Separation, arrange
-from pipeline.model.load import predict
+from pipeline.model.load import summed_loss
 from pipeline.model.split_linear import split_linears, split_parts
 from pipeline.nodes import send_folder
 from pipeline.progress import say
@@ -128,7 +126,7 @@ def _calibrate(
             if isinstance(mask.recorder, FisherRecorder):
                 for i in range(len(batch["labels"])):
                     one = {k: v[i : i + 1] for k, v in batch.items()}
-                    _log_likelihood(net, one, separation, recipe.model.objective).backward()
+                    summed_loss(net, one, separation, recipe.model.objective)[0].backward()
                     mask.recorder.add()
                 continue
             inputs, tokens = arrange(batch, separation, net)
@@ -138,16 +136,6 @@ def _calibrate(
     net.train()
     if close := getattr(batches, "close", None):
         close()
-
-
-def _log_likelihood(
-    net: nn.Module, batch: dict[str, Tensor], separation: Separation | None, objective: str
-) -> Tensor:
-    """Of all that a row predicts; nats."""
-    inputs, tokens = arrange(batch, separation, net)
-    targets = targets_of(tokens["labels"], objective)
-    logits = predict(net, inputs, targets >= 0, None).float()
-    return -F.cross_entropy(logits, targets[targets >= 0], reduction="sum")
 
 
 @contextmanager
