@@ -1,7 +1,11 @@
 """What tells compared runs apart: a label for each, and where their recipes should not differ."""
 
+from typing import get_args, get_type_hints
+
 from eval.analysis.load import Run
 from eval.analysis.text import short_float
+from pipeline import method_settings
+from pipeline.recipe import Recipe
 
 CRITERIA = {
     "output": "migu",
@@ -10,10 +14,11 @@ CRITERIA = {
     "gradient": "gradient magnitude",
     "fisher": "fggm",
 }
-METHODS = (
-    "anchor", "olora", "l2_to_start", "hft", "ssu", "das", "kd", "ewc", "derpp", "entropy_gate",
-    "mofo", "ema", "publish_average",
-)  # fmt: skip
+METHODS = tuple(
+    key
+    for key, hint in get_type_hints(Recipe).items()
+    if any(getattr(part, "__module__", None) == method_settings.__name__ for part in get_args(hint))
+)
 """The recipe's keys of methods beside the mask; where one is set, its key is part of the label."""
 FREE = ("mask", "optimizer", "seed", "name", "track", "start_from", *METHODS)
 """What compared runs may differ in; with the adapter, the learning rate of single stages, and how
