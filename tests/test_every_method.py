@@ -12,32 +12,12 @@ from pipeline.run.methods import METHODS, OTHERS
 from pipeline.run.recipe_file import load_recipe
 from pipeline.run.run import run_recipe
 from tests.spawn import run_ranks
+from tests.test_finetune import RECIPE
 
 EVERYTHING = bool(os.environ.get("RUN_EVERYTHING"))
-RECIPE = """
-model:
-  config: {model_type: t5, d_model: 16, d_kv: 8, d_ff: 24, num_layers: 1, num_heads: 2}
-  train_tokenizer: 420
-  objective: seq2seq
-data:
-  domains:
-    subject:
-      embedded: toy_subject
-      task: {instruction: "Of what?", labels: [animal, plant, tool, person], train_rows: 40}
-    mood:
-      embedded: toy_mood
-      task: {instruction: "How?", labels: [happy, sad], train_rows: 40}
-    place:
-      embedded: toy_place
-      task: {instruction: "Where?", labels: [indoors, outdoors], train_rows: 40}
-  template: plain
-  packing: false
-  sequence_length: 96
-  heldout_sequences: 4
-stages: [{domain: subject, steps: 2}, {domain: mood, steps: 2}]
-train: {batch_size: 4}
-optimizer: {lr: 0.01}
-"""
+# What the runs have besides those of test_finetune: the anchor's text, and a rate that moves.
+PLACE = '{instruction: "Where?", labels: [indoors, outdoors], train_rows: 40}'
+SETTINGS = (f"data.domains.place={{embedded: toy_place, task: {PLACE}}}", "optimizer.lr=0.01")
 LORA = ("model.config=null", "model.train_tokenizer=null")
 OVERRIDES = {
     "entropy_gate": ("entropy_gate={tokens: 5}",),
@@ -89,7 +69,8 @@ def run_all(folder, method):
         fsdp = name.endswith("fsdp")
         kind = ["engine.kind=fsdp"] if fsdp else []
         recipe = load_recipe(
-            path, [f"data.prepared={folder}/prepared", f"name={name}", *overrides, *kind]
+            path,
+            [f"data.prepared={folder}/prepared", f"name={name}", *SETTINGS, *overrides, *kind],
         )
         config = resolve_engine_config(
             None if fsdp else "ds_configs/zero2.json", recipe, world_size(), "cpu"
@@ -117,4 +98,4 @@ def test_every_method_is_among_them(tmp_path):
     path.write_text("name: x\n" + RECIPE)
     for name in OF_ONE_STACK:
         with pytest.raises(UserError, match=f"{name}: reads the hidden states"):
-            load_recipe(path, [f"{name}={{}}"])
+            load_recipe(path, [*SETTINGS, f"{name}={{}}"])
