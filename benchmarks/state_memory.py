@@ -11,6 +11,7 @@ import argparse
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,12 +23,11 @@ from pipeline.migu.targets import find_targets
 
 
 def state_bytes(args: argparse.Namespace, split: bool) -> tuple[int, int]:
-    """Of all weights that are trained, and of those that no mask has."""
-    torch.manual_seed(0)
+    """Of all weights that are trained, and of those that no mask has (the same ones in a split
+    model, for which it is 0)."""
     engine = engine_of(args, "cpu", split)
-    if not split:
-        masked = {id(t.weight) for t in find_targets(engine.module)}
-        args.unmasked = sum(p.numel() for p in engine.module.parameters() if id(p) not in masked)
+    masked = {id(t.weight) for t in find_targets(engine.module)} if not split else set()
+    rest = sum(p.numel() for p in engine.module.parameters() if id(p) not in masked)
     adam = engine._adam if hasattr(engine, "_adam") else engine._optimizer
     found = 0
 
@@ -35,7 +35,7 @@ def state_bytes(args: argparse.Namespace, split: bool) -> tuple[int, int]:
     def counted() -> Iterator[None]:  # ZeRO updates one group of weights after the other
         nonlocal found
         yield
-        for p in (p for group in adam.param_groups for p in group["params"]):
+        for p in chain.from_iterable(group["params"] for group in adam.param_groups):
             if p.grad is not None:
                 moments = [t for t in adam.state[p].values() if torch.is_tensor(t) and t.dim()]
                 found += sum(_bytes(t) for t in (p.detach(), p.grad, *moments))
@@ -44,7 +44,7 @@ def state_bytes(args: argparse.Namespace, split: bool) -> tuple[int, int]:
     engine.backward(engine.forward(**batch).loss, last=True)
     engine.step(1e-5, hold=counted)
     engine.close()
-    return found, args.unmasked * 4 * 4  # a gradient, a master and two moments in fp32
+    return found, 0 if split else rest * 4 * 4  # a gradient, a master and two moments in fp32
 
 
 def _bytes(tensor: Any) -> int:

@@ -17,8 +17,8 @@ from pipeline.progress import say
 
 
 def print_summary(page: Path) -> None:
-    """Held-out loss after every stage, what was learned and forgotten, HumanEval and benchmarks at
-    every point, where the page is."""
+    """Held-out loss, accuracies and end tasks after every stage, what was learned and forgotten,
+    HumanEval and benchmarks at every point, where the page is."""
     run = load_run(page.parent.parent)
     title = "held-out loss (nats per predicted token) after each stage"
     for line in matrix_lines(title, run.matrix, lambda loss: f"{loss:.3f}"):

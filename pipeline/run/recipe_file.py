@@ -14,10 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
 from pipeline.errors import UserError, near
-from pipeline.recipe import (
-    Model,
-    Recipe,
-)
+from pipeline.recipe import Model, Recipe
 from pipeline.run.problems import recipe_problems
 from pipeline.run.recipe_keys import OF_ENTRY, inside
 from pipeline.yaml_file import read_yaml
