@@ -34,6 +34,7 @@ left = int(failures.read_text()) if failures.exists() else 0
 if left:
     failures.write_text(str(left - 1))
     sys.exit("out of luck")
+(folder / name.removeprefix("name=")).mkdir(exist_ok=True)
 """
 SWEEP = Sweep(
     "demo",
@@ -75,7 +76,12 @@ def test_every_point_runs_once_and_failures_are_tried_again(tmp_path):
     # The same sweep again tries only what failed.
     again = run_sweep(points, command(), tmp_path, jobs=3)
     assert all(o.finished for o in again.values())
-    assert started(tmp_path) == sorted([p.name for p in points] + [*twice, "migu-seed_1"])
+    begun = [p.name for p in points] + [*twice, "migu-seed_1"]
+    assert started(tmp_path) == sorted(begun)
+    # What was deleted is run again.
+    (tmp_path / "ft-lr_0.002-seed_0").rmdir()
+    run_sweep(points, command(), tmp_path, jobs=3)
+    assert started(tmp_path) == sorted([*begun, "ft-lr_0.002-seed_0"])
     with pytest.raises(UserError, match="a folder of its own"):
         run_sweep(sweep_points(Sweep("demo", {"migu": {}}, seeds=2)), command(), tmp_path, jobs=1)
 

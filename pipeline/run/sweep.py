@@ -323,7 +323,7 @@ class _Runner:
                 f"{self.folder}: {point.name} was run with {' '.join(known.overrides)}, now it is "
                 f"{' '.join(point.overrides)}; give this sweep a folder of its own (--sweep NAME)"
             )
-        return True
+        return (self.folder / point.name).is_dir()  # it may have been deleted, to run it again
 
     def _read(self) -> dict[str, Outcome]:
         file = self.folder / "sweep.json"
