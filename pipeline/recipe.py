@@ -45,6 +45,14 @@ class Lora:
 
 
 @dataclass
+class Prompt:
+    """Train a soft prompt in front of every text instead of the weights (docs/lora.md)."""
+
+    tokens: int = 10  # vectors
+    progressive: bool = False  # a new prompt a stage, before the frozen earlier ones
+
+
+@dataclass
 class Model:
     """The model to adapt: `path` (pretrained) or `config` (built from scratch), not both."""
 
@@ -60,6 +68,7 @@ class Model:
     )
     objective: Literal["masked", "causal", "seq2seq"] = "masked"
     lora: Lora | None = None  # {}: LoRA with the paper's settings
+    prompt: Prompt | None = None  # {}: a soft prompt
     gradient_checkpointing: bool = False
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
 

@@ -34,6 +34,8 @@ OVERRIDES = {
     "mask.criterion: fisher": ("mask.criterion=fisher", "mask.refresh=stage"),
     "model.lora": (*LORA, "model.lora={}"),
     "model.lora.incremental": (*LORA, "model.lora={incremental: true}"),
+    "model.prompt": (*LORA, "model.prompt={}"),
+    "model.prompt.progressive": (*LORA, "model.prompt={progressive: true}"),
     "stages[].replay": ("stages[1].replay=0.1",),
     "start_from: base": ("start_from=base",),
     "start_from: nearest": ("start_from=nearest",),
@@ -49,7 +51,8 @@ def cases(method):
         together = [o for name in TOGETHER for o in OVERRIDES[name]]
         return [("together-zero2", (*together, "stages[1].replay=0.1"))]
     found = []
-    for masked in (True,) if method.startswith("mask") else (True, False):
+    ways = (True,) if method.startswith("mask") else (True, False)
+    for masked in (False,) if method.startswith("model.prompt") else ways:
         off = () if masked else ("mask.enabled=false",)
         found += [(f"{masked}-{e}", (*OVERRIDES[method], *off)) for e in ("zero2", "fsdp")]
     return found
@@ -59,12 +62,12 @@ def run_all(folder, method):
     path = folder / "recipe.yaml"
     on_rank0(lambda: path.write_text(RECIPE))
     runs = cases(method)
-    if any("lora" in o for _, overrides in runs for o in overrides):  # its base
+    if any(o in LORA for _, overrides in runs for o in overrides):  # its base
         runs = [("base-zero2", ("stages=[{domain: subject, steps: 1}]",)), *runs]
     nothing = lambda *_: None  # noqa: E731
     for name, overrides in runs:
         meet()
-        if any("lora" in o for o in overrides):
+        if any(o in LORA for o in overrides):
             overrides = (f"model.path={folder}/base-zero2/stages/00_base/checkpoint", *overrides)
         fsdp = name.endswith("fsdp")
         kind = ["engine.kind=fsdp"] if fsdp else []

@@ -117,7 +117,13 @@ def adapters(recipe):
     return [(n, str(m), m.scaling) for n, m in layers]
 
 
+def prompt(recipe):
+    net = empty_model(recipe.model, load_config(recipe.model, 300))
+    return [(n, p.shape) for n, p in net.named_parameters() if p.requires_grad]
+
+
 CAUSAL = ("model.objective=causal",)
+PROMPT = (*CAUSAL, "data.packing=false", "mask.enabled=false")
 LORA = (*CAUSAL, "model.lora={}")
 FSDP = ("engine.kind=fsdp",)
 ROBERTA = (
@@ -171,6 +177,9 @@ KEYS: dict[str, str | Change] = {
     ),
     "Model.objective": Change("model.objective=causal", model, ROBERTA),
     "Model.lora": Change("model.lora={}", adapters, CAUSAL),
+    "Model.prompt": Change("model.prompt={}", prompt, PROMPT),
+    "Prompt.tokens": Change("model.prompt.tokens=3", prompt, (*PROMPT, "model.prompt={}")),
+    "Prompt.progressive": "test_each_stage_adds_a_prompt_before_the_frozen_earlier_ones",
     "Model.gradient_checkpointing": Change("model.gradient_checkpointing=true", model, CAUSAL),
     "Model.attention": Change("model.attention=eager", model, CAUSAL),
     "Lora.r": Change("model.lora.r=2", adapters, LORA),

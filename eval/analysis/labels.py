@@ -33,9 +33,10 @@ ALSO_FREE = (
     "train.micro_batch_size",
     "train.publish_dtype",
 )
+ADAPTERS = ("model.lora", "model.prompt")
 NAMED = (
     "mask.enabled", "mask.threshold", "mask.criterion", "optimizer.lr", "seed", "name",
-    "model.lora", "model.lora.quantize", "start_from",
+    "model.lora", "model.lora.quantize", "model.prompt", "model.prompt.progressive", "start_from",
 )  # fmt: skip
 """What is in the label, or beside it, anyway."""
 
@@ -51,7 +52,7 @@ def methods_of(runs: list[Run]) -> list[str]:
     telling = []
     for key in sorted({key for recipe in recipes for key in recipe}):
         among = masked if key.startswith("mask.") else recipes
-        among = adapted if key.startswith("model.lora") else among
+        among = adapted if key.startswith(ADAPTERS) else among
         if key.split(".")[0] in METHODS:
             among = [r for r in recipes if key.split(".")[0] in methods_in(r)]
         if not _is_free(key) or key in NAMED or _how_evaluated(key):
@@ -88,7 +89,10 @@ def methods_in(recipe: dict) -> list[str]:
 
 
 def adapter_of(recipe: dict) -> str:
-    """Of a flat recipe: "lora", "qlora", or "" where the weights themselves are trained."""
+    """Of a flat recipe: lora, qlora, prompt, prog_prompt, or "" where the weights themselves are
+    trained."""
+    if any(key.startswith("model.prompt.") for key in recipe):
+        return "prog_prompt" if recipe.get("model.prompt.progressive") else "prompt"
     if not any(key.startswith("model.lora.") for key in recipe):
         return ""
     return "lora" if recipe.get("model.lora.quantize", "none") == "none" else "qlora"
@@ -141,7 +145,7 @@ def flat(value: object, prefix: str = "") -> dict:
 
 def _is_free(key: str) -> bool:
     of_stage = key.startswith("stages.") and key.endswith((".lr", ".evaluate_every"))
-    of_adapter = key == "model.lora" or key.startswith("model.lora.")
+    of_adapter = key in ADAPTERS or key.startswith(tuple(f"{a}." for a in ADAPTERS))
     return key.split(".")[0] in FREE or key in ALSO_FREE or of_stage or of_adapter
 
 

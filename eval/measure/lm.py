@@ -27,6 +27,7 @@ from pipeline.migu.mask import select_rows
 from pipeline.migu.targets import find_targets
 from pipeline.model.attention import Separation, arrange, separate_documents
 from pipeline.model.load import PredictedPositions
+from pipeline.model.prompt import prompt_of, without_prompt
 from pipeline.ranks import end_if_asked, on_rank0, rank, world_size
 from pipeline.recipe import Recipe
 from pipeline.run.evaluation import RESULTS, Evaluation
@@ -41,7 +42,9 @@ def measure_in_engine(
     it; none needs to hold the whole model."""
     share = (rank(), world_size())
     heldout = task.run / "heldout"
-    with engine.evaluating():
+    # A prompt changes the model before it is trained: the base is measured without it.
+    alone = without_prompt(engine.module) if task.stage == 0 else nullcontext()
+    with alone, engine.evaluating():
         sums = _evaluate(
             engine.module,
             engine.forward,
@@ -149,6 +152,7 @@ def _evaluate(
     manifest, domains = load_heldout(heldout)
     domains = {n: d for n, d in domains.items() if only is None or n in only}
     # A layer's rows are its outputs': of an adapter B alone, which is masked by them.
+    overlap = overlap and prompt_of(model) is None  # with a prompt no linear is trained
     found = find_targets(model, experts=True) if overlap else []
     linears = [t for t in found if ".lora_A." not in t.name]
     recorder = MagnitudeRecorder(linears) if overlap else None

@@ -23,6 +23,7 @@ from pipeline.data.instruct import Example
 from pipeline.errors import UserError
 from pipeline.model.attention import start_token
 from pipeline.model.positions import longest_input
+from pipeline.model.prompt import prompt_of
 from pipeline.recipe import Answers
 
 if TYPE_CHECKING:
@@ -64,7 +65,9 @@ def answers(
 ) -> list[str]:
     """What the model says to each prompt, greedily, at most `max_new_tokens`."""
     tokens = encoder.encode(examples)
-    prompts = [t.ids[~t.predicted] for t in tokens if t.predicted is not None]
+    soft = prompt_of(model)
+    before = soft.ids if soft is not None else np.zeros(0, np.int64)
+    prompts = [np.append(before, t.ids[~t.predicted]) for t in tokens if t.predicted is not None]
     limit = longest_input(model)
     longest = max(map(len, prompts), default=0)
     if limit is not None and longest > limit - (encoder.objective == "causal"):

@@ -66,7 +66,7 @@ def model_card(run: Run, stage: int, license_: str, language: list[str], merged:
 
 def _metadata(run: Run, stage: int, license_: str, language: list[str], merged: bool) -> str:
     model = run.recipe.get("model") or {}
-    adapter = model.get("lora") is not None and not merged
+    adapter = any(model.get(k) is not None for k in ("lora", "prompt")) and not merged
     domains = (run.recipe.get("data") or {}).get("domains") or {}
     trained = {n for name in run.matrix.stages[1 : stage + 1] for n in name.split("+")}
     datasets = [d["hub"] for n, d in domains.items() if n in trained and (d or {}).get("hub")]
@@ -112,8 +112,9 @@ def _masked(recipe: dict) -> bool:
 
 
 def _method(recipe: dict) -> str:
-    mask, lora = recipe.get("mask") or {}, (recipe.get("model") or {}).get("lora")
-    words = ["LoRA"] if lora is not None else []
+    mask, model = recipe.get("mask") or {}, recipe.get("model") or {}
+    adapters = {"lora": "LoRA", "prompt": "soft prompt"}
+    words = [word for key, word in adapters.items() if model.get(key) is not None]
     if _masked(recipe):
         share = f"{mask.get('threshold', 0.7):.0%}"
         words.append(f"MIGU: {share} of the gradient's rows masked by the magnitude of the outputs")

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, masking_utils
 
 from pipeline.errors import UserError
 from pipeline.model.positions import first_position
+from pipeline.model.prompt import prompt_of
 from pipeline.recipe import Recipe
 
 Way = Literal["together", "positions", "masks", "rows", "pairs"]
@@ -139,10 +140,12 @@ def start_token(config: PretrainedConfig) -> int:
 def arrange(
     batch: dict[str, Tensor], separation: Separation | None, net: nn.Module
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """`Separation.arrange` for this model, sharded or not; without a separation the batch's tensors
-    are the forward's arguments, but for those of tokens, and a 2-D attention_mask says what is
-    real."""
+    """`Separation.arrange` for this model, sharded or not, behind its soft prompt where it has one;
+    without a separation the batch's tensors are the forward's arguments, but for those of tokens,
+    and a 2-D attention_mask says what is real."""
     if separation is not None:
+        if (prompt := prompt_of(net)) is not None:
+            batch = prompt.before(batch)
         return separation.arrange(batch, _inputs_of(net)[1])
     tokens: dict[str, Tensor] = {
         k: t for k, t in batch.items() if k in ("labels", "domains", "real")

@@ -31,6 +31,7 @@ from pipeline.model.lora import (
     quantized_loading,
 )
 from pipeline.model.positions import longest_input
+from pipeline.model.prompt import add_prompt, is_prompt, load_prompt
 from pipeline.model.weights import check_weights, load_pretrained, why
 from pipeline.network import retried
 from pipeline.recipe import Lora, Model, Recipe
@@ -100,10 +101,15 @@ def check_model(config: PretrainedConfig, recipe: Recipe, vocabulary: int) -> No
     """Raises UserError where the sequences or the tokenizer do not fit the model."""
     length = recipe.data.sequence_length
     limit = longest_input(_without_weights(recipe.model, config))
+    prompt = recipe.model.prompt
+    if prompt is not None:
+        stages = len(recipe.stages) if prompt.progressive else 1
+        length += prompt.tokens * stages
     if limit is not None and length > limit:
+        behind = " and model.prompt" if prompt is not None else ""
         raise UserError(
-            f"data.sequence_length: {length} is over the {limit} tokens that {config.model_type} "
-            "can take; lower it"
+            f"data.sequence_length{behind}: {length} is over the {limit} tokens that "
+            f"{config.model_type} can take; lower it"
         )
     known = config.get_text_config().vocab_size
     if vocabulary > known:
@@ -129,7 +135,7 @@ def build_model(
     seed: int,
     keep_dtype: bool = False,
 ) -> nn.Module:
-    """The model on the CPU, in train mode; with `model.lora` frozen but for its adapter.
+    """The model on the CPU, in train mode; with `model.lora` or `model.prompt` frozen but for that.
 
     Quantized base weights are on the rank's GPU, where there is one.
 
@@ -172,12 +178,16 @@ def build_model(
             kwargs |= {"config": config, "revision": revision}
             net = load_pretrained(auto, source, initialize, **kwargs)
             kind = TASK_TYPES.get(model.objective)
-            if adapter is not None and model.lora is not None and model.lora.incremental:
+            if adapter is not None and is_prompt(adapter):
+                load_prompt(net, adapter, model.prompt, seed)
+            elif adapter is not None and model.lora is not None and model.lora.incremental:
                 add_beside(net, adapter, model.lora, kind, seed)
             elif adapter is not None:
                 load_adapter(net, adapter)
             elif model.lora is not None:
                 add_adapter(net, model.lora, str(source), revision, kind, seed)
+            elif model.prompt is not None:
+                add_prompt(net, model.prompt, str(source), revision, seed)
             compute_in_input_dtype(net)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model: cannot build {source or config.model_type}: {error}") from None
@@ -242,7 +252,9 @@ def load_for_evaluation(
         revision=revision,
         **quantized,
     )
-    if adapter is not None:
+    if adapter is not None and is_prompt(adapter):
+        load_prompt(net, adapter, None, 0)
+    elif adapter is not None:
         load_adapter(net, adapter)
     compute_in_input_dtype(net)
     return net.eval() if quantized else net.eval().to(device)
@@ -254,6 +266,9 @@ def empty_model(model: Model, config: PretrainedConfig) -> nn.Module:
     if model.lora is not None:
         with torch.device("meta"):
             add_adapter(net, model.lora, model.path, None, TASK_TYPES.get(model.objective), 0)
+    if model.prompt is not None:
+        with torch.device("meta"):
+            add_prompt(net, model.prompt, model.path, None, 0)
     return net
 
 

@@ -17,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from pipeline.model.blocks import find_blocks
 from pipeline.model.lora import EARLIER, one_adapter
+from pipeline.model.prompt import prompt_names, prompt_of, save_prompt
 
 SHARD_BYTES = 2_000_000_000
 
@@ -31,14 +32,17 @@ def save_model(
     """Write what `module.save_pretrained` writes, with these weights instead of the module's.
 
     Args:
-        module: a transformers model, whose own weights may be sharded; with an adapter, that alone
-            is written, as PEFT does.
+        module: a transformers model, whose own weights may be sharded; with an adapter or a
+            prompt, that alone is written, as PEFT does.
         weights: every parameter whole, in the order of `module.named_parameters()`, tied ones once;
             of an adapted model the adapter's.
         dtype: of the written weights.
 
     Memory: the weights of one block and one file of at most `shard_bytes`, or one larger weight.
     """
+    if prompt_of(module) is not None:
+        save_prompt(module, weights, folder, dtype)
+        return
     if has_adapter(module) and EARLIER in module.peft_config:
         settings, joined = one_adapter(module, weights)
         settings.inference_mode = True
@@ -59,12 +63,13 @@ def save_model(
 
 
 def adapter_names(module: Any) -> list[str]:
-    """The parameters of a model's adapters, also of those that are frozen."""
-    return [n for n, _ in module.named_parameters() if ".lora_" in n]
+    """The parameters of a model's adapters or prompt, also of those that are frozen."""
+    return prompt_names(module) or [n for n, _ in module.named_parameters() if ".lora_" in n]
 
 
 def has_adapter(module: Any) -> bool:
-    return getattr(module, "_hf_peft_config_loaded", False)
+    """Or a prompt: what is published is not the whole model."""
+    return getattr(module, "_hf_peft_config_loaded", False) or prompt_of(module) is not None
 
 
 def save_tensors(

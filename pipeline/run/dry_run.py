@@ -48,6 +48,9 @@ def describe_run(recipe: Recipe, engine_config: dict[str, Any], ranks: int) -> s
     ]
     if m.lora is not None:
         lines += _lora_lines(m.lora, model)
+    if m.prompt is not None:
+        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        lines += [f"prompt     {m.prompt.tokens} vectors, {count:,} parameters; the rest is frozen"]
     lines += _mask_lines(recipe, model)
     lines += _data_lines(recipe, tokenizer)
     lines += _task_lines(recipe)

@@ -174,6 +174,8 @@ def baseline_problems(r: Recipe) -> list[str]:
     lora = r.model.lora
     apart = {n: getattr(r, n) for n in ("das", "ewc", "derpp", "olora")}
     apart["model.lora.incremental"] = lora and lora.incremental
+    prompt = r.model.prompt
+    apart["model.prompt.progressive"] = prompt and prompt.progressive
     for name, used in apart.items():
         need(
             not used or r.start_from == "previous",

@@ -57,6 +57,8 @@ OTHERS = {
     "mask.criterion: fisher": ("task labels",),
     "model.lora": (),
     "model.lora.incremental": ("task labels",),
+    "model.prompt": (),
+    "model.prompt.progressive": ("task labels",),
     "stages[].replay": ("old data",),
     "start_from: base": ("task labels",),
     "start_from: nearest": ("task labels", "old weights"),

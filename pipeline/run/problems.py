@@ -21,6 +21,7 @@ from pipeline.run.method_problems import (
     method_problems,
     stop_problems,
 )
+from pipeline.run.prompt_problems import prompt_problems
 from pipeline.run.rule_problems import rule_problems
 from pipeline.run.seq2seq_problems import seq2seq_problems
 from pipeline.run.unused_keys import unused_keys
@@ -161,7 +162,7 @@ def recipe_problems(r: Recipe) -> list[str]:
             + (", and an encoder-decoder continues no text" if m.objective == "seq2seq" else "")
             + ". Remove it, or set model.objective=causal",
         )
-    found += seq2seq_problems(r) + anchor_problems(r)
+    found += seq2seq_problems(r) + prompt_problems(r) + anchor_problems(r)
     found += method_problems(r) + baseline_problems(r) + companion_problems(r)
     tasks = r.evaluate.end_tasks
     for name, task in tasks.tasks.items() if tasks else ():

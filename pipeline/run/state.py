@@ -62,9 +62,9 @@ class Run:
 
     @property
     def adds_adapters(self) -> bool:
-        """Whether every stage trains an adapter of its own, beside what is published."""
-        lora = self.recipe.model.lora
-        return lora is not None and lora.incremental
+        """Whether every stage trains an adapter or prompt of its own, beside what is published."""
+        lora, prompt = self.recipe.model.lora, self.recipe.model.prompt
+        return bool((lora and lora.incremental) or (prompt and prompt.progressive))
 
 
 def engine_with(run: Run, checkpoint: str, stage: int, train: bool = True) -> Engine:
