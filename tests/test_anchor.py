@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.data.objective import targets_of
 from pipeline.data.order import Permutation
+from pipeline.data.span_corruption import sentinels
 from pipeline.methods.anchor import STREAM, Anchor
 from pipeline.methods.anchor_text import make_text
 from pipeline.methods.divergence import summed_kl, summed_kl_top_k, top_k
@@ -275,6 +276,11 @@ def test_an_anchor_without_weight_is_none_bit_for_bit(tmp_path):
 
 def tokenizer_of(name):
     words = {f"w{i}": i for i in range(5, 53)}
+    if name == "t5":
+        words = {k: i for k, i in words.items() if i < 51} | {
+            "<extra_id_0>": 51,
+            "<extra_id_1>": 52,
+        }
     special = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4}
     backend = Tokenizer(WordLevel({**special, **words}, unk_token="<unk>"))
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -283,15 +289,18 @@ def tokenizer_of(name):
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
-@pytest.mark.parametrize("name", ["roberta", "llama"])
+OBJECTIVE = {"roberta": "masked", "llama": "causal", "t5": "seq2seq"}
+
+
+@pytest.mark.parametrize("name", OBJECTIVE)
 def test_sampled_text_is_the_same_wherever_it_is_drawn(name):
     net, tokenizer = MODELS[name]().eval(), tokenizer_of(name)
     torch.manual_seed(5)
-    first = sample_block(net, tokenizer, LENGTH, name == "roberta", seed=3)
+    first = sample_block(net, tokenizer, LENGTH, OBJECTIVE[name], seed=3)
     torch.manual_seed(6)
     torch.rand(10)
-    again = sample_block(net, tokenizer, LENGTH, name == "roberta", seed=3)
-    other = sample_block(net, tokenizer, LENGTH, name == "roberta", seed=4)
+    again = sample_block(net, tokenizer, LENGTH, OBJECTIVE[name], seed=3)
+    other = sample_block(net, tokenizer, LENGTH, OBJECTIVE[name], seed=4)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     ids, real = first
     assert ids.shape == (BLOCK, LENGTH)
@@ -300,6 +309,10 @@ def test_sampled_text_is_the_same_wherever_it_is_drawn(name):
     if name == "roberta":
         assert real.all()
         assert not torch.isin(ids[:, 1:-1], special).any()
+    elif name == "t5":
+        assert real.all()
+        assert not torch.isin(ids, special).any()
+        assert not torch.isin(ids, torch.tensor(sentinels(tokenizer))).any()
     else:  # what follows an end of text is no text
         ended = (ids[:, 1:] == tokenizer.eos_token_id).long().cumsum(1)
         assert torch.equal(real[:, 2:], ended[:, :-1] == 0)

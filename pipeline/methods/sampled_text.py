@@ -11,8 +11,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.data.sequences import Sequence
-from pipeline.data.tokenizer import vocabulary_size
+from pipeline.data.span_corruption import SPAN, sentinels
+from pipeline.data.tokenizer import never_drawn, vocabulary_size
 from pipeline.errors import UserError
+from pipeline.model.attention import start_token
 from pipeline.recipe import Recipe
 
 BLOCK = 64  # sequences that are drawn together, from a seed of their own
@@ -34,7 +36,7 @@ def sampled_sequences(
 
     text: "self": written by the model; "random": without sense. model: asked for "self" only.
     """
-    length, masked = recipe.data.sequence_length, recipe.model.objective == "masked"
+    length, objective = recipe.data.sequence_length, recipe.model.objective
     blocks = tqdm(
         range(share[0], math.ceil(count / BLOCK), share[1]),
         desc="own text" if text == "self" else "random text",
@@ -45,13 +47,13 @@ def sampled_sequences(
     for block in blocks:
         seed = recipe.seed * 1_000_003 + block
         if text == "self":
-            ids, real = sample_block(model(), tokenizer, length, masked, seed)
+            ids, real = sample_block(model(), tokenizer, length, objective, seed)
         else:
-            ids, real = random_block(tokenizer, length, masked, seed)
+            ids, real = random_block(tokenizer, length, objective, seed)
         for i, (row, known) in enumerate(zip(ids.numpy(), real.numpy(), strict=True)):
             number = block * BLOCK + i
             if number < count:
-                yield number, one_document(row, known, masked)
+                yield number, one_document(row, known, objective == "masked")
 
 
 def one_document(ids: np.ndarray, real: np.ndarray, masked: bool) -> Sequence:
@@ -80,7 +82,7 @@ def start_of_text(tokenizer: PreTrainedTokenizerFast) -> int:
 
 @torch.no_grad()
 def sample_block(
-    model: nn.Module, tokenizer: PreTrainedTokenizerFast, length: int, masked: bool, seed: int
+    model: nn.Module, tokenizer: PreTrainedTokenizerFast, length: int, objective: str, seed: int
 ) -> tuple[Tensor, Tensor]:
     """BLOCK sequences drawn at temperature 1, the same for a seed wherever they are drawn.
 
@@ -90,9 +92,9 @@ def sample_block(
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        ids = (_sample_masked if masked else _sample_causal)(model, tokenizer, length, device)
+        ids = SAMPLE[objective](model, tokenizer, length, device)
     ids = ids.cpu()
-    if masked:
+    if objective != "causal":
         return ids, torch.ones_like(ids, dtype=torch.bool)
     end = (ids[:, 1:] == tokenizer.eos_token_id).long()
     behind = end.cumsum(1) - end > 0  # the first end of text is real
@@ -101,16 +103,16 @@ def sample_block(
 
 
 def random_block(
-    tokenizer: PreTrainedTokenizerFast, length: int, masked: bool, seed: int
+    tokenizer: PreTrainedTokenizerFast, length: int, objective: str, seed: int
 ) -> tuple[Tensor, Tensor]:
     """As `sample_block`, of tokens that are drawn uniformly: text without sense."""
     special = set(tokenizer.all_special_ids)
     plain = torch.tensor([i for i in range(vocabulary_size(tokenizer)) if i not in special])
     generator = torch.Generator().manual_seed(seed)
     ids = plain[torch.randint(len(plain), (BLOCK, length), generator=generator)]
-    if masked:
+    if objective == "masked":
         ids[:, 0], ids[:, -1] = _ends(tokenizer)
-    else:
+    elif objective == "causal":
         ids[:, 0] = start_of_text(tokenizer)
     return ids, torch.ones_like(ids, dtype=torch.bool)
 
@@ -171,6 +173,38 @@ def _sample_masked(
         ids.scatter_(1, places, tokenizer.mask_token_id)
         _fill(model, ids, places, special)
     return ids
+
+
+def _sample_spans(
+    model: Any, tokenizer: PreTrainedTokenizerFast, length: int, device: torch.device
+) -> Tensor:
+    """An encoder-decoder writes the span that is missing at the end of what it has written, again
+    and again: of as many tokens as the spans of its pretraining have, none of them special."""
+    mark, end = sentinels(tokenizer)[0], tokenizer.eos_token_id
+    special = {*never_drawn(tokenizer), *sentinels(tokenizer)}
+    special |= set(range(vocabulary_size(tokenizer), model.config.vocab_size))
+    ids = torch.zeros((BLOCK, 0), dtype=torch.long, device=device)
+    asked = torch.tensor([mark, end], device=device).expand(BLOCK, 2)
+    begun = torch.tensor([start_token(model.config), mark], device=device).expand(BLOCK, 2)
+    for done in range(0, length, SPAN):
+        source = torch.cat([ids, asked], dim=1)
+        drawn = model.generate(
+            source,
+            attention_mask=torch.ones_like(source),
+            decoder_input_ids=begun,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            max_new_tokens=min(SPAN, length - done),
+            suppress_tokens=sorted(special),
+        )
+        ids = torch.cat([ids, drawn[:, 2:]], dim=1)
+    return ids
+
+
+SAMPLE = {"masked": _sample_masked, "causal": _sample_causal, "seq2seq": _sample_spans}
 
 
 def _fill(model: Any, ids: Tensor, places: Tensor, special: Tensor) -> None:

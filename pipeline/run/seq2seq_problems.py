@@ -20,10 +20,6 @@ def seq2seq_problems(r: Recipe) -> list[str]:
             f"data.{(chats or ['template'])[0]}: an encoder-decoder has no chats here; give "
             "`instruction` and template=plain or alpaca"
         )
-    if r.anchor is not None and r.anchor.text in ("self", "random"):
-        found.append(
-            "anchor.text: an encoder-decoder writes no text of its own; name one of data.domains"
-        )
     for key in ("das", "derpp", "ssu"):
         if getattr(r, key) is not None:
             found.append(
