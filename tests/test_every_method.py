@@ -21,7 +21,7 @@ SETTINGS = (f"data.domains.place={{embedded: toy_place, task: {PLACE}}}", "optim
 LORA = ("model.config=null", "model.train_tokenizer=null")
 OVERRIDES = {
     "entropy_gate": ("entropy_gate={tokens: 5}",),
-    "anchor": ("anchor={text: place, tokens: 2k, cache: 8, fraction: 0.5}",),
+    "anchor": ("anchor={text: self, tokens: 2k, cache: 8, fraction: 0.5}",),
     "olora": (*LORA, "model.lora={incremental: true}", "olora={}"),
     "kd": ("kd={}",),
     "ewc": ("ewc={}",),

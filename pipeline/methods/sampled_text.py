@@ -185,13 +185,15 @@ def _sample_spans(
     special |= set(range(vocabulary_size(tokenizer), model.config.vocab_size))
     ids = torch.zeros((BLOCK, 0), dtype=torch.long, device=device)
     asked = torch.tensor([mark, end], device=device).expand(BLOCK, 2)
-    begun = torch.tensor([start_token(model.config), mark], device=device).expand(BLOCK, 2)
+    start = start_token(model.config)
+    begun = torch.tensor([start, mark], device=device).expand(BLOCK, 2)
     for done in range(0, length, SPAN):
         source = torch.cat([ids, asked], dim=1)
         drawn = model.generate(
             source,
             attention_mask=torch.ones_like(source),
             decoder_input_ids=begun,
+            decoder_start_token_id=start,
             do_sample=True,
             temperature=1.0,
             top_k=0,
