@@ -336,23 +336,6 @@ def _autos(node: Any, path: str = "") -> list[str]:
     return []
 
 
-def check_row_sparse(backward: str, config: dict[str, Any]) -> None:
-    """Raises UserError where the engine cannot do all forwards of a step before its backwards."""
-    accumulates = config.get("gradient_accumulation_steps", 1) > 1
-    if (
-        backward == "row_sparse"
-        and accumulates
-        and "fsdp" not in config
-        and zero_stage(config) == 3
-    ):
-        raise UserError(
-            "mask.backward: row_sparse with several micro-batches a step needs all their forwards "
-            "first, and ZeRO-3 gives the gathered weights back in between. Set "
-            "mask.backward=previous or dense, train.micro_batch_size so that a step has one "
-            "micro-batch, or another ZeRO stage or FSDP2."
-        )
-
-
 def check_quantized(lora: Lora | None, config: dict[str, Any]) -> None:
     """Raises UserError where the engine cannot shard or offload the quantized base weights."""
     if lora is None or lora.quantize == "none":

@@ -8,6 +8,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
@@ -56,6 +57,7 @@ class ZeroEngine:
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=inner, config=ds_config)
         self.shards = ZeroShards(self._engine)
         self._parameters = dict(self._engine.module.named_parameters())
+        self._gathered: dict[nn.Module, int] = {}
         self._norm = float("nan")
         self.micro_batches: int = ds_config["gradient_accumulation_steps"]  # of a step and rank
         # Its step count and scale change while training, if there is loss scaling.
@@ -120,13 +122,23 @@ class ZeroEngine:
         return self._engine.monitor
 
     def forward(self, **inputs: Tensor) -> Any:
-        return self._engine(**inputs)
+        output = self._engine(**inputs)
+        if self.stage == 3 and torch.is_grad_enabled():
+            parts = self.module.modules()
+            self._gathered = {m: vars(m).get("ds_grads_remaining", 0) for m in parts}
+        return output
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulate; the `last` micro-batch of a step also reduces the gradient over the ranks.
 
         loss: this micro-batch's mean; the step's gradient is the mean over micro-batches and ranks.
         """
+        # DeepSpeed takes forwards and backwards for alternating. What a forward prepares for its
+        # backward is done again here, where the forwards of a whole step may have come first.
+        if isinstance(self._engine.optimizer, ZeROOptimizer):
+            self._engine.optimizer.clear_backward_seen_flag()  # or ZeRO-3 would not accumulate
+        for module, gradients in self._gathered.items():  # after which ZeRO-3 lets weights go
+            module.ds_grads_remaining = gradients  # type: ignore[assignment]
         self._engine.backward(loss)
         if not last:
             self._engine.step()  # steps nothing: this is where DeepSpeed counts micro-batches
@@ -283,7 +295,7 @@ class ZeroEngine:
             self._engine.optimizer = None
         else:
             self._adam.state.clear()
-        self._hold = nullcontext
+        self._hold, self._gathered = nullcontext, {}
         del self._adam, self._engine, self._parameters, self.shards
 
 
