@@ -61,6 +61,8 @@ def test_points_are_the_products_of_each_methods_own_grid():
     ]  # fmt: skip
     assert points["ft-lr_0.002-seed_1"] == ("mask.enabled=false", "optimizer.lr=0.002", "seed=1")
     assert points["migu-seed_0"] == ("optimizer.lr=0.004", "seed=0")
+    # Ended early it has every setting: with the first seed all of them, then with the next.
+    assert [name[-1] for name in points] == ["0"] * 3 + ["1"] * 3
 
 
 def test_every_point_runs_once_and_failures_are_tried_again(tmp_path):
@@ -70,6 +72,7 @@ def test_every_point_runs_once_and_failures_are_tried_again(tmp_path):
     outcomes = run_sweep(points, command(), tmp_path, jobs=3)
     failed = [name for name, o in outcomes.items() if not o.finished]
     assert failed == ["migu-seed_1"]
+    assert all(0 < o.cpu_seconds < 60 for o in outcomes.values())
     assert "out of luck" in Path(outcomes["migu-seed_1"].log).read_text()
     twice = ["ft-lr_0.001-seed_0", "migu-seed_1"]
     assert started(tmp_path) == sorted([p.name for p in points] + twice)

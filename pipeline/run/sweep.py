@@ -68,7 +68,8 @@ class Point:
 
 @dataclass
 class Outcome:
-    """What became of a point. seconds: of the process; memory: its peak, in bytes."""
+    """What became of a point. seconds: of the process; cpu_seconds: of all its threads and of the
+    processes it waited for; memory: its peak, in bytes."""
 
     overrides: list[str]
     finished: bool
@@ -76,6 +77,7 @@ class Outcome:
     memory: int
     attempts: int
     log: str
+    cpu_seconds: float = 0.0
 
 
 def load_sweep(name: str) -> Sweep | None:
@@ -106,7 +108,8 @@ def load_sweep(name: str) -> Sweep | None:
 
 
 def sweep_points(sweep: Sweep) -> list[Point]:
-    """Every run of a sweep, the seeds of a setting one after the other.
+    """Every run of a sweep: all settings with the first seed, then all with the next, so that a
+    sweep that is ended early compares them all.
 
     Raises:
         UserError: an empty list of values, no seed, two runs of one name.
@@ -114,25 +117,23 @@ def sweep_points(sweep: Sweep) -> list[Point]:
     if sweep.seeds < 1:
         raise UserError(f"--seeds {sweep.seeds}: must be at least 1")
     points = []
-    for method, settings in sweep.methods.items():
+    for seed, (method, settings) in itertools.product(range(sweep.seeds), sweep.methods.items()):
         grid = {**sweep.grid, **sweep.grids.get(method, {})}
         for key, values in grid.items():
             if not values:
                 raise UserError(f"--grid {key}: the list of values is empty")
         if sweep.seeds > 1 and "seed" in {**settings, **grid}:
             raise UserError("--seeds: has no effect on a seed that is given too; remove one")
+        seeds = {"seed": seed} if sweep.seeds > 1 else {}  # one seed is the recipe's own
         for combination in itertools.product(*grid.values()):
             chosen = dict(zip(grid, combination, strict=True))
-            for seed in range(sweep.seeds):
-                seeds = {"seed": seed} if sweep.seeds > 1 else {}  # one seed is the recipe's own
-                overrides = {**settings, **chosen, **seeds}
-                varied = {k: v for k, v in chosen.items() if len(grid[k]) > 1} | seeds
-                points.append(
-                    Point(
-                        _name(method, varied),
-                        tuple(f"{k}={_written(v)}" for k, v in overrides.items()),
-                    )
+            overrides = {**settings, **chosen, **seeds}
+            varied = {k: v for k, v in chosen.items() if len(grid[k]) > 1} | seeds
+            points.append(
+                Point(
+                    _name(method, varied), tuple(f"{k}={_written(v)}" for k, v in overrides.items())
                 )
+            )
     doubled = {p.name for p in points if sum(q.name == p.name for q in points) > 1}
     if doubled:
         raise UserError(f"the sweep has two runs named {sorted(doubled)[0]!r}; vary their values")
@@ -305,6 +306,7 @@ class _Runner:
             usage.ru_maxrss * 1024,
             attempt,
             str(log),
+            round(usage.ru_utime + usage.ru_stime, 1),
         )
 
     def _end(self) -> None:
