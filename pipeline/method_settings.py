@@ -98,6 +98,16 @@ class DerPlusPlus:
 
 
 @dataclass
+class HatAdapter:
+    """Gates over the ranks of one adapter, of which each stage claims some (HAT, Serra et al. 2018,
+    arXiv 1801.01423)."""
+
+    lr: float = 0.05  # of the gates, which plain gradient descent trains
+    sparsity: float = 0.75  # weight of the share of the free ranks that a stage opens
+    steepness: float = 400.0  # of the gates at the end of a stage; at its start one over it
+
+
+@dataclass
 class PublishAverage:
     """Publish each stage's weights interpolated with those it started from (WiSE-FT,
     arXiv 2109.01903)."""

@@ -22,6 +22,7 @@ from pipeline.method_settings import (
     EntropyGate,
     Ewc,
     Half,
+    HatAdapter,
     L2ToStart,
     Mofo,
     OLora,
@@ -391,6 +392,7 @@ class Recipe:
     derpp: DerPlusPlus | None = None
     entropy_gate: EntropyGate | None = None
     mofo: Mofo | None = None
+    hat_adapter: HatAdapter | None = None
     ema: Ema | None = None
     publish_average: PublishAverage | None = None
     optimizer: Optimizer = field(default_factory=Optimizer)

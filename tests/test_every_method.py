@@ -28,6 +28,7 @@ OVERRIDES = {
     "l2_to_start": ("l2_to_start={}",),
     "hft": ("hft={}",),
     "mofo": ("mofo={}",),
+    "hat_adapter": (*LORA, "model.lora={}", "hat_adapter={}"),
     "ema": ("ema={}",),
     "publish_average": ("publish_average={}",),
     "mask": (),

@@ -172,7 +172,7 @@ def baseline_problems(r: Recipe) -> list[str]:
             f"{name}: has no effect in a run of one stage: it protects earlier stages; remove it",
         )
     lora = r.model.lora
-    apart = {n: getattr(r, n) for n in ("das", "ewc", "derpp", "olora")}
+    apart = {n: getattr(r, n) for n in ("das", "ewc", "derpp", "olora", "hat_adapter")}
     apart["model.lora.incremental"] = lora and lora.incremental
     prompt = r.model.prompt
     apart["model.prompt.progressive"] = prompt and prompt.progressive
@@ -224,6 +224,39 @@ def baseline_problems(r: Recipe) -> list[str]:
             max(r.derpp.alpha, r.derpp.beta) > 0,
             "derpp: has no effect where alpha and beta are 0; remove it",
         )
+    return found
+
+
+def hat_problems(r: Recipe) -> list[str]:
+    """What is wrong with the recipe's `hat_adapter`, and what does not go beside it."""
+    h, lora, rates = r.hat_adapter, r.model.lora, r.optimizer
+    if h is None:
+        return []
+    stops = r.stop is not None or any(s.stop is not None for s in r.stages)
+    stopped = "its gates close over a stage, whose end has to be known; remove"
+    moves = "moves ranks that earlier stages have claimed; remove one of the two"
+    wrong = {
+        "gates the ranks of an adapter; set model.lora={}": lora is None,
+        "gates one adapter, model.lora.incremental adds one a stage; remove one of the two": bool(
+            lora and lora.incremental
+        ),
+        f"optimizer.weight_decay={rates.weight_decay:g} {moves.split(';')[0]}; set it to 0": (
+            rates.weight_decay != 0
+        ),
+        f"optimizer.name={rates.name} {EIGHT_BIT_DRIFT.split(';')[0]}": rates.name != "adamw",
+        "reads the gradient, which fp16 has scaled by then; use bf16": r.train.precision == "fp16",
+        f"{stopped} `stop`": stops,
+        f"{stopped} guard.action=stop": r.guard is not None and r.guard.action == "stop",
+        "has no effect in a run of one stage but gates; remove it": len(r.stages) == 1,
+        **{f"{n} {moves}": getattr(r, n) is not None for n in ("ewc", "l2_to_start", "ema")},
+    }
+    found = [f"hat_adapter: {problem}" for problem, so in wrong.items() if so]
+    if not h.lr > 0:
+        found.append("hat_adapter.lr: must be positive")
+    if h.sparsity < 0:
+        found.append("hat_adapter.sparsity: must be at least 0")
+    if not h.steepness > 1:
+        found.append("hat_adapter.steepness: must be more than 1")
     return found
 
 

@@ -23,6 +23,7 @@ from pipeline.methods.distill import Distill
 from pipeline.methods.entropy_gate import EntropyGate
 from pipeline.methods.ewc import Ewc
 from pipeline.methods.half import Half
+from pipeline.methods.hat_adapter import HatAdapter
 from pipeline.methods.l2_to_start import L2ToStart
 from pipeline.methods.method import Method, Start, Teacher
 from pipeline.methods.mofo import Mofo
@@ -46,6 +47,7 @@ METHODS = (
     Half,
     SourceColumns,
     Das,
+    HatAdapter,
     Mofo,
     Ema,  # averages what the ones above have made of an update
     StartAverage,

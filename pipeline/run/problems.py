@@ -18,6 +18,7 @@ from pipeline.run.method_problems import (
     anchor_problems,
     baseline_problems,
     companion_problems,
+    hat_problems,
     method_problems,
     stop_problems,
 )
@@ -163,7 +164,7 @@ def recipe_problems(r: Recipe) -> list[str]:
             + ". Remove it, or set model.objective=causal",
         )
     found += seq2seq_problems(r) + prompt_problems(r) + anchor_problems(r)
-    found += method_problems(r) + baseline_problems(r) + companion_problems(r)
+    found += method_problems(r) + baseline_problems(r) + companion_problems(r) + hat_problems(r)
     tasks = r.evaluate.end_tasks
     for name, task in tasks.tasks.items() if tasks else ():
         where = f"evaluate.end_tasks.tasks.{name}.domain"
