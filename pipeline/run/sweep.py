@@ -306,7 +306,7 @@ class _Runner:
             usage.ru_maxrss * 1024,
             attempt,
             str(log),
-            round(usage.ru_utime + usage.ru_stime, 1),
+            round(usage.ru_utime + usage.ru_stime, 2),
         )
 
     def _end(self) -> None:
