@@ -108,6 +108,15 @@ class HatAdapter:
 
 
 @dataclass
+class PseudoReplay:
+    """Learn texts of earlier tasks again that the model writes itself (LFPT5, arXiv 2110.07298)."""
+
+    sequences: int = 64  # of each task: read to learn to write them, and written later
+    fraction: float = 0.25  # sequences of a step, relative to train.batch_size
+    weight: float = 1.0  # of their loss
+
+
+@dataclass
 class PublishAverage:
     """Publish each stage's weights interpolated with those it started from (WiSE-FT,
     arXiv 2109.01903)."""

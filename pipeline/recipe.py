@@ -26,6 +26,7 @@ from pipeline.method_settings import (
     L2ToStart,
     Mofo,
     OLora,
+    PseudoReplay,
     PublishAverage,
     SourceColumns,
 )
@@ -390,6 +391,7 @@ class Recipe:
     kd: Distill | None = None
     ewc: Ewc | None = None
     derpp: DerPlusPlus | None = None
+    pseudo_replay: PseudoReplay | None = None
     entropy_gate: EntropyGate | None = None
     mofo: Mofo | None = None
     hat_adapter: HatAdapter | None = None

@@ -23,6 +23,7 @@ OVERRIDES = {
     "entropy_gate": ("entropy_gate={tokens: 5}",),
     "anchor": ("anchor={text: self, tokens: 2k, cache: 8, fraction: 0.5}",),
     "olora": (*LORA, "model.lora={incremental: true}", "olora={}"),
+    "pseudo_replay": ("pseudo_replay={sequences: 6, fraction: 0.5}",),
     "kd": ("kd={}",),
     "ewc": ("ewc={}",),
     "l2_to_start": ("l2_to_start={}",),
@@ -43,7 +44,17 @@ OVERRIDES = {
 }
 # They look at one stack of layers, and a T5 has two: refused there, and tested elsewhere.
 OF_ONE_STACK = ("das", "derpp", "ssu")
-TOGETHER = "entropy_gate", "anchor", "kd", "ewc", "l2_to_start", "hft", "mofo", "ema"
+TOGETHER = (
+    "entropy_gate",
+    "anchor",
+    "kd",
+    "ewc",
+    "l2_to_start",
+    "hft",
+    "mofo",
+    "ema",
+    "pseudo_replay",
+)
 
 
 def cases(method):

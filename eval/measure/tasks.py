@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig
 
 from eval.measure.results import replace_file, write_json
 from pipeline.data.encode import Encoder
 from pipeline.data.heldout import load_tasks
 from pipeline.data.instruct import Example
 from pipeline.errors import UserError
-from pipeline.model.attention import start_token
+from pipeline.model.generate import written
 from pipeline.model.positions import longest_input
 from pipeline.model.prompt import prompt_of
 from pipeline.recipe import Answers
@@ -65,11 +64,9 @@ def answers(
 ) -> list[str]:
     """What the model says to each prompt, greedily, at most `max_new_tokens`."""
     tokens = encoder.encode(examples)
-    soft = prompt_of(model)
-    before = soft.ids if soft is not None else np.zeros(0, np.int64)
-    prompts = [np.append(before, t.ids[~t.predicted]) for t in tokens if t.predicted is not None]
-    limit = longest_input(model)
-    longest = max(map(len, prompts), default=0)
+    prompts = [t.ids[~t.predicted] for t in tokens if t.predicted is not None]
+    limit, soft = longest_input(model), prompt_of(model)
+    longest = max(map(len, prompts), default=0) + (soft.tokens if soft is not None else 0)
     if limit is not None and longest > limit - (encoder.objective == "causal"):
         raise UserError(
             f"a prompt has {longest} tokens, the model takes {limit}: lower the task's max_words"
@@ -79,56 +76,17 @@ def answers(
         each = encoder.encode([Example(examples[0].prompt, "", option) for option in options])
         allowed = Trie([t.ids[t.predicted].tolist() for t in each if t.predicted is not None])
     said = [""] * len(prompts)
+    (end,) = encoder.after
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for start in range(0, len(order), settings.batch_size):
         block = order[start : start + settings.batch_size]
-        texts = _generate(model, encoder, [prompts[i] for i in block], settings, allowed)
-        for i, text in zip(block, texts, strict=True):
-            said[i] = text
+        texts = written(
+            model, [prompts[i] for i in block], end, encoder.pad, settings.max_new_tokens,
+            allowed.after if allowed else None,
+        )  # fmt: skip
+        for i, ids in zip(block, texts, strict=True):
+            said[i] = encoder.backend.decode(ids, skip_special_tokens=True).strip()
     return said
-
-
-def _generate(
-    model: Any,
-    encoder: Encoder,
-    prompts: list[np.ndarray],
-    settings: Answers,
-    allowed: "Trie | None",
-) -> list[str]:
-    paired = encoder.objective == "seq2seq"
-    longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), encoder.pad)
-    attended = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):  # a decoder goes on behind the last token
-        place = slice(0, len(prompt)) if paired else slice(longest - len(prompt), longest)
-        ids[row, place] = torch.from_numpy(prompt).long()
-        attended[row, place] = 1
-    (end,) = encoder.after
-    # The model's own settings (a repetition penalty, say) would fill in what is not given here.
-    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=encoder.pad)
-    before = 1 if paired else longest
-    output = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=attended.to(model.device),
-        max_new_tokens=_room(model, settings, before),
-        do_sample=False,
-        **({"decoder_start_token_id": start_token(model.config)} if paired else {}),
-        **({"prefix_allowed_tokens_fn": allowed.after(before)} if allowed else {}),
-    )
-    return [_text(encoder, row, end) for row in output[:, before:].tolist()]
-
-
-def _room(model: Any, settings: Answers, before: int) -> int:
-    """How many tokens can be generated behind `before`."""
-    limit = longest_input(model)
-    return (
-        settings.max_new_tokens if limit is None else min(settings.max_new_tokens, limit - before)
-    )
-
-
-def _text(encoder: Encoder, ids: list[int], end: int) -> str:
-    ids = ids[: ids.index(end)] if end in ids else ids
-    return encoder.backend.decode(ids, skip_special_tokens=True).strip()
 
 
 class Trie:

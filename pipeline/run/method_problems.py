@@ -160,19 +160,20 @@ def baseline_problems(r: Recipe) -> list[str]:
         if not condition:
             found.append(message)
 
-    for name in ("das", "derpp"):
+    for name in ("das", "derpp", "pseudo_replay"):
         need(
             getattr(r, name) is None or r.data.prepare,
             f"{name}: reads a stage's text again from its prepared corpus, and data.prepare=false "
             "makes none; remove one of them",
         )
-    for name in ("ewc", "derpp"):
+    for name in ("ewc", "derpp", "pseudo_replay"):
         need(
             getattr(r, name) is None or len(r.stages) > 1,
             f"{name}: has no effect in a run of one stage: it protects earlier stages; remove it",
         )
     lora = r.model.lora
-    apart = {n: getattr(r, n) for n in ("das", "ewc", "derpp", "olora", "hat_adapter")}
+    protecting = ("das", "ewc", "derpp", "olora", "hat_adapter", "pseudo_replay")
+    apart = {n: getattr(r, n) for n in protecting}
     apart["model.lora.incremental"] = lora and lora.incremental
     prompt = r.model.prompt
     apart["model.prompt.progressive"] = prompt and prompt.progressive
@@ -212,6 +213,21 @@ def baseline_problems(r: Recipe) -> list[str]:
             "ewc: sums squared gradients, which fp16's loss scale would distort; set "
             "train.precision=bf16 or fp32",
         )
+    if p := r.pseudo_replay:
+        need(p.sequences >= 2, "pseudo_replay.sequences: must be at least 2")
+        need(p.fraction > 0, "pseudo_replay.fraction: must be positive")
+        need(p.weight > 0, "pseudo_replay.weight: must be positive")
+        need(
+            not r.data.packing,
+            "pseudo_replay: writes examples, of which a row has one; set data.packing=false",
+        )
+        for name in dict.fromkeys(n for s in r.stages for n in s.domains):
+            domain = r.data.domains.get(name)
+            need(
+                domain is None or bool(domain.task or domain.instruction),
+                f"pseudo_replay: writes what is asked and answers it, and data.domains.{name} has "
+                "no `task` or `instruction`; leave the domain out, or take anchor.text=self",
+            )
     if r.derpp:
         need(r.derpp.sequences >= 1, "derpp.sequences: must be at least 1")
         need(

@@ -28,6 +28,7 @@ from pipeline.methods.l2_to_start import L2ToStart
 from pipeline.methods.method import Method, Start, Teacher
 from pipeline.methods.mofo import Mofo
 from pipeline.methods.olora import OLora
+from pipeline.methods.pseudo_replay import PseudoReplay
 from pipeline.methods.source_columns import SourceColumns
 from pipeline.model.attention import Separation
 from pipeline.model.load import load_for_evaluation
@@ -42,6 +43,7 @@ METHODS = (
     OLora,
     Distill,
     DerPlusPlus,
+    PseudoReplay,
     Ewc,  # reads the gradient before the ones below change it
     L2ToStart,
     Half,

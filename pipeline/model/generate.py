@@ -1,0 +1,59 @@
+"""What a model writes behind prompts, in batches: a causal one behind them, an encoder-decoder as
+its target; behind its soft prompt where it has one."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig
+
+from pipeline.model.attention import start_token
+from pipeline.model.positions import longest_input
+from pipeline.model.prompt import prompt_of
+
+# (row, the ids so far) -> what may follow
+Allowed = Callable[[int, torch.Tensor], list[int]]
+
+
+@torch.inference_mode()
+def written(
+    model: Any,
+    prompts: Sequence[np.ndarray],
+    end: int,
+    pad: int,
+    max_new_tokens: int,
+    allowed: Callable[[int], Allowed] | None = None,
+    **how: Any,
+) -> list[list[int]]:
+    """The ids behind each prompt, without the `end` of the text.
+
+    Args:
+        prompts: int [n] each, with all special tokens.
+        allowed: given how many ids stand before what is written, says what may be written.
+        how: further arguments of `generate`; default: greedily.
+    """
+    paired = model.config.is_encoder_decoder
+    soft = prompt_of(model)
+    whole = [np.append(soft.ids, p) for p in prompts] if soft is not None else prompts
+    longest = max(map(len, whole))
+    ids = torch.full((len(whole), longest), pad)
+    attended = torch.zeros_like(ids)
+    for row, prompt in enumerate(whole):  # a decoder goes on behind the last token
+        place = slice(0, len(prompt)) if paired else slice(longest - len(prompt), longest)
+        ids[row, place] = torch.from_numpy(prompt).long()
+        attended[row, place] = 1
+    # The model's own settings (a repetition penalty, say) would fill in what is not given here.
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
+    before = 1 if paired else longest
+    limit = longest_input(model)
+    output = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=attended.to(model.device),
+        max_new_tokens=max_new_tokens if limit is None else min(max_new_tokens, limit - before),
+        **{"do_sample": False, **how},
+        **({"decoder_start_token_id": start_token(model.config)} if paired else {}),
+        **({"prefix_allowed_tokens_fn": allowed(before)} if allowed else {}),
+    )
+    rows = output[:, before:].tolist()
+    return [row[: row.index(end)] if end in row else row for row in rows]
