@@ -3,7 +3,7 @@
 from pipeline.recipe import Recipe
 
 # They read, hold or copy weights that a prompt leaves frozen, or run the model without its prompt.
-WITHOUT = ("anchor", "olora", "hft", "ssu", "das", "kd", "derpp")
+WITHOUT = ("anchor", "olora", "hft", "ssu", "das", "kd", "derpp", "hat_adapter")
 
 
 def prompt_problems(r: Recipe) -> list[str]:
