@@ -33,7 +33,7 @@ def measured_run(args: argparse.Namespace) -> None:
     engine_config = resolve_engine_config(args.config, recipe, world_size(), device)
     if args.dry_run or args.measure:
         if rank() == 0:
-            check(recipe.evaluate)
+            check(recipe.evaluate, recipe.model)
             check_trackers(recipe.track)
             print(describe_run(recipe, engine_config, world_size()))
         if args.measure:
@@ -43,7 +43,7 @@ def measured_run(args: argparse.Namespace) -> None:
                 print("\n".join(lines))
         return
     start_distributed()
-    on_rank0(lambda: check(recipe.evaluate))
+    on_rank0(lambda: check(recipe.evaluate, recipe.model))
     on_rank0(lambda: check_trackers(recipe.track))
     if args.restart:
         on_rank0(lambda: restart(Path(args.runs), recipe))

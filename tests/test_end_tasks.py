@@ -17,6 +17,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from eval.measure.checkpoint import check as check_settings
 from eval.measure.classification import METRICS
 from eval.measure.classifier import Classifier, Likelihood, Source
 from eval.measure.end_task_data import load_task
@@ -255,7 +256,15 @@ def test_what_failed_is_said_and_the_rest_is_kept(made, tmp_path):
     source = Source(str(tmp_path / "bert"))
     with pytest.raises(UserError, match=r"cites, seed 7: .*has no pooler.*new_pooler=true"):
         evaluate_share(source, settings(made), ["cites"], tmp_path / "part.json", (0, 1))
+    for model, problem in (
+        (Model(path=str(tmp_path / "bert")), r"bert has no pooler.*new_pooler=true"),
+        (Model(config={"model_type": "t5", "num_layers": 1}), "t5 is an encoder-decoder"),
+    ):
+        with pytest.raises(UserError, match=problem):  # before a run trains anything
+            check_settings(Evaluation(end_tasks=settings(made)), model)
     given = settings(made, new_pooler=True, tasks={"cites": EndTask(epochs=1)})
+    for name in (made / "roberta", made / "llama", tmp_path / "bert"):
+        check_settings(Evaluation(end_tasks=given), Model(path=str(name)))
     assert len(fine_tune(source, load_task("cites", given), given, 7)["losses"]) == 5
     words = " ".join(f"{i * i:x}q{i * 7:x}" for i in range(300))
     train_tokenizer([words] * 3, 600).save_pretrained(tmp_path / "tokenizer")

@@ -20,8 +20,8 @@ from pipeline.data.heldout import load_heldout
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.model.gguf import local_weights
-from pipeline.model.load import load_for_evaluation
-from pipeline.recipe import Evaluation, Lora
+from pipeline.model.load import load_config, load_for_evaluation
+from pipeline.recipe import Evaluation, Lora, Model
 from pipeline.run.evaluation import RESULTS
 
 SUFFIXES = {
@@ -64,12 +64,14 @@ class Checkpoint:
         return load_tokenizer(local_weights(self.tokenizer_path or self.path), self.revision)
 
 
-def check(settings: Evaluation) -> None:
+def check(settings: Evaluation, model: Model | None = None) -> None:
     """Whether this machine can do what the recipe asks for, before any training.
+
+    model: what is to be trained.
 
     Raises:
         UserError: no sandbox for generated programs, an unknown benchmark, unusable local files or
-            rows of an end task.
+            rows of an end task, a model that cannot be fine-tuned on one.
     """
     # Imported where they are used: lm-eval takes seconds, and a masked LM needs none of this.
     if settings.humaneval:
@@ -83,9 +85,12 @@ def check(settings: Evaluation) -> None:
 
         benchmark_sources.check(settings.benchmarks, settings.benchmark_files)
     if settings.end_tasks:
-        from eval.measure import end_tasks
+        from eval.measure import classifier, end_tasks
 
         end_tasks.check(settings.end_tasks)
+        if model is not None:
+            path = model.path or "a model of model.config"
+            classifier.check_family(path, load_config(model), settings.end_tasks)
 
 
 def part(folder: Path, kind: str, rank: int) -> Path:

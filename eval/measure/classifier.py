@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar
 
@@ -41,6 +46,27 @@ class Encoded:
     label: int
 
 
+def check_family(path: str, config: Any, settings: EndTasks) -> None:
+    """Whether what is trained from a model can be fine-tuned, before it is: by its configuration.
+
+    Raises:
+        UserError: as `Classifier` does for each checkpoint.
+    """
+    _refuse_encoder_decoder(config)
+    if settings.score == "likelihood":
+        return
+    pretraining = AutoModelForCausalLM if _is_causal(config) else AutoModelForMaskedLM
+    with torch.device("meta"):
+        body: Any = pretraining.from_config(config).base_model
+        try:
+            net: Any = AutoModelForSequenceClassification.from_config(config)
+        except ValueError as error:
+            raise _no_head(config, error) from None
+    lacking = [n for n in net.base_model.state_dict() if n not in body.state_dict()]
+    if lacking and not settings.new_pooler:
+        raise _no_pooler(path, config, lacking)
+
+
 class Classifier:
     """The checkpoint's body with transformers' classification head of its family: on <s> of an
     encoder, on the last token of a decoder."""
@@ -62,17 +88,10 @@ class Classifier:
                 config, attn_implementation=source.attention, dtype=torch.float32
             )
         except ValueError as error:
-            raise UserError(
-                f"evaluate.end_tasks: no classification head is known for {config.model_type}: "
-                f"{str(error).splitlines()[0]}"
-            ) from None
+            raise _no_head(config, error) from None
         lacking = _copy_body(whole, self.net)
         if lacking and not settings.new_pooler:
-            raise UserError(
-                f"evaluate.end_tasks: {source.path} has no pooler, which a classifier of "
-                f"{config.model_type} reads ({lacking[0]}, ...): masked-LM training leaves it out. "
-                "Set evaluate.end_tasks.new_pooler=true to start one from random numbers"
-            )
+            raise _no_pooler(source.path, config, lacking)
         self.net.to(source.device)
         self.padding = config.get_text_config().pad_token_id
         self.device = source.device
@@ -170,13 +189,8 @@ def _load(source: Source) -> tuple[Any, Any, bool]:
         config: Any = AutoConfig.from_pretrained(weights, revision=source.revision)
     except (OSError, ValueError) as error:
         raise UserError(f"evaluate.end_tasks: cannot load {source.path}: {error}") from None
-    if config.is_encoder_decoder:
-        raise UserError(
-            f"evaluate.end_tasks: {config.model_type} is an encoder-decoder; end tasks need an "
-            "encoder or a decoder"
-        )
-    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    causal = not masked or bool(getattr(config, "is_decoder", False))
+    _refuse_encoder_decoder(config)
+    causal = _is_causal(config)
     objective = "causal" if causal else "masked"
     net: Any = load_for_evaluation(source.path, objective, source.attention, source.revision)
     tokenizer = load_tokenizer(local_weights(source.tokenizer or source.path), source.revision)
@@ -187,6 +201,34 @@ def _load(source: Source) -> tuple[Any, Any, bool]:
             "embeddings; give the tokenizer that belongs to it"
         )
     return net, tokenizer, causal
+
+
+def _is_causal(config: Any) -> bool:
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return not masked or bool(getattr(config, "is_decoder", False))
+
+
+def _refuse_encoder_decoder(config: Any) -> None:
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"evaluate.end_tasks: {config.model_type} is an encoder-decoder; end tasks need an "
+            "encoder or a decoder"
+        )
+
+
+def _no_head(config: Any, error: ValueError) -> UserError:
+    return UserError(
+        f"evaluate.end_tasks: no classification head is known for {config.model_type}: "
+        f"{str(error).splitlines()[0]}"
+    )
+
+
+def _no_pooler(path: str, config: Any, lacking: list[str]) -> UserError:
+    return UserError(
+        f"evaluate.end_tasks: {path} has no pooler, which a classifier of {config.model_type} "
+        f"reads ({lacking[0]}, ...): masked-LM training leaves it out. Set "
+        "evaluate.end_tasks.new_pooler=true to start one from random numbers"
+    )
 
 
 def _copy_body(whole: Any, net: Any) -> list[str]:
