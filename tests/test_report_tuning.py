@@ -327,6 +327,16 @@ def test_an_adapter_is_a_method_of_its_own():
         "ft", "ema, decay 0.9", "ema, decay 0.99", "ema, publish_average, migu T=0.7, decay 0.9",
     ]  # fmt: skip
     assert differences([runs[0], *averaged]) == []
+    # All domains in one stage are what the others could reach at most.
+    stages = [{"domain": "a", "steps": 3}, {"domain": "b", "steps": 3}]
+    several = run(None, False, stages=stages, name="several")
+    once = run(None, False, stages=[{"domain": ["a", "b"], "steps": 6}], name="once")
+    assert methods_of([several, once]) == ["ft", "all at once"]
+    assert methods_of([once]) == ["ft"]
+    for different in (several, once):
+        different.name = different.recipe["name"]
+    [told] = differences([several, once])
+    assert "number of their stages (several: 2; once: 1)" in told
 
 
 def test_a_rate_that_learns_nothing_is_no_point_of_its_method():

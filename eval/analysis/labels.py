@@ -59,15 +59,17 @@ def methods_of(runs: list[Run]) -> list[str]:
             continue
         if len({repr(r.get(key)) for r in among}) > 1:
             telling.append(key)
+    longest = max(len(run.recipe.get("stages") or []) for run in runs)
     methods = []
-    for recipe in recipes:
+    for run, recipe in zip(runs, recipes, strict=True):
         is_masked = recipe.get("mask.enabled", True)
         criterion = str(recipe.get("mask.criterion", "output"))
         threshold = recipe.get("mask.threshold", 0.7)
         selected = f"{CRITERIA.get(criterion, criterion)} T={threshold:g}" if is_masked else ""
         source = recipe.get("start_from", "previous")
         alone = f"each from the {source}" if source != "previous" else ""
-        parts = (adapter_of(recipe), *methods_in(recipe), selected, alone)
+        together = "all at once" if _learns_all_at_once(run, longest) else ""
+        parts = (adapter_of(recipe), *methods_in(recipe), selected, alone, together)
         name = ", ".join(filter(None, parts)) or "ft"
         extra = [
             f"{key.split('.', 1)[-1]} {_plain(recipe[key])}"
@@ -86,6 +88,12 @@ def methods_in(recipe: dict) -> list[str]:
         for m in METHODS
         if any(k.startswith(f"{m}.") for k in recipe) or recipe.get(m) is not None
     ]
+
+
+def _learns_all_at_once(run: Run, longest: int) -> bool:
+    """Whether its one stage has the domains that others learn in `longest` stages."""
+    stages = run.recipe.get("stages") or []
+    return len(stages) == 1 < longest and not isinstance(stages[0].get("domain"), str)
 
 
 def adapter_of(recipe: dict) -> str:
@@ -120,7 +128,12 @@ def learning_rate(run: Run) -> float:
 def differences(runs: list[Run]) -> list[str]:
     """A warning for every key of the recipes in which comparable runs do not differ."""
     recipes = [flat(run.recipe) for run in runs]
+    stages = [len(run.recipe.get("stages") or []) for run in runs]
     found = []
+    if len(set(stages)) > 1:  # said once, not for each key of each stage
+        each = "; ".join(f"{run.name}: {n}" for run, n in zip(runs, stages, strict=True))
+        found.append(f"The runs differ in the number of their stages ({each}).")
+        recipes = [{k: v for k, v in r.items() if not k.startswith("stages.")} for r in recipes]
     for key in dict.fromkeys(key for recipe in recipes for key in recipe):
         if not _is_free(key) and len({repr(recipe.get(key)) for recipe in recipes}) > 1:
             each = "; ".join(
