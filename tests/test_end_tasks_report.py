@@ -58,6 +58,13 @@ def test_the_numbers_are_those_of_the_definitions(tmp_path):
     assert both["score"].mean == pytest.approx(0.6525)
     assert both["score"].half == pytest.approx(12.706 * 0.05)
     assert both["forgetting_score"].half == pytest.approx(0, abs=1e-9)
+    # Where every stage has a model of its own, a task's result is that of its stage.
+    recipe = tmp_path / "alone/recipe.yaml"
+    measured(tmp_path / "alone")
+    recipe.write_text(f"start_from: base\n{recipe.read_text()}")
+    alone, _ = read_end_tasks(load_run(tmp_path / "alone"))
+    assert alone.final("score") == pytest.approx([(0.8 + 0.5 + 0.9 + 0.2) / 4, 0.65])
+    assert alone.forgetting("score") == [0, 0]
     assert estimate([[0.5]]).half is None
     assert estimate([[0.5, 0.4], []]) is None
 

@@ -10,7 +10,7 @@ from eval.analysis.load import Run
 KEYS = ("score", "accuracy")
 DEFINITIONS = {
     "score": "MF1: mean over the end tasks of the macro-F1 after the last stage (of ChemProt the "
-    "micro-F1).",
+    "micro-F1); where every stage has a model of its own, after the stage of the task's domain.",
     "accuracy": "ACC: mean over the end tasks of the accuracy after the last stage.",
     "forgetting": "Forgetting rate: mean over the tasks whose domain was trained before the last "
     "stage of the value right after that domain minus the final value; positive means forgotten.",
@@ -30,29 +30,36 @@ class Estimate:
 @dataclass
 class EndTaskMatrix:
     """values[stage][task][key] is a list, a number per seed; `own` has the stage of a task's
-    domain, without those that no stage trains on."""
+    domain, without those that no stage trains on. alone: every stage has a model of its own, so
+    that a task's result is the one right after its domain's stage (One, DEMIX, HAT)."""
 
     last: int
     tasks: list[str]
     own: dict[str, int]
     metrics: dict[str, str]
     values: dict[int, dict[str, dict[str, list[float]]]]
+    alone: bool = False
 
     def final(self, key: str) -> list[float]:
-        """The mean over the tasks after the last stage, per seed; [] if one is missing."""
-        return self._mean([self.at(self.last, task, key) for task in self.tasks])
+        """The mean over the tasks of their results, per seed; [] if one is missing."""
+        return self._mean([self.result(task, key) for task in self.tasks])
 
     def forgetting(self, key: str) -> list[float]:
         """Per seed, as DEFINITIONS says; [] where it is not defined or something is missing."""
         old = [task for task in self.tasks if self.own.get(task, self.last) < self.last]
         before = self._mean([self.at(self.own[task], task, key) for task in old])
-        after = self._mean([self.at(self.last, task, key) for task in old])
+        after = self._mean([self.result(task, key) for task in old])
         return [b - a for b, a in zip(before, after, strict=True)] if before and after else []
 
     def of_stages(self, stages: Sequence[int], key: str) -> list[float]:
         """The final mean over the tasks of some stages, per seed (the paper's Table 4)."""
         chosen = [task for task in self.tasks if self.own.get(task) in stages]
-        return self._mean([self.at(self.last, task, key) for task in chosen])
+        return self._mean([self.result(task, key) for task in chosen])
+
+    def result(self, task: str, key: str) -> list[float]:
+        """Per seed, after the last stage or, where the stages are `alone`, after the task's own."""
+        stage = self.own.get(task, self.last) if self.alone else self.last
+        return self.at(stage, task, key)
 
     def at(self, stage: int, task: str, key: str) -> list[float]:
         """Per seed; [] where it was not measured."""
@@ -87,7 +94,9 @@ def read_end_tasks(run: Run) -> tuple[EndTaskMatrix | None, list[str]]:
     trained = run.matrix.trained
     own = {n: trained[t["domain"]] for n, t in about.items() if t.get("domain") in trained}
     metrics = {n: str(t.get("metric")) for n, t in about.items()}
-    return EndTaskMatrix(run.matrix.last, list(about), own, metrics, stages), warnings
+    recipe = run.recipe
+    alone = recipe.get("start_from", "previous") != "previous" or bool(recipe.get("hat_adapter"))
+    return EndTaskMatrix(run.matrix.last, list(about), own, metrics, stages, alone), warnings
 
 
 def estimate(runs: Sequence[list[float]]) -> Estimate | None:
