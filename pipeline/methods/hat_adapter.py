@@ -108,9 +108,8 @@ class HatAdapter(Method):
         def write() -> None:
             self._folder.mkdir(parents=True, exist_ok=True)
             replace_file(self._file(stage), save(whole))
-            say(
-                f"  {self.name}: {gates.mean():.0%} of the ranks open, {claimed.mean():.0%} claimed"
-            )
+            shares = f"{gates.mean():.0%} of the ranks open, {claimed.mean():.0%} claimed so far"
+            say(f"  {self.name}: {shares}")
 
         on_rank0(write)
         change_masters(engine, self._folding())
@@ -153,16 +152,16 @@ class HatAdapter(Method):
                 continue
             layer, columns = self._layers[gradient.name.removesuffix(A)], gradient.shape[1]
             here, there = overlap(gradient, weight)
-            products = gradient.tensor[here].float() * weight.tensor[there].to(
-                gradient.tensor.device
-            )
+            held = weight.tensor[there].to(gradient.tensor.device)
+            products = gradient.tensor[here].float() * held
             first = gradient.start + here.start
             rows = torch.arange(first, first + len(products), device=products.device) // columns
             sums[0, layer].index_add_(0, rows.to(sums.device), products.to(sums.device))
             counts = torch.full_like(products, 1 / columns).to(sums.device)
             sums[1, layer].index_add_(0, rows.to(sums.device), counts)
         products, copies = summed(sums, self._engine.device)
-        return products / copies / self._soft()
+        found = products / copies / self._soft()
+        return found.nan_to_num(0.0, 0.0, 0.0)  # of a step that will be dropped
 
     def _train_gates(self, gradient: Tensor) -> None:
         """A step, with the regulariser (the share of the free ranks that is open) and the authors'
