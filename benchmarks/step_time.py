@@ -64,7 +64,7 @@ RATIOS = {  # name in the result: (of, to)
     "authors_vs_ft": ("authors", "ft"),
 }
 LR = 1e-5
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # of malloc.h
 
 
 class Turns:
@@ -324,10 +324,12 @@ def steps_of(args: argparse.Namespace, count: int) -> list[list[dict]]:
 
 def keep_freed_memory() -> None:
     """Let the C library keep what is freed for the next step, as torch's allocator of a GPU does: a
-    large tensor would be fetched from the system anew each time, page by page."""
+    large tensor would be fetched from the system anew each time, page by page. One arena: those of
+    threads hold no block over 64 MB."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        for setting in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
+        kept = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28))
+        for setting in (*kept, (M_ARENA_MAX, 1)):
             libc.mallopt(*setting)
 
 
