@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--threshold", type=float, default=0.7)
     args = parser.parse_args()
     args.accumulation, args.checkpointing, args.precision = 1, True, "fp32"
+    args.chunked_loss = False
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     start_distributed()
     for engine in args.engines:

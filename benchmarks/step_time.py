@@ -8,6 +8,15 @@ Prints the median step of each mode and the median, over the rounds, of the rati
 in the same round, with quartiles; the JSON has them too. Times are of whole steps: forward,
 backward, mask, clipping, optimizer. Batches have no padding, as packed ones. On a CPU freed memory
 is kept (`keep_freed_memory`), for all modes alike.
+
+`--memory` runs every mode once more, alone in a process, and adds its peak: of the GPU, or resident
+on a CPU, Python and libraries included. Several ranks: `torchrun --nproc-per-node 2
+benchmarks/step_time.py ...`, each with the shape's batch. A GPU of 80 GB takes
+
+    python benchmarks/step_time.py --shape llama-7b --precision bf16 --checkpointing \\
+        --modes rows_per_stage --memory
+
+and eight of them, under torchrun, `--engine zero3 --modes ft exact row_sparse authors`.
 """
 
 import argparse
@@ -16,6 +25,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -35,8 +46,11 @@ from pipeline.engine.zero import ZeroEngine
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.migu.mask import kept_count
 from pipeline.migu.targets import find_targets
+from pipeline.model.compiled import compiled_blocks
 from pipeline.model.split_linear import split_linears
+from pipeline.ranks import rank, world_size
 from pipeline.recipe import Data, Domain, Mask, Model, Recipe, Stage, Train
+from pipeline.run.speed import peak_memory
 from pipeline.run.train import train_stage
 
 ROBERTA = {"model_type": "roberta", "hidden_size": 768, "num_attention_heads": 12,
@@ -55,13 +69,14 @@ SHAPES = {
     "smollm2-135m": (SMOLLM2, 30, 2, 512),
     "llama-7b": (LLAMA_7B, 32, 1, 2048),
 }
-MODES = ("trainer", "ft", "exact", "row_sparse", "rows_per_stage", "authors")
+MODES = ("trainer", "ft", "exact", "row_sparse", "rows_per_stage", "authors", "compiled")
 RATIOS = {  # name in the result: (of, to)
     "ft_vs_trainer": ("ft", "trainer"),
     "exact_vs_ft": ("exact", "ft"),
     "row_sparse_vs_ft": ("row_sparse", "ft"),
     "rows_per_stage_vs_ft": ("rows_per_stage", "ft"),
     "authors_vs_ft": ("authors", "ft"),
+    "compiled_vs_exact": ("compiled", "exact"),
 }
 LR = 1e-5
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # of malloc.h
@@ -127,9 +142,10 @@ def engine_of(args: argparse.Namespace, device: str, split: bool = False) -> Any
             kept[target.name] = torch.randperm(target.rows) < count
         split_linears(model, kept)
     if args.engine == "fsdp":
-        config = resolve_fsdp_config(recipe, 1, device)
+        config = resolve_fsdp_config(recipe, world_size(), device)
         return FsdpEngine(model, config, recipe.optimizer)
-    return ZeroEngine(model, resolve_ds_config(_zero(args), recipe, 1, device), recipe.optimizer)
+    config = resolve_ds_config(_zero(args), recipe, world_size(), device)
+    return ZeroEngine(model, config, recipe.optimizer)
 
 
 class Ours(Turns):
@@ -146,7 +162,8 @@ class Ours(Turns):
         )
         self._engine = engine
         self._mask: Any = None
-        if mode in ("exact", "row_sparse"):
+        self._compiled = mode == "compiled"
+        if mode in ("exact", "row_sparse", "compiled"):
             self._mask = GradientMask(engine.module, self._recipe.mask, seed=0)
         elif mode == "authors":
             self._mask = AuthorsMask(engine.module, args.threshold)
@@ -169,10 +186,11 @@ class Ours(Turns):
             self.end()
 
         n = len(self._steps)
-        train_stage(
-            self._engine, self._mask, batches(), self._recipe, 1, n, None,
-            after_step=after_step,
-        )  # fmt: skip
+        with compiled_blocks(self._engine.module) if self._compiled else nullcontext():
+            train_stage(
+                self._engine, self._mask, batches(), self._recipe, 1, n, None,
+                after_step=after_step,
+            )  # fmt: skip
 
 
 class AuthorsMask:
@@ -282,9 +300,10 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         data=Data(domains={"x": Domain(embedded="prose")}, sequence_length=length),
         stages=[Stage("x", steps=1)],
         train=Train(
-            batch_size=sequences * args.accumulation,
+            batch_size=sequences * args.accumulation * world_size(),
             micro_batch_size=sequences,
             precision=args.precision,
+            chunked_loss=args.chunked_loss,
         ),
     )
     recipe.optimizer.lr = LR
@@ -345,9 +364,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if mode == "trainer":
             modes[mode] = Trainers(args, steps, device)
             continue
-        split = mode == "rows_per_stage"
-        if split:
-            engine = engine_of(args, device, split)
+        if mode in ("rows_per_stage", "compiled"):
+            engine = engine_of(args, device, split=mode == "rows_per_stage")
         else:
             engine = shared = shared or engine_of(args, device)
         modes[mode] = Ours(mode, args, steps, device, engine)
@@ -360,7 +378,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "tokens": SHAPES[args.shape][2] * SHAPES[args.shape][3] * args.accumulation,
         "threshold": args.threshold, "precision": args.precision, "engine": args.engine,
         "accumulation": args.accumulation, "checkpointing": args.checkpointing,
-        "trainer": args.trainer, "rounds": args.pairs, "threads": torch.get_num_threads(),
+        "chunked_loss": args.chunked_loss, "trainer": args.trainer, "ranks": world_size(),
+        "rounds": args.pairs, "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
         "torch": torch.__version__,
         "seconds": {mode: statistics.median(s) for mode, s in seconds.items()},
@@ -371,7 +390,22 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
             result[name] = round(middle, 4)
             result[f"{name}_spread"] = [round(low, 4), round(high, 4)]
+    if len(modes) == 1:
+        result["peak_memory_gb"] = {mode: peak_memory(torch.device(device)) / 1e9 for mode in modes}
     return result
+
+
+def memory_of(mode: str) -> dict[str, float]:
+    """Peak GB of a mode that runs alone, with the arguments of this command."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
+        own = [*sys.argv, "--modes", mode, "--pairs", "2", "--json", str(file)]
+        own.remove("--memory")
+        alone = {
+            k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        }
+        subprocess.run([sys.executable, *own], check=True, env=alone, stdout=subprocess.DEVNULL)
+        return json.loads(file.read_text(encoding="utf-8"))["peak_memory_gb"]
 
 
 def main() -> None:
@@ -380,11 +414,13 @@ def main() -> None:
     )
     parser.add_argument("--shape", default="roberta-base", choices=SHAPES)
     parser.add_argument("--layers", type=int, help="fewer blocks than the shape has")
-    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--modes", nargs="+", default=list(MODES[:-1]), choices=MODES)
     parser.add_argument("--pairs", type=int, default=20, help="timed rounds of one step each")
     parser.add_argument("--threshold", type=float, default=0.7)
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--chunked-loss", action="store_true", help="but for the Trainer")
+    parser.add_argument("--memory", action="store_true", help="also the peak of every mode")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument(
         "--engine", default="zero2", choices=["zero0", "zero1", "zero2", "zero3", "fsdp"]
@@ -394,13 +430,21 @@ def main() -> None:
     args = parser.parse_args()
     if args.pairs < 2:
         parser.error("--pairs: at least 2")
+    if args.memory and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        parser.error("--memory: of one rank; on several, the log of a run has its peak")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     result = measure(args)
+    if rank():
+        return
+    if args.memory:
+        result["peak_memory_gb"] = {k: v for mode in args.modes for k, v in memory_of(mode).items()}
     print(f"{result['shape']}, {result['tokens']:,} tokens a step, {result['device']}, "
           f"{result['threads']} threads, torch {result['torch']}")  # fmt: skip
     for mode, seconds in result["seconds"].items():
         print(f"  {mode:<16}{seconds * 1000:10.1f} ms")
+    for mode, peak in result.get("peak_memory_gb", {}).items():
+        print(f"  {mode:<16}{peak:10.2f} GB at its peak")
     for name in RATIOS:
         if name in result:
             low, high = result[f"{name}_spread"]

@@ -295,6 +295,8 @@ class Train:
     gradient_clipping: float = 1.0  # 0: off
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: see docs/engines.md
     publish_dtype: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False  # the blocks, by torch.compile (docs/performance.md)
+    chunked_loss: bool = False  # a large vocabulary's logits a part at a time
     # steps between two checks that ranks which hold the same weights hold the same bits
     compare_replicas: int | None = None
 

@@ -36,11 +36,12 @@ class Shard:
 
         A product, not an assignment: inf * 0 is nan, so an overflow in a masked row still shows.
         """
+        factor = keep.to(self.tensor.dtype)  # a product of one type is faster
         for piece, row, column in self._pieces():
             if output_dim == 0:
-                piece.mul_(keep[row : row + piece.shape[0], None])
+                piece.mul_(factor[row : row + piece.shape[0], None])
             else:
-                piece.mul_(keep[None, column : column + piece.shape[1]])
+                piece.mul_(factor[None, column : column + piece.shape[1]])
 
     def restore(self, old: Tensor, keep: Tensor, output_dim: int = 0) -> None:
         """Put back, in place, the output features that are not in `keep` from `old` (a clone)."""

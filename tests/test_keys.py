@@ -345,6 +345,8 @@ KEYS: dict[str, str | Change] = {
     "Guard.steps": "test_what_the_guard_does",
     "Guard.action": "test_what_the_guard_does",
     "Guard.against": "test_what_the_guard_does",
+    "Train.compile": "test_every_engine_trains_compiled_as_without",
+    "Train.chunked_loss": "test_chunks_give_the_losses_and_weights_of_the_whole",
     "Train.compare_replicas": "test_a_flipped_bit_is_found_and_its_rank_named",
     "Train.publish_dtype": "test_a_killed_run_continues_and_ends_like_an_unbroken_one",
     "Engine.kind": Change("engine.kind=fsdp", engine),

@@ -1,19 +1,21 @@
 """Rows chosen per stage: the others are frozen, and nothing exists for them."""
 
 import json
+import os
 from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import pipeline.run.memory
 from pipeline.engine.config import resolve_engine_config
 from pipeline.errors import UserError
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.model.split_linear import merge_weights, split_linears
 from pipeline.ranks import rank, world_size
 from pipeline.recipe import Mask
-from pipeline.run.memory import activations
+from pipeline.run.memory import activations, memory_lines
 from pipeline.run.recipe_file import load_recipe
 from pipeline.run.run import run_recipe
 from pipeline.run.stage_rows import FrozenRows
@@ -174,3 +176,25 @@ def test_the_activations_are_what_a_forward_keeps():
         head = 12 * logits.numel() * (1 if recipe.model.objective == "causal" else 0.15)
         guess = activations(empty, recipe, "fp32") - head
         assert abs(guess - real) < 0.15 * real, name
+
+
+def test_what_does_not_fit_comes_with_what_to_change(monkeypatch):
+    recipe = recipe_for("llama", 8)
+    config = {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 4}
+    config["train_micro_batch_size_per_gpu"] = 2
+    model = MODELS["llama"]()
+    lines = memory_lines(model, recipe, config, 2)
+    assert "does not fit" not in lines[-1]
+    monkeypatch.setattr(pipeline.run.memory, "CHUNK", 100)
+    monkeypatch.setattr(os, "sysconf", lambda name: 1)  # a machine of one byte
+    *_, last = memory_lines(model, recipe, config, 2)
+    for part in ("2 rank(s) in the memory of this machine", "model.gradient_checkpointing=true",
+                 "train.micro_batch_size", "train.chunked_loss=true", "mask.refresh=stage",
+                 "ds_configs/zero3.json"):  # fmt: skip
+        assert part in last
+    recipe.model.gradient_checkpointing = recipe.train.chunked_loss = True
+    recipe.train.micro_batch_size = 1
+    *_, last = memory_lines(model, recipe, config, 1)
+    assert "checkpointing" not in last
+    assert "chunked" not in last
+    assert "micro_batch" not in last

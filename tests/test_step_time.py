@@ -17,7 +17,11 @@ def test_it_measures_every_mode_in_turn(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(result.read_text(encoding="utf-8"))
+    baseline = json.loads((ROOT / "benchmarks/baselines/tiny.json").read_text(encoding="utf-8"))
+    assert found.keys() == baseline.keys()
+    assert found["seconds"].keys() == baseline["seconds"].keys()
     for name in ("ft_vs_trainer", "exact_vs_ft", "row_sparse_vs_ft", "rows_per_stage_vs_ft"):
         low, high = found[f"{name}_spread"]
         assert 0 < low <= found[name] <= high, name
+        assert 0.1 < found[name] / baseline[name] < 10, name  # of milliseconds on a busy machine
         assert name in done.stdout

@@ -13,6 +13,7 @@ import torch
 
 from pipeline.engine.ds_keys import top_level_problems, zero_problems
 from pipeline.errors import UserError
+from pipeline.model.compiled import check_compiler
 from pipeline.recipe import Lora, Recipe
 
 PRECISIONS = ("bf16", "fp16")
@@ -354,3 +355,15 @@ def check_quantized(lora: Lora | None, config: dict[str, Any]) -> None:
             "model.lora.quantize: quantized weights cannot be offloaded "
             "(zero_optimization.offload_param). Remove one of them."
         )
+
+
+def check_compiled(wanted: bool, config: dict[str, Any]) -> None:
+    """Raises UserError where `train.compile` cannot be had."""
+    if not wanted:
+        return
+    if "fsdp" not in config and zero_stage(config) == 3:
+        raise UserError(
+            "train.compile: ZeRO-3 gathers the weights of every module in hooks, which cannot be "
+            "compiled; set it to false, or take ZeRO 0 to 2 or FSDP2"
+        )
+    check_compiler()

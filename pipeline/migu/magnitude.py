@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.migu.targets import Target
 
+CACHED = 2**18  # magnitudes that a CPU still has in its cache when it adds them up
+
 
 class RowScores:
     """A number for every row of the targets, summed over what is seen, in one flat fp32 buffer.
@@ -84,13 +86,19 @@ class MagnitudeRecorder(RowScores):
     @torch.no_grad()
     def _add(self, view: Tensor, output: Tensor, real: Tensor | None) -> None:
         """output: [..., rows] of any float type; summed over the real tokens in fp32."""
-        magnitudes = output.reshape(-1, view.numel()).abs()
-        if self._normalize:
-            total = magnitudes.sum(dim=1, dtype=torch.float32, keepdim=True)
-            magnitudes = magnitudes / total.clamp_min(torch.finfo(torch.float32).tiny)
-        if real is not None:
-            magnitudes = magnitudes.masked_fill(~real[:, None], 0)
-        view += magnitudes.sum(dim=0, dtype=torch.float32)
+        outputs = output.reshape(-1, view.numel())
+        size = max(1, CACHED // view.numel())
+        if output.is_cuda or torch.compiler.is_compiling():
+            size = len(outputs)
+        kept = outputs.split(size) if real is None else real.split(size)
+        for part, those in zip(outputs.split(size), kept, strict=True):
+            magnitudes = part.abs()
+            if self._normalize:
+                total = magnitudes.sum(dim=1, dtype=torch.float32, keepdim=True)
+                magnitudes = magnitudes / total.clamp_min(torch.finfo(torch.float32).tiny)
+            if real is not None:
+                magnitudes = magnitudes.masked_fill(~those[:, None], 0)
+            view += magnitudes.sum(dim=0, dtype=torch.float32)
 
     @contextmanager
     def recording(

@@ -294,8 +294,8 @@ class PredictedPositions:
     """
 
     def __init__(self, net: nn.Module):
-        output = net.get_output_embeddings()  # type: ignore[operator]
-        head = next(m for m in net.children() if output in m.modules())
+        self.output = net.get_output_embeddings()  # type: ignore[operator]
+        head = next(m for m in net.children() if self.output in m.modules())
         self._selected: Tensor | None = None
         self._hook = head.register_forward_pre_hook(self._select)
 

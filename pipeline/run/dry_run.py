@@ -12,7 +12,7 @@ from pipeline.data.sources import task_examples
 from pipeline.data.stage import StagePlan, domains_of, plan_stage, shares_of
 from pipeline.data.tasks import described, options_of
 from pipeline.data.tokenizer import load_tokenizer, vocabulary_size
-from pipeline.engine.config import check_quantized, describe, precision_of
+from pipeline.engine.config import check_compiled, check_quantized, describe, precision_of
 from pipeline.migu.targets import count_rows, find_targets
 from pipeline.model.gguf import local_weights
 from pipeline.model.load import check_model, check_pretrained, empty_model, load_config
@@ -31,6 +31,7 @@ def describe_run(recipe: Recipe, engine_config: dict[str, Any], ranks: int) -> s
     config = load_config(m, vocabulary)
     check_model(config, recipe, vocabulary)
     check_quantized(m.lora, engine_config)
+    check_compiled(recipe.train.compile, engine_config)
     if m.path is not None and Path(local_weights(m.path)).exists():  # nothing is fetched for it
         check_pretrained(m, config)
     model = empty_model(m, config)

@@ -1,19 +1,22 @@
 """`--measure`: how long a recipe's steps take here, and so how long its run would."""
 
 import time
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
 import numpy as np
+import torch
 
 from pipeline.data.mlm import IGNORED, collate
 from pipeline.errors import UserError
-from pipeline.model.load import load_config
+from pipeline.model.compiled import compiled_blocks
+from pipeline.model.load import empty_model, load_config
 from pipeline.ranks import world_size
 from pipeline.recipe import Recipe, Stage
 from pipeline.run.build import build_engine
 from pipeline.run.dry_run import planned_steps, planned_tokenizer
-from pipeline.run.memory import split_as_in_training
+from pipeline.run.memory import advice_on_memory, split_as_in_training
 from pipeline.run.speed import Speed, peak_memory
 from pipeline.run.stage_rows import mask_of_stage, split_stage
 from pipeline.run.train import train_stage
@@ -28,11 +31,22 @@ def measure_steps(recipe: Recipe, engine_config: dict[str, Any]) -> list[str]:
     What methods add, evaluations and checkpoints are not in it.
 
     Raises:
-        UserError: the objective is neither masked nor causal.
+        UserError: the objective is neither masked nor causal; a step does not fit the GPU.
     """
     m = recipe.model
     if m.objective not in ("masked", "causal"):
         raise UserError(f"--measure: not of objective {m.objective}; run some steps of a stage")
+    try:
+        return _measure(recipe, engine_config)
+    except torch.OutOfMemoryError:
+        model = empty_model(m, load_config(m, planned_tokenizer(m)[1]))
+        split_as_in_training(model, recipe)
+        advice = "; ".join(advice_on_memory(model, recipe, engine_config, world_size()))
+        raise UserError(f"--measure: a step does not fit the GPU: {advice}") from None
+
+
+def _measure(recipe: Recipe, engine_config: dict[str, Any]) -> list[str]:
+    m = recipe.model
     tokenizer, vocabulary = planned_tokenizer(m)
     stage = len(recipe.stages)
     split = None
@@ -51,10 +65,11 @@ def measure_steps(recipe: Recipe, engine_config: dict[str, Any]) -> list[str]:
         ends.append(time.perf_counter())
         return False
 
-    train_stage(
-        engine, mask, iter([_step(recipe, vocabulary)] * count), short, stage, count, None,
-        after_step, separation=separation,
-    )  # fmt: skip
+    with compiled_blocks(engine.module) if recipe.train.compile else nullcontext():
+        train_stage(
+            engine, mask, iter([_step(recipe, vocabulary)] * count), short, stage, count, None,
+            after_step, separation=separation,
+        )  # fmt: skip
     seconds = (ends[-1] - ends[WARM]) / MEASURED
     tokens = recipe.train.batch_size * recipe.data.sequence_length
     fast = Speed(engine.module, recipe, engine.device).numbers(tokens, seconds)

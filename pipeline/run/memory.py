@@ -1,5 +1,6 @@
 """What a rank needs memory for, estimated from the model without its weights."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from pipeline.engine.config import DTYPES, memory_per_rank, precision_of, zero_s
 from pipeline.migu.mask import kept_count
 from pipeline.migu.targets import find_targets
 from pipeline.model.blocks import block_linears, find_blocks
+from pipeline.model.chunked_loss import CHUNK
 from pipeline.model.split_linear import is_split, split_linears
 from pipeline.recipe import Lora, Recipe
 from pipeline.run.stage_rows import split_stage
@@ -106,11 +108,25 @@ def activations(model: nn.Module, recipe: Recipe, precision: str, deferred: int 
         held, once = outside + sum(inputs.values()), max(kept.values(), default=0)
     else:
         held, once = outside + sum(kept.values()), 0
-    share = recipe.data.masking if recipe.model.objective == "masked" else 1.0
-    predicted = shape[0] * shape[1] * share
+    predicted = _predicted(recipe)
+    if recipe.train.chunked_loss:
+        predicted = min(predicted, max(1, CHUNK // max(1, vocabulary)))
     # In the training dtype and in fp32, each with its gradient; log-softmax is fp32 too.
     logits = predicted * vocabulary * (2 * dtype.itemsize * (dtype.itemsize < 4) + 3 * 4)
     return round(held * deferred + once + logits)
+
+
+def _predicted(recipe: Recipe) -> float:
+    """Tokens of a micro-batch that are predicted."""
+    sequences = recipe.train.micro_batch_size or recipe.train.batch_size
+    share = recipe.data.masking if recipe.model.objective == "masked" else 1.0
+    return sequences * recipe.data.sequence_length * share
+
+
+def _width(model: Any) -> int:
+    """Of the logits; 0 without a head."""
+    head = model.get_output_embeddings()
+    return head.weight.shape[0] if head is not None else 0
 
 
 def _kept_by(
@@ -151,7 +167,7 @@ def _kept_by(
     head = model.get_output_embeddings()  # type: ignore[operator]
     if head is not None:  # the logits are counted apart
         hooks.append(head.register_forward_pre_hook(lambda _m, x: (x[0][:, :1], *x[1:])))
-    width = head.weight.shape[0] if head is not None else 0
+    width = _width(model)
     before = {p: p.data for p in model.parameters()}
     ids = torch.zeros(shape, dtype=torch.long, device="meta")
     two_sides = getattr(model.config, "is_encoder_decoder", False)
@@ -218,9 +234,15 @@ def memory_lines(
     )
     if torch.cuda.is_available():
         there = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        if device > 0.95 * there:
-            advice = "; ".join(advice_on_memory(model, recipe, engine_config, ranks))
-            lines.append(f"  does not fit a GPU of {there / 1e9:.0f} GB: {advice}")
+        needed, what = device, "a GPU"
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        needed, what = (device + host) * ranks, f"{ranks} rank(s) in the memory of this machine,"
+    if needed > 0.95 * there:
+        lines.append(
+            f"  does not fit {what} of {there / 1e9:.0f} GB: "
+            + "; ".join(advice_on_memory(model, recipe, engine_config, ranks))
+        )
     return lines
 
 
@@ -233,6 +255,8 @@ def advice_on_memory(
         found.append("set model.gradient_checkpointing=true")
     if (recipe.train.micro_batch_size or 2) > 1:
         found.append("lower train.micro_batch_size")
+    if not recipe.train.chunked_loss and _predicted(recipe) * _width(model) > CHUNK:
+        found.append("set train.chunked_loss=true")
     if recipe.model.lora is None and not is_split(model):
         found.append("set mask.refresh=stage (trains the kept rows alone) or model.lora={}")
     if ranks > 1 and "fsdp" not in engine_config and zero_stage(engine_config) < 3:

@@ -25,6 +25,7 @@ from pipeline.run.method_problems import (
 from pipeline.run.prompt_problems import prompt_problems
 from pipeline.run.rule_problems import rule_problems
 from pipeline.run.seq2seq_problems import seq2seq_problems
+from pipeline.run.speed_problems import speed_problems
 from pipeline.run.unused_keys import unused_keys
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a domain or a benchmark: it names files
@@ -207,7 +208,7 @@ def recipe_problems(r: Recipe) -> list[str]:
         t.micro_batch_size is None or t.micro_batch_size >= 1,
         "train.micro_batch_size: must be at least 1",
     )
-    found += rule_problems(r)
+    found += rule_problems(r) + speed_problems(r)
     need(t.gradient_clipping >= 0, "train.gradient_clipping: must be at least 0 (0 is off)")
     e = r.engine
     for key, default in (("replicas", 1), ("reshard_after_forward", True)):

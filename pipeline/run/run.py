@@ -14,7 +14,7 @@ from pipeline import signals
 from pipeline.checkpoint import is_published, read_manifest, verify
 from pipeline.data.heldout import prepare_heldout
 from pipeline.data.tokenizer import vocabulary_size
-from pipeline.engine.config import check_quantized
+from pipeline.engine.config import check_compiled, check_quantized
 from pipeline.errors import TrainingStopped, UserError
 from pipeline.model.attention import Separation
 from pipeline.model.load import check_model, check_pretrained, load_config
@@ -147,6 +147,7 @@ def _prepare(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Run
     config = load_config(recipe.model, vocabulary_size(tokenizer))
     check_model(config, recipe, vocabulary_size(tokenizer))
     check_quantized(recipe.model.lora, engine_config)
+    check_compiled(recipe.train.compile, engine_config)
     check_replicas(recipe, engine_config, world_size())
     on_rank0(partial(describe_model, folder, recipe, config))
     on_rank0(partial(check_pretrained, recipe.model, config))

@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from pipeline.data.bad_lines import BadLines
 from pipeline.data.stage import StagePlan
 from pipeline.errors import Interrupted, TrainingStopped
 from pipeline.methods.method import published
+from pipeline.model.compiled import compiled_blocks
 from pipeline.model.split_linear import is_split
 from pipeline.progress import EventLog
 from pipeline.ranks import end_if_asked, on_rank0, rank
@@ -111,11 +113,12 @@ def run_stage(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> d
     # What was interrupted behind that step: a look at the target, an evaluation.
     steps = attempt.behind if after_step(attempt.behind) else plan.steps
     try:
-        result = train_stage(
-            engine, mask, batches, recipe, stage, steps, run.log, after_step,
-            batches.domains, run.separation, run.methods, behind=attempt.behind, bad=bad,
-            lr_factor=guard.lr if guard else None,
-        )  # fmt: skip
+        with compiled_blocks(engine.module) if recipe.train.compile else nullcontext():
+            result = train_stage(
+                engine, mask, batches, recipe, stage, steps, run.log, after_step,
+                batches.domains, run.separation, run.methods, behind=attempt.behind, bad=bad,
+                lr_factor=guard.lr if guard else None,
+            )  # fmt: skip
     except TrainingStopped as error:
         if run.log is not None:
             run.log.write("stopped", reason=str(error), stage=stage, step=run.log.step + 1)

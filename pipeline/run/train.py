@@ -17,6 +17,7 @@ from pipeline.errors import BadGradient, TrainingStopped
 from pipeline.methods.method import Method
 from pipeline.migu.gradient_mask import GradientMask, NonFiniteMagnitude
 from pipeline.model.attention import Separation, arrange
+from pipeline.model.chunked_loss import ChunkedLoss
 from pipeline.model.load import PredictedPositions, predict
 from pipeline.progress import EventLog, StageProgress
 from pipeline.ranks import rank, summed, totals, world_size
@@ -77,6 +78,7 @@ def train_stage(
     objective = recipe.model.objective
     peak_lr = recipe.stages[stage - 1].lr or recipe.optimizer.lr
     head = PredictedPositions(engine.module) if _trims_head(recipe, mask) else None
+    chunked = ChunkedLoss(head) if head and recipe.train.chunked_loss else None
     title = f"{recipe.name}: stage {stage}/{len(recipe.stages)} {name}"
     progress = StageProgress(title, steps, behind) if rank() == 0 else None
     by_domain = DomainLosses(domains, engine.device) if domains and len(domains) > 1 else None
@@ -92,8 +94,12 @@ def train_stage(
         targets = targets_of(tokens["labels"], objective)
         real = tokens.get("real"), tokens.get("decoder_real")
         with timer("forward"), mask.recording(*real) if mask else nullcontext():
-            logits = _predictions(engine, head, inputs, targets)
-            losses = F.cross_entropy(logits, targets[targets >= 0], reduction="none")
+            logits: Any = None  # never all at once, and no method asks for them
+            if chunked:
+                losses = chunked.losses(engine.forward, inputs, targets)
+            else:
+                logits = _predictions(engine, head, inputs, targets)
+                losses = F.cross_entropy(logits, targets[targets >= 0], reduction="none")
         if by_domain is not None:
             by_domain.count(waiting["domains"].to(engine.device))
             by_domain.add(losses, targets, targets_of(tokens["domains"], objective))
@@ -175,8 +181,9 @@ def train_stage(
             break
     if progress is not None:
         progress.close()
-    if head is not None:
-        head.close()
+    for part in (chunked, head):
+        if part is not None:
+            part.close()
     return StageResult(step, step * tokens_per_step)
 
 
