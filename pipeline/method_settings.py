@@ -77,6 +77,13 @@ class Ewc:
 
 
 @dataclass
+class Epi:
+    """Let each text find the adapter of its task (Wang et al. 2023)."""
+
+    sequences: int = 512  # of a stage's training text, of whose representations the means are
+
+
+@dataclass
 class Distill:
     """Stay close, on the new text, to a frozen teacher (Hinton et al. 2015, arXiv 1503.02531; Li
     and Hoiem 2016, arXiv 1606.09282)."""

@@ -20,6 +20,7 @@ from pipeline.method_settings import (
     Distill,
     Ema,
     EntropyGate,
+    Epi,
     Ewc,
     Half,
     HatAdapter,
@@ -394,6 +395,7 @@ class Recipe:
     ewc: Ewc | None = None
     derpp: DerPlusPlus | None = None
     pseudo_replay: PseudoReplay | None = None
+    epi: Epi | None = None
     entropy_gate: EntropyGate | None = None
     mofo: Mofo | None = None
     hat_adapter: HatAdapter | None = None

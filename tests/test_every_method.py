@@ -24,6 +24,7 @@ OVERRIDES = {
     "anchor": ("anchor={text: self, tokens: 2k, cache: 8, fraction: 0.5}",),
     "olora": (*LORA, "model.lora={incremental: true}", "olora={}"),
     "pseudo_replay": ("pseudo_replay={sequences: 6, fraction: 0.5}",),
+    "epi": (*LORA, "model.lora={}", "start_from=base", "epi={sequences: 20}"),
     "kd": ("kd={}",),
     "ewc": ("ewc={}",),
     "l2_to_start": ("l2_to_start={}",),

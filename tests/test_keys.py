@@ -313,6 +313,8 @@ KEYS: dict[str, str | Change] = {
     "HatAdapter.sparsity": "test_gates_claim_ranks_as_a_plain_loop_does_on_every_engine",
     "HatAdapter.steepness": "test_gates_claim_ranks_as_a_plain_loop_does_on_every_engine",
     "Recipe.mofo": "test_only_the_entries_with_the_largest_momentum_move",
+    "Recipe.epi": "test_every_text_is_answered_by_the_adapter_that_it_finds",
+    "Epi.sequences": "test_every_text_is_answered_by_the_adapter_that_it_finds",
     "Recipe.pseudo_replay": "test_the_model_writes_earlier_tasks_and_answers_them",
     "PseudoReplay.sequences": "test_the_model_writes_earlier_tasks_and_answers_them",
     "PseudoReplay.fraction": "test_the_model_writes_earlier_tasks_and_answers_them",

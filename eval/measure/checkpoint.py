@@ -19,6 +19,7 @@ from eval.measure import lm
 from pipeline.data.heldout import load_heldout
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
+from pipeline.model.experts import FOLDER, Experts
 from pipeline.model.gguf import local_weights
 from pipeline.model.load import load_config, load_for_evaluation
 from pipeline.recipe import Evaluation, Lora, Model
@@ -58,6 +59,13 @@ class Checkpoint:
             self.device,
             self.lora,
         )
+
+    @cached_property
+    def experts(self) -> Experts | None:
+        """Those that the checkpoint holds beside its own adapter; in the model, which answers with
+        one of them from then on."""
+        folder = Path(self.path)
+        return Experts(folder, self.model) if (folder / FOLDER).is_dir() else None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -167,6 +175,7 @@ def measure_share(
                     settings.answers,
                     output,
                     share,
+                    checkpoint.experts,
                 )
             else:
                 from eval.measure import humaneval

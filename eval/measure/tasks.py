@@ -20,6 +20,7 @@ from pipeline.data.encode import Encoder
 from pipeline.data.heldout import load_tasks
 from pipeline.data.instruct import Example
 from pipeline.errors import UserError
+from pipeline.model.experts import Experts
 from pipeline.model.generate import written
 from pipeline.model.positions import longest_input
 from pipeline.model.prompt import prompt_of
@@ -39,8 +40,12 @@ def evaluate_share(
     settings: Answers,
     output: Path,
     share: tuple[int, int] = (0, 1),
+    experts: Experts | None = None,
 ) -> None:
-    """Answer the rows i of each task with i % share[1] == share[0]; one line a row in `output`."""
+    """Answer the rows i of each task with i % share[1] == share[0]; one line a row in `output`.
+
+    experts: of the model's checkpoint; each row is answered by the one that it finds.
+    """
     manifest = json.loads((heldout / "manifest.json").read_text(encoding="utf-8"))
     encoder = Encoder.of(tokenizer, manifest["objective"], manifest["template"])
     tasks = load_tasks(heldout)
@@ -48,13 +53,25 @@ def evaluate_share(
     bar = tqdm(total=len(tasks), desc="tasks", disable=None if share[0] == 0 else True, leave=False)
     for name, (options, examples) in tasks.items():
         own = list(enumerate(examples[: settings.limit]))[share[0] :: share[1]]
-        said = answers(model, encoder, [e for _, e in own], options, settings)
+        asked = [e for _, e in own]
+        chosen = experts.choose(prompts_of(encoder, asked)) if experts and asked else [0] * len(own)
+        said = [""] * len(own)
+        for expert in sorted(set(chosen)):
+            mine = [i for i, c in enumerate(chosen) if c == expert]
+            if experts is not None:
+                experts.use(expert)
+            texts = answers(model, encoder, [asked[i] for i in mine], options, settings)
+            for i, text in zip(mine, texts, strict=True):
+                said[i] = text
         lines += [
             {"task": name, "row": row, "answer": example.response, "said": text}
-            for (row, example), text in zip(own, said, strict=True)
+            | (experts.described(expert, name) if experts is not None else {})
+            for (row, example), text, expert in zip(own, said, chosen, strict=True)
         ]
         bar.update()
     bar.close()
+    if experts is not None:
+        experts.use(len(experts.domains))  # the checkpoint's own
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     output.write_text(text, encoding="utf-8")
 
@@ -63,8 +80,7 @@ def answers(
     model: Any, encoder: Encoder, examples: list[Example], options: list[str], settings: Answers
 ) -> list[str]:
     """What the model says to each prompt, greedily, at most `max_new_tokens`."""
-    tokens = encoder.encode(examples)
-    prompts = [t.ids[~t.predicted] for t in tokens if t.predicted is not None]
+    prompts = prompts_of(encoder, examples)
     limit, soft = longest_input(model), prompt_of(model)
     longest = max(map(len, prompts), default=0) + (soft.tokens if soft is not None else 0)
     if limit is not None and longest > limit - (encoder.objective == "causal"):
@@ -87,6 +103,11 @@ def answers(
         for i, ids in zip(block, texts, strict=True):
             said[i] = encoder.backend.decode(ids, skip_special_tokens=True).strip()
     return said
+
+
+def prompts_of(encoder: Encoder, examples: list[Example]) -> list[np.ndarray]:
+    tokens = encoder.encode(examples)
+    return [t.ids[~t.predicted] for t in tokens if t.predicted is not None]
 
 
 class Trie:
@@ -135,16 +156,18 @@ def _lines(part: Path) -> Iterator[str]:
 
 def _scores(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """value: share of exact matches, with its standard error; majority: what the label that most
-    rows have would reach."""
+    rows have would reach; found: of experts, the share of rows that took the task's own."""
     correct = np.array([row["correct"] for row in rows], float)
     labels = Counter(row["answer"] for row in rows)
     n = len(rows)
+    found = [row["found"] for row in rows if "found" in row]
     return {
         "value": correct.mean(),
         "stderr": float(np.sqrt(correct.var() / max(1, n - 1))),
         "rouge_l": float(np.mean([row["rouge_l"] for row in rows])),
         "majority": max(labels.values()) / n,
         "rows": n,
+        **({"found": float(np.mean(found))} if found else {}),
     }
 
 

@@ -34,6 +34,7 @@ from eval.report.compared_runs import (
 from eval.report.drawing import COLOURS, colours_of
 from eval.report.end_tasks import end_tasks_of
 from eval.report.page import marked, render, write_folder
+from eval.report.published import published
 from eval.report.targets import ToTarget, to_targets
 from eval.report.tasks import TaskDifference
 from pipeline.errors import UserError
@@ -208,6 +209,7 @@ def write_comparison(run_dirs: Sequence[Path | str], out_dir: Path | str) -> Pat
         difference_columns=_difference_columns(comparison),
         end_tasks=end_tasks,
         accuracies=_accuracy_table(comparison),
+        published=(theirs := published([row.run for row in rows])),
         accuracy_definitions=ACCURACY_DEFINITIONS,
         detailed=detailed,
         difference=verdict.difference,
@@ -220,6 +222,8 @@ def write_comparison(run_dirs: Sequence[Path | str], out_dir: Path | str) -> Pat
     found = _as_json(comparison)
     if end_tasks:
         found["end_tasks"] = end_tasks.numbers
+    if theirs:
+        found["published"] = [asdict(p) for p in theirs]
     return write_folder(Path(out_dir), page, found, figures)
 
 

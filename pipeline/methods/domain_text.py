@@ -8,9 +8,16 @@ from torch import Tensor
 
 from pipeline.data.mlm import collate
 from pipeline.data.objective import OBJECTIVES
+from pipeline.data.sequences import Sequence as Row
 from pipeline.methods.method import Start
 
 ROWS = 16  # of a batch
+
+
+def asked_and_answer(sequence: Row) -> tuple[np.ndarray, np.ndarray]:
+    """Of a row with one example the ids that are read, and those that are to be written."""
+    real, learnt = sequence.segments == 0, sequence.predicted
+    return sequence.ids[real & ~learnt], sequence.ids[real & learnt]
 
 
 def domain_batches(

@@ -121,6 +121,9 @@ class Method:
     def finish(self, engine: Any, stage: int) -> None:
         """Behind a stage's last step, before it is published; all ranks call it."""
 
+    def add_files(self, folder: Path) -> None:
+        """On rank 0: into the folder of a checkpoint that is published, beside its weights."""
+
     def state_shards(self) -> Iterator[Shard]:
         """Live local tensors that belong to weights, for a checkpoint within a stage; a name is a
         weight's, with a prefix where there are several kinds."""

@@ -25,6 +25,7 @@ from pipeline.data.instruct import Example
 from pipeline.data.mlm import IGNORED, Row, collate
 from pipeline.data.objective import OBJECTIVES, targets_of
 from pipeline.data.sequences import Sequence
+from pipeline.methods.domain_text import asked_and_answer
 from pipeline.methods.extra_rows import ExtraRows
 from pipeline.methods.method import Method, Start
 from pipeline.model.attention import Separation, arrange
@@ -65,7 +66,9 @@ class PseudoReplay(Method):
         pairs: list[Pair] = []
         frames = {}
         for domain in self.recipe.stages[start.stage - 1].domains:
-            examples = [_parts(s) for s in start.domain(domain, self.settings.sequences)]
+            rows = start.domain(domain, self.settings.sequences)
+            parts = [asked_and_answer(row) for row in rows]
+            examples = [(asked.tolist(), answer.tolist()) for asked, answer in parts]
             frames[domain] = frame = _frame(examples)
             cut = len(frame["prefix"]), len(frame["suffix"])
             texts = [source[cut[0] : len(source) - cut[1]] for source, _ in examples]
@@ -142,12 +145,6 @@ class PseudoReplay(Method):
         meet()  # however long the others take
         found = sorted((p for mine in gather(pairs) for p in mine), key=lambda p: p[0])
         return [p for _, p in found if _length(p) <= self.recipe.data.sequence_length]
-
-
-def _parts(sequence: Sequence) -> Pair:
-    """Of a row with one example."""
-    real, learnt = sequence.segments == 0, sequence.predicted
-    return sequence.ids[real & ~learnt].tolist(), sequence.ids[real & learnt].tolist()
 
 
 def _frame(examples: list[Pair]) -> dict[str, Any]:

@@ -166,7 +166,8 @@ def load_adapter(net: Any, adapter: str | Path, name: str = "default") -> None:
     net.requires_grad_(False)
     base, revision = base_of(adapter)
     require_safetensors(adapter)
-    with reading(adapter):
+    with reading(adapter), warnings.catch_warnings():  # that there is an adapter already
+        warnings.simplefilter("ignore", UserWarning)
         info = net.load_adapter(
             str(adapter),
             adapter_name=name,
@@ -174,7 +175,8 @@ def load_adapter(net: Any, adapter: str | Path, name: str = "default") -> None:
             adapter_kwargs={"revision": None},
             ignore_mismatched_sizes=True,
         )
-    require_whole(adapter, net, info.missing_keys, info.mismatched_keys)
+    missing = {key for key in info.missing_keys if f".{name}." in key}  # not those of others
+    require_whole(adapter, net, missing, info.mismatched_keys)
     settings = net.peft_config[name]
     settings.base_model_name_or_path, settings.revision = base, revision
     settings.target_modules = sorted(settings.target_modules)

@@ -155,23 +155,34 @@ def companion_problems(r: Recipe) -> list[str]:
 def baseline_problems(r: Recipe) -> list[str]:
     """Every problem as 'key: what is wrong; the fix'."""
     found: list[str] = []
+    lora = r.model.lora
 
     def need(condition: bool, message: str) -> None:
         if not condition:
             found.append(message)
 
-    for name in ("das", "derpp", "pseudo_replay"):
+    for name in ("das", "derpp", "pseudo_replay", "epi"):
         need(
             getattr(r, name) is None or r.data.prepare,
             f"{name}: reads a stage's text again from its prepared corpus, and data.prepare=false "
             "makes none; remove one of them",
         )
-    for name in ("ewc", "derpp", "pseudo_replay"):
+    for name in ("ewc", "derpp", "pseudo_replay", "epi"):
         need(
             getattr(r, name) is None or len(r.stages) > 1,
             f"{name}: has no effect in a run of one stage: it protects earlier stages; remove it",
         )
-    lora = r.model.lora
+    if r.epi:
+        need(r.epi.sequences >= 2, "epi.sequences: must be at least 2")
+        need(
+            bool(lora or r.model.prompt) and r.start_from == "base",
+            "epi: finds the adapter of each task; set start_from=base, and model.lora={} or "
+            "model.prompt={}",
+        )
+        need(
+            not r.data.packing,
+            "epi: takes a text's task from its prompt, one a row; set data.packing=false",
+        )
     protecting = ("das", "ewc", "derpp", "olora", "hat_adapter", "pseudo_replay")
     apart = {n: getattr(r, n) for n in protecting}
     apart["model.lora.incremental"] = lora and lora.incremental
@@ -221,12 +232,14 @@ def baseline_problems(r: Recipe) -> list[str]:
             not r.data.packing,
             "pseudo_replay: writes examples, of which a row has one; set data.packing=false",
         )
+    for method in ("pseudo_replay", "epi"):
         for name in dict.fromkeys(n for s in r.stages for n in s.domains):
             domain = r.data.domains.get(name)
+            asked = domain is None or bool(domain.task or domain.instruction)
             need(
-                domain is None or bool(domain.task or domain.instruction),
-                f"pseudo_replay: writes what is asked and answers it, and data.domains.{name} has "
-                "no `task` or `instruction`; leave the domain out, or take anchor.text=self",
+                getattr(r, method) is None or asked,
+                f"{method}: works on what is asked and answered, and data.domains.{name} has no "
+                "`task` or `instruction`; leave the domain out, or the method",
             )
     if r.derpp:
         need(r.derpp.sequences >= 1, "derpp.sequences: must be at least 1")

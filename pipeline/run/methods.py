@@ -21,6 +21,7 @@ from pipeline.methods.das import Das
 from pipeline.methods.derpp import DerPlusPlus
 from pipeline.methods.distill import Distill
 from pipeline.methods.entropy_gate import EntropyGate
+from pipeline.methods.epi import Epi
 from pipeline.methods.ewc import Ewc
 from pipeline.methods.half import Half
 from pipeline.methods.hat_adapter import HatAdapter
@@ -44,6 +45,7 @@ METHODS = (
     Distill,
     DerPlusPlus,
     PseudoReplay,
+    Epi,
     Ewc,  # reads the gradient before the ones below change it
     L2ToStart,
     Half,

@@ -1,7 +1,7 @@
 """What a run publishes of a model, and what it keeps beside it to continue exactly."""
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.checkpoint import is_published, publish, verify
 from pipeline.errors import UserError
+from pipeline.methods.method import Method
 from pipeline.model.save import adapter_names, has_adapter, save_model, save_tensors
 from pipeline.model.split_linear import is_split, merge_weights
 from pipeline.progress import now
@@ -25,8 +26,10 @@ def publish_model(
     tokenizer: PreTrainedTokenizerFast,
     dtype: torch.dtype,
     info: dict[str, Any],
+    methods: Sequence[Method] = (),
 ) -> None:
-    """Publish the engine's model (or adapter) in Hugging Face format. All ranks call it.
+    """Publish the engine's model (or adapter) in Hugging Face format, with what the methods add.
+    All ranks call it.
 
     Weights are gathered one by one and written by rank 0 as they come.
     """
@@ -34,6 +37,8 @@ def publish_model(
     def write(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
         save_model(engine.module, weights, folder, dtype)
         tokenizer.save_pretrained(folder)
+        for method in methods:
+            method.add_files(folder)
 
     adapter = adapter_names(engine.module) if has_adapter(engine.module) else None
     weights = merge_weights(engine.module, engine.full_weights(names=adapter))

@@ -105,7 +105,7 @@ def free_memory() -> None:
 
 def publish_weights(run: Run, target: Path, engine: Engine, info: dict[str, Any]) -> None:
     dtype = getattr(torch, run.recipe.train.publish_dtype)
-    publish_model(target, engine, run.tokenizer, dtype, info)
+    publish_model(target, engine, run.tokenizer, dtype, info, run.methods)
     run.holds = str(target)
 
 
