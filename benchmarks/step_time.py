@@ -99,13 +99,18 @@ class Turns:
         raise NotImplementedError
 
     def begin(self) -> None:
-        self._go.wait()
-        self._go.clear()
         self._start = self._now()
 
     def end(self) -> None:
+        """Waits for the next turn: what a loop does between its steps, collectives among it, is
+        done within its turns too. Behind the last one there is none."""
         self.seconds.append(self._now() - self._start)
         self._back.set()
+        self._wait()
+
+    def _wait(self) -> None:
+        self._go.wait()
+        self._go.clear()
 
     def step(self) -> None:
         """Called by the one who gives the turns."""
@@ -120,6 +125,7 @@ class Turns:
     def _run(self) -> None:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         try:
+            self._wait()
             self.loop()
         except BaseException as error:
             self._error = error
@@ -224,11 +230,13 @@ class AuthorsMask:
 
     @torch.no_grad()
     def apply(self, shards: Any, *_: Any) -> float:
-        for shard in shards.gradient_shards([t.name for t in self.targets]):
-            total = self._sums.pop(shard.name).float()
+        keep = {}
+        for target in self.targets:
+            total = self._sums.pop(target.name).float()
             torch.distributed.all_reduce(total)
-            keep = total >= torch.quantile(total, self._threshold)
-            shard.tensor.view(shard.shape).mul_(keep[:, None])
+            keep[target.name] = total >= torch.quantile(total, self._threshold)
+        for shard in shards.gradient_shards(list(keep)):  # of ZeRO-0 whole gradients
+            shard.mask(keep[shard.name])
         return 1 - self._threshold
 
     def hold(self, _shards: Any) -> Any:
@@ -430,6 +438,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.pairs < 2:
         parser.error("--pairs: at least 2")
+    if args.engine == "fsdp" and args.trainer == "deepspeed" and "trainer" in args.modes:
+        parser.error("--engine fsdp: set --trainer plain, or leave the trainer out of --modes")
     if args.memory and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         parser.error("--memory: of one rank; on several, the log of a run has its peak")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
