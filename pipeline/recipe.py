@@ -239,6 +239,9 @@ class Mask:
     random_redraw: Literal["stage", "step"] = "stage"  # criterion: random
     # gradient: AdamW sees zeros (the authors' code); strict: masked rows do not move (Eq. 6)
     update: Literal["gradient", "strict"] = "gradient"
+    clusters: int | None = None  # groups of a layer's rows that are kept or masked together
+    # magnitude: those that are large in the same texts; random: a control
+    cluster_by: Literal["weight", "magnitude", "random"] = "weight"
     from_stage: int = 1  # 2: the first stage is dense, as in the authors' code
     # For how many steps a selection serves; stage: for all, and the other rows are frozen
     refresh: Annotated[int | str, pydantic.BeforeValidator(_refresh)] = 1
@@ -472,6 +475,15 @@ def mask_problems(mask: Mask) -> list[str]:
         found.append(
             f"mask.random_redraw: has no effect with criterion {mask.criterion!r}; remove it"
         )
+    if mask.clusters is None and mask.cluster_by != "weight":
+        found.append("mask.cluster_by: has no effect without mask.clusters; remove it")
+    if mask.clusters is not None:
+        if mask.clusters < 2:
+            found.append("mask.clusters: needs at least 2; null ranks each row by itself")
+        if mask.criterion == "random":
+            found.append("mask.clusters: has no effect on random scores; set cluster_by=random")
+        if mask.refresh == "stage":
+            found.append("mask.clusters: the rows of a stage are ranked by themselves; remove it")
     if mask.enabled:
         found += _refresh_problems(mask)
     if mask.components is not None and not mask.components:

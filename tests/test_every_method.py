@@ -35,6 +35,7 @@ OVERRIDES = {
     "publish_average": ("publish_average={}",),
     "mask": (),
     "mask.criterion: fisher": ("mask.criterion=fisher", "mask.refresh=stage"),
+    "mask.clusters": ("mask.clusters=3", "mask.cluster_by=magnitude"),
     "model.lora": (*LORA, "model.lora={}"),
     "model.lora.incremental": (*LORA, "model.lora={incremental: true}"),
     "model.prompt": (*LORA, "model.prompt={}"),
@@ -55,6 +56,7 @@ TOGETHER = (
     "mofo",
     "ema",
     "pseudo_replay",
+    "mask.clusters",
 )
 
 

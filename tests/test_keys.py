@@ -267,6 +267,8 @@ KEYS: dict[str, str | Change] = {
     "Mask.update": Change(
         "mask.update=strict", step, (*CAUSAL, "optimizer.weight_decay=0.5", "optimizer.lr=0.1")
     ),
+    "Mask.clusters": "test_rows_have_the_mean_score_of_their_group",
+    "Mask.cluster_by": "test_rows_that_are_large_in_the_same_texts_are_a_group",
     "Mask.refresh": "test_which_step_selects_the_rows_of_a_step",
     "Mask.calibration": Change(
         "mask.calibration=8",

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.migu.clusters import group_means, grouped
 from pipeline.migu.fisher import FisherRecorder
 from pipeline.migu.magnitude import MagnitudeRecorder
 from pipeline.migu.mask import select_rows
@@ -48,7 +49,10 @@ class GradientMask:
     backwards. With `backward: previous` they have the rows of the step before.
     """
 
-    def __init__(self, model: nn.Module, settings: Any, seed: int):
+    def __init__(
+        self, model: nn.Module, settings: Any, seed: int, groups: dict[str, Tensor] | None = None
+    ):
+        """groups: by a layer's weight, of each row the group whose mean score it has."""
         self.settings = settings
         self.seed = seed
         self.targets = find_targets(model, settings.components, settings.split_fused)
@@ -57,6 +61,7 @@ class GradientMask:
         self.sparse = (
             RowSparseLinears(model, self.targets) if settings.backward != "dense" else None
         )
+        self.groups = grouped(self.targets, groups) if groups is not None else None
         self.recorder: Any = None
         if settings.criterion == "output":
             self.recorder = MagnitudeRecorder(self.targets, settings.normalize)
@@ -172,6 +177,8 @@ class GradientMask:
     def _select(self, shards: ShardedModel, step: int) -> tuple[Tensor, float]:
         """(keep, the fraction that it keeps). The host waits for the device once."""
         scores = self._scores(shards, step)
+        if self.groups is not None:
+            scores = group_means(scores, self.groups)
         keep = select_rows(scores, self.parts, self.settings.threshold, self.settings.rule)
         seen = self.recorder.observed if self.recorder else torch.ones_like(keep)
         differs = self._differs(keep)

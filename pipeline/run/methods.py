@@ -61,6 +61,7 @@ NEEDS = ("task labels", "old data", "old weights")  # `Method.needs`
 OTHERS = {
     "mask": (),
     "mask.criterion: fisher": ("task labels",),
+    "mask.clusters": (),
     "model.lora": (),
     "model.lora.incremental": ("task labels",),
     "model.prompt": (),

@@ -180,6 +180,16 @@ def recipe_problems(r: Recipe) -> list[str]:
     found += resume_problems(r.resume)
     found += mask_problems(k)
     if k.enabled:
+        need(
+            k.clusters is None or m.lora is None or m.lora.quantize == "none",
+            "mask.clusters: groups are made of the base's weights, which are not quantized for it; "
+            "set model.lora.quantize=none",
+        )
+        need(
+            k.clusters is None or k.cluster_by != "magnitude" or d.prepare,
+            "mask.cluster_by: magnitude reads the first stage's prepared corpus, and "
+            "data.prepare=false makes none; remove one of them",
+        )
         for key in ("l2_to_start", "hft", "ssu"):
             need(
                 k.refresh != "stage" or getattr(r, key) is None,

@@ -29,6 +29,7 @@ from pipeline.run.methods import methods_of, run_start
 from pipeline.run.published import remove
 from pipeline.run.replicas import check_replicas
 from pipeline.run.resume import discard
+from pipeline.run.row_groups import row_groups
 from pipeline.run.stage import run_stage
 from pipeline.run.state import (
     HeldoutLosses,
@@ -106,6 +107,7 @@ def run_recipe(
         run.begun = run_start(recipe, run.tokenizer, run.data, folder, base)
         for method in run.methods:  # before the engine takes the memory
             method.begin(run.begun)
+        row_groups(run.begun)  # kept for the stages
         measure(Evaluation(folder, 0, "base", base, recipe.model.revision))
         for stage, s in enumerate(recipe.stages, start=1):
             published = run.checkpoint(stage)

@@ -31,6 +31,7 @@ from pipeline.run.nearest import nearest_start
 from pipeline.run.published import check_masters, publish_masters, remove
 from pipeline.run.replicas import compare_replicas
 from pipeline.run.resume import Attempt, StageState, discard
+from pipeline.run.row_groups import row_groups
 from pipeline.run.stage_rows import mask_of_stage
 from pipeline.run.state import (
     Run,
@@ -68,7 +69,7 @@ def run_stage(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> d
     engine.start_stage(sum(method.micro_batches() for method in run.methods))
     run.holds = None
     torch.manual_seed(recipe.stage_seed(stage) * 100_003 + rank())
-    mask = mask_of_stage(engine.module, recipe, stage)
+    mask = mask_of_stage(engine.module, recipe, stage, row_groups(run.begun))
     batches = run.data.batches(stage)
     pauses, every = plan.pauses(s.evaluate_every), recipe.train.compare_replicas
 

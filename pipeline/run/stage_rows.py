@@ -193,10 +193,15 @@ class FrozenRows:
         pass
 
 
-def mask_of_stage(net: nn.Module, recipe: Recipe, stage: int) -> GradientMask | FrozenRows | None:
-    """What masks the steps of a stage of the engine's model; None: it is dense."""
+def mask_of_stage(
+    net: nn.Module, recipe: Recipe, stage: int, groups: dict[str, Tensor] | None = None
+) -> GradientMask | FrozenRows | None:
+    """What masks the steps of a stage of the engine's model; None: it is dense.
+
+    groups: of `row_groups`.
+    """
     if not recipe.mask.enabled or stage < recipe.mask.from_stage:
         return None
     if recipe.mask.refresh == "stage":
         return FrozenRows(net)
-    return GradientMask(net, recipe.mask, recipe.stage_seed(stage))
+    return GradientMask(net, recipe.mask, recipe.stage_seed(stage), groups)
