@@ -134,10 +134,12 @@ def _merge(recipe: dict[str, Any], adapter: Path, target: Path) -> None:
 
     from pipeline.model.load import AUTO, load_pretrained
     from pipeline.model.lora import base_of
+    from pipeline.model.mixture import is_mixture
     from pipeline.model.prompt import is_prompt
 
-    if is_prompt(adapter):
-        raise UserError(f"{adapter}: a prompt cannot be merged into the model; publish it as it is")
+    if is_prompt(adapter) or is_mixture(adapter):
+        kind = "a prompt" if is_prompt(adapter) else "experts with a router"
+        raise UserError(f"{adapter}: {kind} cannot be merged into the model; publish it as it is")
     base, revision = base_of(adapter)
     objective = (recipe.get("model") or {}).get("objective") or "masked"
     net: Any = load_pretrained(AUTO[objective], base, dtype=torch.float32, revision=revision)

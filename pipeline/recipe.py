@@ -45,6 +45,7 @@ class Lora:
     targets: list[str] | None = None  # module name suffixes; default: every linear of the blocks
     quantize: Literal["none", "4bit", "8bit"] = "none"  # the frozen weights (QLoRA)
     incremental: bool = False  # a new adapter a stage, beside the frozen earlier ones (IncLoRA)
+    experts: int = 1  # parts of the ranks, between which a router decides by token (MoELoRA)
 
 
 @dataclass

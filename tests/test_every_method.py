@@ -38,6 +38,7 @@ OVERRIDES = {
     "mask.clusters": ("mask.clusters=3", "mask.cluster_by=magnitude"),
     "model.lora": (*LORA, "model.lora={}"),
     "model.lora.incremental": (*LORA, "model.lora={incremental: true}"),
+    "model.lora.experts": (*LORA, "model.lora={r: 4, experts: 2}"),
     "model.prompt": (*LORA, "model.prompt={}"),
     "model.prompt.progressive": (*LORA, "model.prompt={progressive: true}"),
     "stages[].replay": ("stages[1].replay=0.1",),

@@ -186,6 +186,7 @@ KEYS: dict[str, str | Change] = {
     "Lora.alpha": Change("model.lora.alpha=8", adapters, LORA),
     "Lora.dropout": Change("model.lora.dropout=0.5", adapters, LORA),
     "Lora.targets": Change("model.lora.targets=[c_attn]", adapters, LORA),
+    "Lora.experts": "test_each_expert_counts_by_its_share",
     "Lora.quantize": "test_an_adapter_equals_the_reference",
     "Domain.embedded": "test_embedded_corpora_are_code_without_comments_and_come_from_the_cache",
     "Domain.files": Change(FILE + "files=[other.jsonl]", documents),

@@ -21,10 +21,6 @@ ORDERS = {
 # name: (of orders 1, 2, 3, ...; the mean where an order is not told alone, and of which orders)
 SYSTEMS: dict[str, tuple[dict[int, float], str]] = {
     "MoCL": ({1: 75.6, 2: 75.4, 3: 76.7}, "Table 8, from Wang et al. 2024"),
-    "MoELoRA": (
-        {1: 52.8, 2: 49.6, 3: 59.8, 4: 36.3, 5: 31.4, 6: 15.1},
-        "Table 8",
-    ),
     "SAPT-LoRA": (
         {4: 82.0, 5: 82.0, 6: 82.0},
         "Table 2, from Zhao et al. 2024: the mean of orders 4, 5 and 6",

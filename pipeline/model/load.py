@@ -30,6 +30,7 @@ from pipeline.model.lora import (
     load_adapter,
     quantized_loading,
 )
+from pipeline.model.mixture import add_mixture, is_mixture, load_mixture
 from pipeline.model.positions import longest_input
 from pipeline.model.prompt import add_prompt, is_prompt, load_prompt
 from pipeline.model.weights import check_weights, load_pretrained, why
@@ -180,10 +181,14 @@ def build_model(
             kind = TASK_TYPES.get(model.objective)
             if adapter is not None and is_prompt(adapter):
                 load_prompt(net, adapter, model.prompt, seed)
+            elif adapter is not None and is_mixture(adapter):
+                load_mixture(net, adapter, kind)
             elif adapter is not None and model.lora is not None and model.lora.incremental:
                 add_beside(net, adapter, model.lora, kind, seed)
             elif adapter is not None:
                 load_adapter(net, adapter)
+            elif model.lora is not None and model.lora.experts > 1:
+                add_mixture(net, model.lora, str(source), revision, kind, seed)
             elif model.lora is not None:
                 add_adapter(net, model.lora, str(source), revision, kind, seed)
             elif model.prompt is not None:
@@ -254,6 +259,8 @@ def load_for_evaluation(
     )
     if adapter is not None and is_prompt(adapter):
         load_prompt(net, adapter, None, 0)
+    elif adapter is not None and is_mixture(adapter):
+        load_mixture(net, adapter, TASK_TYPES.get(objective))
     elif adapter is not None:
         load_adapter(net, adapter)
     compute_in_input_dtype(net)
@@ -264,8 +271,9 @@ def empty_model(model: Model, config: PretrainedConfig) -> nn.Module:
     """The model, with its adapter, without memory for its weights: for a dry run."""
     net = _without_weights(model, config)
     if model.lora is not None:
+        add = add_mixture if model.lora.experts > 1 else add_adapter
         with torch.device("meta"):
-            add_adapter(net, model.lora, model.path, None, TASK_TYPES.get(model.objective), 0)
+            add(net, model.lora, model.path, None, TASK_TYPES.get(model.objective), 0)
     if model.prompt is not None:
         with torch.device("meta"):
             add_prompt(net, model.prompt, model.path, None, 0)

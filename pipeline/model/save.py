@@ -17,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from pipeline.model.blocks import find_blocks
 from pipeline.model.lora import EARLIER, one_adapter
+from pipeline.model.mixture import has_routers, save_mixture
 from pipeline.model.prompt import prompt_names, prompt_of, save_prompt
 
 SHARD_BYTES = 2_000_000_000
@@ -42,6 +43,9 @@ def save_model(
     """
     if prompt_of(module) is not None:
         save_prompt(module, weights, folder, dtype)
+        return
+    if has_routers(module):
+        save_mixture(module, weights, folder, dtype)
         return
     if has_adapter(module) and EARLIER in module.peft_config:
         settings, joined = one_adapter(module, weights)

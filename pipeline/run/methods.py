@@ -64,6 +64,7 @@ OTHERS = {
     "mask.clusters": (),
     "model.lora": (),
     "model.lora.incremental": ("task labels",),
+    "model.lora.experts": (),
     "model.prompt": (),
     "model.prompt.progressive": ("task labels",),
     "stages[].replay": ("old data",),

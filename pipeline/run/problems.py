@@ -84,6 +84,22 @@ def recipe_problems(r: Recipe) -> list[str]:
             need(Path(value).exists(), f"model.{key}: no such folder: {value}")
     if m.lora is not None:
         need(m.lora.r >= 1, f"model.lora.r: {m.lora.r} must be at least 1")
+        x = m.lora.experts
+        need(x >= 1, f"model.lora.experts: {x} must be at least 1")
+        need(
+            x < 2 or m.lora.r % x == 0,
+            f"model.lora.experts: {x} cannot share r={m.lora.r} ranks evenly",
+        )
+        for key, other in (
+            ("model.lora.incremental", m.lora.incremental),
+            ("hat_adapter", r.hat_adapter),
+            ("epi", r.epi),
+            ("evaluate.end_tasks", r.evaluate.end_tasks),
+        ):
+            need(
+                x == 1 or not other,
+                f"model.lora.experts: {key} works on plain adapters, without a router; remove one",
+            )
         need(m.lora.alpha > 0, f"model.lora.alpha: {m.lora.alpha} must be positive")
         need(0 <= m.lora.dropout < 1, f"model.lora.dropout: {m.lora.dropout} is outside [0, 1)")
         need(
