@@ -355,7 +355,7 @@ def keep_freed_memory() -> None:
     threads hold no block over 64 MB."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        kept = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28))
+        kept = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**28))
         for setting in (*kept, (M_ARENA_MAX, 1)):
             libc.mallopt(*setting)
 

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+import pipeline.model.compiled
 from pipeline.errors import UserError
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.model.compiled import check_compiler, compiled_blocks
@@ -89,6 +90,22 @@ def test_a_hook_that_comes_later_is_not_left_out():
         hook.remove()
         model(input_ids=ids)
     assert seen == [1]
+
+
+def test_code_that_is_compiled_again_and_again_is_not_left_to_run_slowly(monkeypatch):
+    monkeypatch.setattr(pipeline.model.compiled, "GRAPHS", 1)
+    model = MODELS["llama"]()
+    del model.model.layers[1:]
+    linear = model.model.layers[0].mlp.up_proj
+
+    def compile_again():
+        with compiled_blocks(model, "aot_eager"):
+            for _ in range(3):
+                model(input_ids=torch.arange(12)[None])
+                linear.register_forward_hook(lambda *_: None)
+
+    with pytest.raises(UserError, match=r"train\.compile: .* set it to false"):
+        compile_again()
 
 
 def test_without_a_compiler_it_is_said(monkeypatch):

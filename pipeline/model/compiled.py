@@ -10,7 +10,9 @@ from torch import nn
 from pipeline.errors import UserError
 from pipeline.model.blocks import find_blocks
 
-GRAPHS = 4  # of a block: with and without magnitudes, of a fixed and of a varying length
+GRAPHS = (
+    16  # of a block: with and without magnitudes and dropout, of fixed and varying lengths, ...
+)
 
 
 def check_compiler() -> None:
@@ -38,6 +40,9 @@ def compiled_blocks(net: nn.Module, backend: str = "inductor") -> Iterator[None]
     """Within it the blocks run compiled, each from its next forward on: with the hooks that the
     modules within them have by then. Hooks of the blocks themselves, such as those of FSDP, run as
     they are.
+
+    Raises:
+        UserError: a block's code had to be compiled for ever new shapes or hooks.
     """
     torch.compiler.reset()  # code that was made for other hooks
     blocks: list[Any] = [net.get_submodule(name) for name in find_blocks(net)]
@@ -52,6 +57,11 @@ def compiled_blocks(net: nn.Module, backend: str = "inductor") -> Iterator[None]
             block.forward = torch.compile(block.forward, backend=backend)
         try:
             yield
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            raise UserError(
+                f"train.compile: a block was compiled {graphs} times, for other shapes or hooks "
+                "each time; set it to false (the run goes on from where it was saved)"
+            ) from None
         finally:
             for block in blocks:
                 vars(block).pop("forward")
