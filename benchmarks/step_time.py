@@ -349,19 +349,24 @@ def steps_of(args: argparse.Namespace, count: int) -> list[list[dict]]:
     return steps
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(large: bool) -> None:
     """Let the C library keep what is freed for the next step, as torch's allocator of a GPU does: a
-    large tensor would be fetched from the system anew each time, page by page. One arena: those of
-    threads hold no block over 64 MB."""
+    large tensor would be fetched from the system anew each time, page by page.
+
+    large: also blocks over 64 MB (flat buffers, the embeddings' gradient), which the arenas of
+        threads give back; else they cost a CPU what they cost it in any run.
+    """
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        kept = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**28))
-        for setting in (*kept, (M_ARENA_MAX, 1)):
-            libc.mallopt(*setting)
+    if not hasattr(libc, "mallopt"):
+        return
+    trim = (M_TRIM_THRESHOLD, -1 if large else 2**31 - 1)
+    one = [(M_ARENA_MAX, 1)] if large else []
+    for setting in ((M_MMAP_MAX, 0), trim, (M_TOP_PAD, 2**28), *one):
+        libc.mallopt(*setting)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    keep_freed_memory()
+    keep_freed_memory(args.keep_large)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     start_distributed()
     warm = 2
@@ -386,7 +391,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "tokens": SHAPES[args.shape][2] * SHAPES[args.shape][3] * args.accumulation,
         "threshold": args.threshold, "precision": args.precision, "engine": args.engine,
         "accumulation": args.accumulation, "checkpointing": args.checkpointing,
-        "chunked_loss": args.chunked_loss, "trainer": args.trainer, "ranks": world_size(),
+        "chunked_loss": args.chunked_loss, "keep_large": args.keep_large,
+        "trainer": args.trainer, "ranks": world_size(),
         "rounds": args.pairs, "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
         "torch": torch.__version__,
@@ -428,6 +434,9 @@ def main() -> None:
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--chunked-loss", action="store_true", help="but for the Trainer")
+    parser.add_argument(
+        "--keep-large", action="store_true", help="CPU: keep freed blocks over 64 MB too"
+    )
     parser.add_argument("--memory", action="store_true", help="also the peak of every mode")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument(
