@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import pipeline.model.compiled
 from pipeline.errors import UserError
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.model.compiled import check_compiler, compiled_blocks
+from pipeline.model.split_linear import split_linears
 from pipeline.recipe import Mask
 from pipeline.shard import ParameterShards
 from tests.reference import MODELS, micro_batches, step_loss
@@ -76,6 +78,27 @@ def test_the_compiler_itself_gives_the_same_rows_and_gradients():
     assert torch.equal(rows, again)
     for n, gradient in plain.items():
         torch.testing.assert_close(compiled[n], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_in_two_parts_trains_compiled_as_without():
+    found = []
+    for compiles in (False, True):
+        model = MODELS["llama"]()
+        split_linears(model, {n: torch.arange(k.numel()) % 3 == 0 for n, k in linears_of(model)})
+        [batches] = micro_batches("llama", 1, 1)
+        with compiled_blocks(model, "aot_eager") if compiles else nullcontext():
+            step_loss("llama", model, batches).backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    plain, compiled = found
+    for n, gradient in plain.items():
+        torch.testing.assert_close(compiled[n], gradient, rtol=1e-5, atol=1e-7)
+
+
+def linears_of(model):
+    """(name, the first column) of the linears of the blocks."""
+    for name, module in model.model.layers.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            yield f"model.layers.{name}", module.weight[:, 0]
 
 
 def test_a_hook_that_comes_later_is_not_left_out():
