@@ -310,11 +310,12 @@ class _Runner:
         )
 
     def _end(self) -> None:
-        """Interrupt what runs: a run that is told so leaves its folder in order."""
+        """End what runs: a run that is told so leaves its folder in order. Not by SIGINT, which the
+        processes of a background job ignore."""
         self.stopped = True
         with self.changing:
             for process in self.running:
-                process.send_signal(signal.SIGINT)
+                process.terminate()
 
     def finished(self, point: Point) -> bool:
         known = self.outcomes.get(point.name)
