@@ -358,6 +358,20 @@ def test_jobs_run_side_by_side_in_processes_of_their_own(tmp_path):
     assert len({path.read_text() for path in tmp_path.iterdir()} | {str(os.getpid())}) == 5
 
 
+def threads(path):
+    path.write_text(str(torch.get_num_threads()))
+
+
+def test_a_job_takes_no_more_threads_than_its_parent(tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as OMP_NUM_THREADS does
+    try:
+        assert run_side_by_side(threads, [(tmp_path / "n",)], 1, lambda _: None) == {}
+    finally:
+        torch.set_num_threads(before)
+    assert (tmp_path / "n").read_text() == "1"
+
+
 def test_which_tasks_follow_which_stage():
     def after(how):
         return Recipe(

@@ -31,7 +31,8 @@ def run_side_by_side(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    # OMP_NUM_THREADS may leave cores to others: threads that wait for one another lose most then.
+    threads = max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) // processes))
     waiting = list(range(len(jobs)))
     running: dict[Any, tuple[int, Any, Any]] = {}
     failed: dict[int, str] = {}
