@@ -73,6 +73,12 @@ def replace_file(path: Path, content: bytes | str) -> None:
         raise
 
 
+def keep_file(path: Path, content: bytes | str) -> None:
+    """As `replace_file`, in a folder that is made where it is not there yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, content)
+
+
 def remove_left_over(folder: Path) -> None:
     """Delete what killed processes left of `replace_file` in a folder: no write takes an hour."""
     for path in folder.glob(".*.[0-9]*.tmp"):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.checkpoint import replace_file
+from pipeline.checkpoint import keep_file
 from pipeline.data.objective import targets_of
 from pipeline.errors import UserError
 from pipeline.methods.domain_text import domain_batches
@@ -132,12 +132,7 @@ class Das(Method):
         net: Any = start.teacher(which).load()
         losses = _proxies if general else _losses
         importance = measure_importance(net, losses(self, net, start, domains))
-
-        def write() -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, save(importance))
-
-        on_rank0(write)
+        on_rank0(lambda: keep_file(path, save(importance)))
 
 
 def _batches(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.checkpoint import replace_file
+from pipeline.checkpoint import keep_file
 from pipeline.data.mlm import IGNORED
 from pipeline.data.objective import targets_of
 from pipeline.methods.domain_text import domain_batches
@@ -120,5 +120,4 @@ class DerPlusPlus(Method):
             kept[wanted] = hidden[tokens["labels"] != IGNORED].cpu()
             batch.pop("real", None)
             found.append({**batch, "hidden": kept})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, save({k: torch.cat([f[k] for f in found]) for k in found[0]}))
+        keep_file(path, save({k: torch.cat([f[k] for f in found]) for k in found[0]}))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
-from pipeline.checkpoint import replace_file
+from pipeline.checkpoint import keep_file
 from pipeline.methods.domain_text import asked_and_answer
 from pipeline.methods.method import Method, Start
 from pipeline.model.experts import (
@@ -80,6 +80,5 @@ class Epi(Method):
                 prompts.append(asked)
                 classes.append((domain, tuple(answer.tolist())))
         means, scatter = class_statistics(representations(net, prompts), classes)
-        path.parent.mkdir(parents=True, exist_ok=True)
         points = torch.tensor(len(prompts))
-        replace_file(path, save({"means": means, "scatter": scatter, "points": points}))
+        keep_file(path, save({"means": means, "scatter": scatter, "points": points}))

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from pipeline.checkpoint import replace_file
+from pipeline.checkpoint import keep_file
 from pipeline.methods.method import Method, Start
 from pipeline.methods.weights import change_masters, changed_masters, masters
 from pipeline.progress import say
@@ -106,8 +106,7 @@ class HatAdapter(Method):
             whole[name + GATES], whole[name + CLAIMED] = gates[layer].cpu(), claimed[layer].cpu()
 
         def write() -> None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            replace_file(self._file(stage), save(whole))
+            keep_file(self._file(stage), save(whole))
             shares = f"{gates.mean():.0%} of the ranks open, {claimed.mean():.0%} claimed so far"
             say(f"  {self.name}: {shares}")
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.checkpoint import replace_file
+from pipeline.checkpoint import keep_file
 from pipeline.data.encode import Encoder
 from pipeline.data.instruct import Example
 from pipeline.data.mlm import IGNORED, Row, collate
@@ -77,7 +77,7 @@ class PseudoReplay(Method):
         path = folder / f"stage-{start.stage:02d}.json"
         if not on_rank0(path.is_file):
             content = {"frames": frames, "texts": self._write(start, encoder, folder)}
-            on_rank0(partial(_keep, path, json.dumps(content)))
+            on_rank0(partial(keep_file, path, json.dumps(content)))
         self._old = [to_row(pair) for pair in on_rank0(partial(_read, path))["texts"]]
 
     def micro_batches(self) -> int:
@@ -182,11 +182,6 @@ def _row(pair: Pair, objective: str, start: Start) -> Row:
 
 def _draw(rng: np.random.Generator, rows: Items[Row], count: int) -> list[int]:
     return rng.choice(len(rows), count, replace=count > len(rows)).tolist() if count else []
-
-
-def _keep(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, text)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.checkpoint import replace_file
+from pipeline.checkpoint import keep_file
 from pipeline.data.mlm import collate
 from pipeline.methods.method import Method, Start
 from pipeline.methods.sampled_text import sampled_sequences
@@ -62,8 +62,7 @@ class SourceColumns(Method):
             frozen = scores.argsort(descending=True)[: int(self.settings.share * len(scores))]
             keep = torch.ones(len(scores), dtype=torch.bool).index_fill(0, frozen.cpu(), False)
             found[f"{name}.weight"] = keep.tolist(), dim
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(kept, json.dumps(found))
+        keep_file(kept, json.dumps(found))
         return found
 
     def _batches(self, start: Start, net: Any) -> Iterable[tuple[dict[str, Any], Tensor | None]]:

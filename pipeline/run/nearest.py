@@ -10,7 +10,7 @@ import json
 
 import torch
 
-from pipeline.checkpoint import replace_file
+from pipeline.checkpoint import keep_file
 from pipeline.methods.domain_text import domain_batches
 from pipeline.methods.method import Start
 from pipeline.model.attention import separation_of
@@ -32,12 +32,7 @@ def nearest_start(begun: Start, stage: int, checkpoints: list[str]) -> int:
     if not on_rank0(path.is_file):
         losses = [mean_loss(begun, stage, c) for c in checkpoints]
         text = json.dumps({"losses": losses})
-
-        def write() -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, text)
-
-        on_rank0(write)
+        on_rank0(lambda: keep_file(path, text))
     losses = on_rank0(lambda: json.loads(path.read_text(encoding="utf-8"))["losses"])
     return min(range(len(losses)), key=losses.__getitem__)
 

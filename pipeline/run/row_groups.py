@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from pipeline.checkpoint import replace_file
+from pipeline.checkpoint import keep_file
 from pipeline.methods.domain_text import domain_batches
 from pipeline.methods.method import Start
 from pipeline.migu.clusters import k_means, random_groups
@@ -29,12 +29,7 @@ def row_groups(begun: Start) -> dict[str, Tensor] | None:
         return None
     path = begun.kept / "row_groups.safetensors"
     if not on_rank0(path.is_file):
-
-        def make() -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, save(_make(begun)))
-
-        on_rank0(make)
+        on_rank0(lambda: keep_file(path, save(_make(begun))))
     content = on_rank0(path.read_bytes)
     return load(content)
 
