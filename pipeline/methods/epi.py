@@ -24,8 +24,7 @@ from pipeline.model.experts import (
     representations,
     save_tasks,
 )
-from pipeline.model.lora import ADAPTER
-from pipeline.model.prompt import WEIGHTS
+from pipeline.model.lora import ADAPTER, WEIGHTS
 from pipeline.ranks import on_rank0
 from pipeline.recipe import Recipe
 

@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.model.lora import load_adapter
-from pipeline.model.prompt import KEY, WEIGHTS, prompt_of
+from pipeline.model.lora import WEIGHTS, load_adapter
+from pipeline.model.prompt import KEY, prompt_of
 
 FOLDER, TASKS = "experts", "tasks.safetensors"
 SHRINK = 0.01  # of the covariance toward a multiple of one: classes may be smaller than `hidden`

@@ -35,7 +35,7 @@ from pipeline.model.positions import longest_input
 from pipeline.model.prompt import add_prompt, is_prompt, load_prompt
 from pipeline.model.weights import check_weights, load_pretrained, why
 from pipeline.network import retried
-from pipeline.recipe import Lora, Model, Recipe
+from pipeline.recipe import Lora, Model, Prompt, Recipe
 
 FLASH = "flash_attention_2"  # needs a GPU to be built with
 AUTO = {
@@ -179,14 +179,10 @@ def build_model(
             kwargs |= {"config": config, "revision": revision}
             net = load_pretrained(auto, source, initialize, **kwargs)
             kind = TASK_TYPES.get(model.objective)
-            if adapter is not None and is_prompt(adapter):
-                load_prompt(net, adapter, model.prompt, seed)
-            elif adapter is not None and is_mixture(adapter):
-                load_mixture(net, adapter, kind)
-            elif adapter is not None and model.lora is not None and model.lora.incremental:
+            if adapter is not None and model.lora is not None and model.lora.incremental:
                 add_beside(net, adapter, model.lora, kind, seed)
             elif adapter is not None:
-                load_adapter(net, adapter)
+                _load_published(net, adapter, kind, model.prompt, seed)
             elif model.lora is not None and model.lora.experts > 1:
                 add_mixture(net, model.lora, str(source), revision, kind, seed)
             elif model.lora is not None:
@@ -257,14 +253,26 @@ def load_for_evaluation(
         revision=revision,
         **quantized,
     )
-    if adapter is not None and is_prompt(adapter):
-        load_prompt(net, adapter, None, 0)
-    elif adapter is not None and is_mixture(adapter):
-        load_mixture(net, adapter, TASK_TYPES.get(objective))
-    elif adapter is not None:
-        load_adapter(net, adapter)
+    if adapter is not None:
+        _load_published(net, adapter, TASK_TYPES.get(objective))
     compute_in_input_dtype(net)
     return net.eval() if quantized else net.eval().to(device)
+
+
+def _load_published(
+    net: nn.Module,
+    adapter: str | Path,
+    task_type: str | None,
+    prompt: Prompt | None = None,
+    seed: int = 0,
+) -> None:
+    """Into its base, whatever kind of adapter was published. prompt, seed: of what trains it on."""
+    if is_prompt(adapter):
+        load_prompt(net, adapter, prompt, seed)
+    elif is_mixture(adapter):
+        load_mixture(net, adapter, task_type)
+    else:
+        load_adapter(net, adapter)
 
 
 def empty_model(model: Model, config: PretrainedConfig) -> nn.Module:

@@ -24,7 +24,7 @@ from pipeline.model.blocks import block_linears
 from pipeline.model.weights import reading, require_safetensors, require_whole
 from pipeline.recipe import Lora
 
-ADAPTER = "adapter_config.json"
+ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # an adapter's files
 EARLIER = "earlier"  # the name of the frozen adapters of the stages before, as one
 # PEFT's names by objective; it has none for masked language models.
 TASK_TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
@@ -33,6 +33,11 @@ TASK_TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}
 def is_adapter(folder: str | Path | None) -> bool:
     """Whether `folder` holds an adapter in PEFT's format, not a whole model."""
     return folder is not None and (Path(folder) / ADAPTER).is_file()
+
+
+def recorded(adapter: str | Path) -> dict[str, Any]:
+    """What an adapter's configuration says, of whatever kind it is."""
+    return json.loads((Path(adapter) / ADAPTER).read_text(encoding="utf-8"))
 
 
 def base_of(adapter: str | Path) -> tuple[str, str | None]:
@@ -44,8 +49,8 @@ def base_of(adapter: str | Path) -> tuple[str, str | None]:
     Raises:
         UserError: no base is recorded, or its folder is gone.
     """
-    recorded = json.loads((Path(adapter) / ADAPTER).read_text(encoding="utf-8"))
-    base, revision = recorded.get("base_model_name_or_path"), recorded.get("revision")
+    settings = recorded(adapter)
+    base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not base:
         raise UserError(f"{adapter}: {ADAPTER} names no base model (base_model_name_or_path)")
     if Path(base).is_absolute() and not Path(base).exists():
@@ -58,6 +63,11 @@ def base_of(adapter: str | Path) -> tuple[str, str | None]:
             )
         base = str(moved)
     return base, revision
+
+
+def as_recorded(base: str | None) -> str | None:
+    """How a configuration names a base model: a folder by its absolute path."""
+    return str(Path(base).resolve()) if base is not None and Path(base).exists() else base
 
 
 def adapted_linears(net: nn.Module, lora: Lora) -> list[str]:
@@ -107,9 +117,7 @@ def add_adapter(
     with torch.random.fork_rng(devices=[]):  # the same A on every rank
         torch.manual_seed(seed)
         net.add_adapter(settings)  # type: ignore[operator]
-    if base is not None and Path(base).exists():
-        base = str(Path(base).resolve())
-    settings.base_model_name_or_path = base
+    settings.base_model_name_or_path = as_recorded(base)
     # PEFT keeps a set; sorted, the published file is the same in every run.
     settings.target_modules = sorted(settings.target_modules)  # type: ignore[arg-type]
 

@@ -18,11 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
-from pipeline.model.lora import ADAPTER, add_adapter, base_of
+from pipeline.model.lora import ADAPTER, WEIGHTS, add_adapter, base_of, recorded
 from pipeline.recipe import Lora
 
 KIND = "MIGU_MIXTURE"  # where PEFT has its own names
-WEIGHTS = "adapter_model.safetensors"
 
 
 def add_mixture(
@@ -50,7 +49,7 @@ def _route(a: nn.Linear, experts: int) -> None:
 
 def is_mixture(adapter: str | Path) -> bool:
     """Whether an adapter's folder (`lora.is_adapter`) holds one."""
-    return _recorded(adapter).get("peft_type") == KIND
+    return recorded(adapter).get("peft_type") == KIND
 
 
 def has_routers(net: Any) -> bool:
@@ -64,7 +63,7 @@ def save_mixture(
     named = {n: w.to("cpu", dtype).contiguous() for n, w in weights}
     settings = net.peft_config["default"]
     experts = next(len(w) for n, w in named.items() if n.endswith(".router.weight"))
-    recorded = {
+    content = {
         "peft_type": KIND,
         "base_model_name_or_path": settings.base_model_name_or_path,
         "revision": settings.revision,
@@ -74,7 +73,7 @@ def save_mixture(
         "dropout": settings.lora_dropout,
         "targets": sorted(settings.target_modules),
     }
-    (folder / ADAPTER).write_text(json.dumps(recorded, indent=2) + "\n", encoding="utf-8")
+    (folder / ADAPTER).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
 
 
@@ -85,8 +84,8 @@ def load_mixture(net: Any, adapter: str | Path, task_type: str | None) -> None:
         UserError: its base is gone; the file is damaged, or of another model.
     """
     base, revision = base_of(adapter)
-    recorded = _recorded(adapter)
-    lora = Lora(**{k: recorded[k] for k in ("experts", "r", "alpha", "dropout", "targets")})
+    settings = recorded(adapter)
+    lora = Lora(**{k: settings[k] for k in ("experts", "r", "alpha", "dropout", "targets")})
     add_mixture(net, lora, base, revision, task_type, 0)
     try:
         found = load_file(Path(adapter) / WEIGHTS)
@@ -98,7 +97,3 @@ def load_mixture(net: Any, adapter: str | Path, task_type: str | None) -> None:
     with torch.no_grad():
         for name, weight in found.items():
             own[name].copy_(weight)
-
-
-def _recorded(adapter: str | Path) -> dict[str, Any]:
-    return json.loads((Path(adapter) / ADAPTER).read_text(encoding="utf-8"))

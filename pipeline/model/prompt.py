@@ -6,7 +6,6 @@ rest of the code a prompt is a few tokens more. With earlier prompts (Razdaibied
 arXiv 2301.12314) the newest stands first.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +19,10 @@ from torch import Tensor, nn
 
 from pipeline.data.mlm import IGNORED
 from pipeline.errors import UserError
-from pipeline.model.lora import ADAPTER, TASK_TYPES, base_of
+from pipeline.model.lora import TASK_TYPES, WEIGHTS, as_recorded, base_of, recorded
 from pipeline.recipe import Prompt
 
 KIND = "PROMPT_TUNING"  # PEFT's name
-WEIGHTS = "adapter_model.safetensors"
 KEY = "prompt_embeddings"  # in that file: [tokens, hidden]
 
 
@@ -88,8 +86,7 @@ def without_prompt(net: Any) -> Iterator[None]:
 
 def is_prompt(adapter: str | Path) -> bool:
     """Whether an adapter's folder (`lora.is_adapter`) holds a prompt."""
-    recorded = json.loads((Path(adapter) / ADAPTER).read_text(encoding="utf-8"))
-    return recorded.get("peft_type") == KIND
+    return recorded(adapter).get("peft_type") == KIND
 
 
 def add_prompt(
@@ -133,8 +130,7 @@ def _attach(
     table = reader.get_input_embeddings()
     net.requires_grad_(False)
     prompt = SoftPrompt(new, earlier, first=table.num_embeddings)
-    prompt.base = str(Path(base).resolve()) if base is not None and Path(base).exists() else base
-    prompt.revision = revision
+    prompt.base, prompt.revision = as_recorded(base), revision
     net.soft_prompt = prompt
     look_up = table.forward
 
@@ -159,9 +155,8 @@ def save_prompt(
     from peft import PromptTuningConfig
 
     prompt = net.soft_prompt
-    kind = next(t for o, t in TASK_TYPES.items() if (o == "seq2seq") == _paired(net))
     PromptTuningConfig(
-        task_type=kind,
+        task_type=TASK_TYPES["seq2seq" if net.config.is_encoder_decoder else "causal"],
         num_virtual_tokens=prompt.tokens,
         token_dim=prompt.new.shape[1],
         num_transformer_submodules=1,
@@ -172,7 +167,3 @@ def save_prompt(
     named = {n.removeprefix("soft_prompt."): w.to("cpu", dtype) for n, w in weights}
     whole = torch.cat([named[n] for n in ("new", "earlier") if n in named])
     save_file({KEY: whole}, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def _paired(net: Any) -> bool:
-    return bool(net.config.is_encoder_decoder)

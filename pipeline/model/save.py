@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from pipeline.model.blocks import find_blocks
-from pipeline.model.lora import EARLIER, one_adapter
+from pipeline.model.lora import EARLIER, WEIGHTS, one_adapter
 from pipeline.model.mixture import has_routers, save_mixture
 from pipeline.model.prompt import prompt_names, prompt_of, save_prompt
 
@@ -55,7 +55,7 @@ def save_model(
             f"base_model.model.{n.replace('.default.', '.')}": w.to("cpu", dtype).contiguous()
             for n, w in joined
         }
-        save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
         return
     if has_adapter(module):
         module.save_pretrained(folder, state_dict={n: w.to("cpu", dtype) for n, w in weights})
