@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from eval.measure.end_task_data import Row, Task
 from pipeline.data.tokenizer import load_tokenizer, text_frame, vocabulary_size
 from pipeline.errors import UserError
+from pipeline.model.generate import padded
 from pipeline.model.gguf import local_weights
 from pipeline.model.load import load_for_evaluation
 from pipeline.model.lora import base_of, is_adapter
@@ -113,7 +114,8 @@ class Classifier:
 
     def _logits(self, rows: Sequence[Encoded]) -> Tensor:
         """[rows, labels]"""
-        ids, real = _padded([row.ids for row in rows], self.padding, self.device)
+        batch = padded([row.ids for row in rows], self.padding)
+        ids, real = (t.to(self.device) for t in batch)
         return self.net(input_ids=ids, attention_mask=real).logits.float()
 
 
@@ -167,7 +169,7 @@ class Likelihood:
         """[rows]: log-likelihood of a label behind each row, the sum over its tokens."""
         answers = [self.answers[label] for label in labels]
         texts = [row.ids + answer for row, answer in zip(rows, answers, strict=True)]
-        ids, real = _padded(texts, 0, self.device)
+        ids, real = (t.to(self.device) for t in padded(texts, 0))
         logits = self.net(input_ids=ids, attention_mask=real).logits[:, :-1].float()
         each = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
         asked = torch.zeros_like(each)
@@ -274,11 +276,3 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 def _labels(rows: Sequence[Encoded], device: str) -> Tensor:
     return torch.tensor([row.label for row in rows], device=device)
-
-
-def _padded(texts: Sequence[list[int]], padding: int, device: str) -> tuple[Tensor, Tensor]:
-    """(ids, 1 where they are real), both int64 [rows, length of the longest]."""
-    length = max(map(len, texts))
-    ids = torch.tensor([t + [padding] * (length - len(t)) for t in texts], device=device)
-    real = torch.tensor([[1] * len(t) + [0] * (length - len(t)) for t in texts], device=device)
-    return ids, real

@@ -27,6 +27,7 @@ from eval.measure.results import replace_file, write_json
 from eval.sandbox.sandbox import Limits, Outcome, Sandbox, probe
 from pipeline.data.tokenizer import text_start
 from pipeline.errors import UserError
+from pipeline.model.generate import padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -244,16 +245,12 @@ def generate(
         yield from generate(model, tokenizer, fitting, settings) if fitting else ()
         yield from [("", True)] * (len(block) - len(fitting))
         return
-    longest = max(len(a.prompt) for a in block)
     ends = _ends(model, tokenizer)
     # The model's own settings (a repetition penalty, say) would fill in what is not given here.
     model.generation_config = GenerationConfig(eos_token_id=ends or None)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
-    ids = torch.full((len(block), longest), pad)
-    attended = torch.zeros_like(ids)
-    for row, attempt in enumerate(block):
-        ids[row, longest - len(attempt.prompt) :] = torch.tensor(attempt.prompt)
-        attended[row, longest - len(attempt.prompt) :] = 1
+    ids, attended = padded([a.prompt for a in block], pad, left=True)
+    longest = ids.shape[1]
     sampled = block[0].sample is not None
     drawn = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
     bare = settings.template == "none"

@@ -54,7 +54,7 @@ def evaluate_share(
     for name, (options, examples) in tasks.items():
         own = list(enumerate(examples[: settings.limit]))[share[0] :: share[1]]
         asked = [e for _, e in own]
-        chosen = experts.choose(prompts_of(encoder, asked)) if experts and asked else [0] * len(own)
+        chosen = experts.choose(encoder.prompts(asked)) if experts and asked else [0] * len(own)
         said = [""] * len(own)
         for expert in sorted(set(chosen)):
             mine = [i for i, c in enumerate(chosen) if c == expert]
@@ -80,7 +80,7 @@ def answers(
     model: Any, encoder: Encoder, examples: list[Example], options: list[str], settings: Answers
 ) -> list[str]:
     """What the model says to each prompt, greedily, at most `max_new_tokens`."""
-    prompts = prompts_of(encoder, examples)
+    prompts = encoder.prompts(examples)
     limit, soft = longest_input(model), prompt_of(model)
     longest = max(map(len, prompts), default=0) + (soft.tokens if soft is not None else 0)
     if limit is not None and longest > limit - (encoder.objective == "causal"):
@@ -103,11 +103,6 @@ def answers(
         for i, ids in zip(block, texts, strict=True):
             said[i] = encoder.backend.decode(ids, skip_special_tokens=True).strip()
     return said
-
-
-def prompts_of(encoder: Encoder, examples: list[Example]) -> list[np.ndarray]:
-    tokens = encoder.encode(examples)
-    return [t.ids[~t.predicted] for t in tokens if t.predicted is not None]
 
 
 class Trie:

@@ -147,6 +147,11 @@ class Encoder:
         }
         return [next(encoded[type(d)]) for d in documents]
 
+    def prompts(self, examples: Items[Example]) -> list[np.ndarray]:
+        """Of each example the ids that are read, int32 [n]: without what is to be written."""
+        tokens = self.encode(examples)
+        return [t.ids[~t.predicted] for t in tokens if t.predicted is not None]
+
     def _encode_texts(self, texts: list[str]) -> list[Tokens]:
         if self.objective == "masked":
             encoded = self.backend.encode_batch(texts, add_special_tokens=False)

@@ -162,9 +162,7 @@ def _common(rows: list[list[int]]) -> list[int]:
 
 
 def _cue(encoder: Encoder, domain: str) -> list[int]:
-    [tokens] = encoder.encode([Example(f"Write a text of {domain}.", "", "-")])
-    assert tokens.predicted is not None
-    return tokens.ids[~tokens.predicted].tolist()
+    return encoder.prompts([Example(f"Write a text of {domain}.", "", "-")])[0].tolist()
 
 
 def _length(pair: Pair) -> int:

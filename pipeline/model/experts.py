@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pipeline.model.generate import padded
 from pipeline.model.lora import WEIGHTS, load_adapter
 from pipeline.model.prompt import KEY, prompt_of
 
@@ -37,12 +38,7 @@ def representations(net: Any, prompts: Sequence[np.ndarray]) -> Tensor:
     body = net.get_encoder() if net.config.is_encoder_decoder else net.base_model
     found = []
     for start in range(0, len(prompts), BATCH):
-        block = prompts[start : start + BATCH]
-        ids = torch.zeros(len(block), max(map(len, block)), dtype=torch.long)
-        real = torch.zeros_like(ids)
-        for row, prompt in enumerate(block):
-            ids[row, : len(prompt)] = torch.from_numpy(prompt).long()
-            real[row, : len(prompt)] = 1
+        ids, real = padded(prompts[start : start + BATCH], 0)
         hidden = body(input_ids=ids.to(net.device), attention_mask=real.to(net.device))[0].float()
         weights = real.to(hidden)[..., None]
         found.append(((hidden * weights).sum(1) / weights.sum(1)).cpu())

@@ -16,6 +16,21 @@ from pipeline.model.prompt import prompt_of
 Allowed = Callable[[int, torch.Tensor], list[int]]
 
 
+def padded(
+    texts: Sequence[Sequence[int] | np.ndarray], pad: int, left: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, 1 where they are real), both int64 [texts, length of the longest]; left: padding
+    stands before a text."""
+    longest = max(map(len, texts))
+    ids = torch.full((len(texts), longest), pad)
+    real = torch.zeros_like(ids)
+    for row, text in enumerate(texts):
+        place = slice(longest - len(text), longest) if left else slice(0, len(text))
+        ids[row, place] = torch.as_tensor(text, dtype=torch.long)
+        real[row, place] = 1
+    return ids, real
+
+
 @torch.inference_mode()
 def written(
     model: Any,
@@ -36,16 +51,10 @@ def written(
     paired = model.config.is_encoder_decoder
     soft = prompt_of(model)
     whole = [np.append(soft.ids, p) for p in prompts] if soft is not None else prompts
-    longest = max(map(len, whole))
-    ids = torch.full((len(whole), longest), pad)
-    attended = torch.zeros_like(ids)
-    for row, prompt in enumerate(whole):  # a decoder goes on behind the last token
-        place = slice(0, len(prompt)) if paired else slice(longest - len(prompt), longest)
-        ids[row, place] = torch.from_numpy(prompt).long()
-        attended[row, place] = 1
+    ids, attended = padded(whole, pad, left=not paired)  # a decoder goes on behind the last token
     # The model's own settings (a repetition penalty, say) would fill in what is not given here.
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
-    before = 1 if paired else longest
+    before = 1 if paired else ids.shape[1]
     limit = longest_input(model)
     output = model.generate(
         input_ids=ids.to(model.device),

@@ -263,13 +263,13 @@ def hat_problems(r: Recipe) -> list[str]:
         return []
     stops = r.stop is not None or any(s.stop is not None for s in r.stages)
     stopped = "its gates close over a stage, whose end has to be known; remove"
-    moves = "moves ranks that earlier stages have claimed; remove one of the two"
+    moves = "moves ranks that earlier stages have claimed"
     wrong = {
         "gates the ranks of an adapter; set model.lora={}": lora is None,
         "gates one adapter, model.lora.incremental adds one a stage; remove one of the two": bool(
             lora and lora.incremental
         ),
-        f"optimizer.weight_decay={rates.weight_decay:g} {moves.split(';')[0]}; set it to 0": (
+        f"optimizer.weight_decay={rates.weight_decay:g} {moves}; set it to 0": (
             rates.weight_decay != 0
         ),
         f"optimizer.name={rates.name} {EIGHT_BIT_DRIFT.split(';')[0]}": rates.name != "adamw",
@@ -277,7 +277,10 @@ def hat_problems(r: Recipe) -> list[str]:
         f"{stopped} `stop`": stops,
         f"{stopped} guard.action=stop": r.guard is not None and r.guard.action == "stop",
         "has no effect in a run of one stage but gates; remove it": len(r.stages) == 1,
-        **{f"{n} {moves}": getattr(r, n) is not None for n in ("ewc", "l2_to_start", "ema")},
+        **{
+            f"{n} {moves}; remove one of the two": getattr(r, n) is not None
+            for n in ("ewc", "l2_to_start", "ema")
+        },
     }
     found = [f"hat_adapter: {problem}" for problem, so in wrong.items() if so]
     if not h.lr > 0:

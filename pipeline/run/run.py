@@ -24,13 +24,13 @@ from pipeline.ranks import end_if_asked, on_rank0, rank, world_size
 from pipeline.recipe import Recipe
 from pipeline.run.data import open_data
 from pipeline.run.evaluation import Evaluation
-from pipeline.run.folder import RESUME, describe_model, open_run, stage_folder
+from pipeline.run.folder import describe_model, open_run, stage_folder
 from pipeline.run.methods import methods_of, run_start
 from pipeline.run.published import remove
 from pipeline.run.replicas import check_replicas
 from pipeline.run.resume import discard
 from pipeline.run.row_groups import row_groups
-from pipeline.run.stage import run_stage
+from pipeline.run.stage import run_stage, stage_resume
 from pipeline.run.state import (
     HeldoutLosses,
     Run,
@@ -117,7 +117,7 @@ def run_recipe(
                 on_rank0(partial(verify, published))
                 for task in on_rank0(partial(_within, run, stage)):  # what failed there before
                     measure(task)
-                discard(published.with_name(RESUME))
+                discard(stage_resume(run, stage))
                 result = _unlogged(run, stage)
             else:
                 try:
