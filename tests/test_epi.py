@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from eval.measure.checkpoint import Checkpoint
 from eval.measure.lm import measure_in_engine
-from eval.measure.tasks import answers, prompts_of
+from eval.measure.tasks import answers
 from pipeline.data.encode import Encoder
 from pipeline.data.heldout import load_tasks
 from pipeline.engine.config import resolve_engine_config
@@ -83,7 +83,7 @@ def test_every_text_is_answered_by_the_adapter_that_it_finds(tmp_path):
     for line in map(json.loads, lines):
         options, examples = tasks[line["task"]]
         example = examples[line["row"]]
-        [point] = representations(base, prompts_of(encoder, [example])).double()
+        [point] = representations(base, encoder.prompts([example])).double()
         apart = point - found["means"].double()
         distances = (apart @ found["precision"].double() * apart).sum(1)
         stage = int(found["stages"][distances.argmin()])
