@@ -134,10 +134,10 @@ def _merge(recipe: dict[str, Any], adapter: Path, target: Path) -> None:
 
     from pipeline.model.load import AUTO, load_pretrained
     from pipeline.model.lora import base_of
-    from pipeline.model.mixture import is_mixture
+    from pipeline.model.moe_lora import is_moe_lora
     from pipeline.model.prompt import is_prompt
 
-    if is_prompt(adapter) or is_mixture(adapter):
+    if is_prompt(adapter) or is_moe_lora(adapter):
         kind = "a prompt" if is_prompt(adapter) else "experts with a router"
         raise UserError(f"{adapter}: {kind} cannot be merged into the model; publish it as it is")
     base, revision = base_of(adapter)

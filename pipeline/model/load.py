@@ -30,7 +30,7 @@ from pipeline.model.lora import (
     load_adapter,
     quantized_loading,
 )
-from pipeline.model.mixture import add_mixture, is_mixture, load_mixture
+from pipeline.model.moe_lora import add_moe_lora, is_moe_lora, load_moe_lora
 from pipeline.model.positions import longest_input
 from pipeline.model.prompt import add_prompt, is_prompt, load_prompt
 from pipeline.model.weights import check_weights, load_pretrained, why
@@ -184,7 +184,7 @@ def build_model(
             elif adapter is not None:
                 _load_published(net, adapter, kind, model.prompt, seed)
             elif model.lora is not None and model.lora.experts > 1:
-                add_mixture(net, model.lora, str(source), revision, kind, seed)
+                add_moe_lora(net, model.lora, str(source), revision, kind, seed)
             elif model.lora is not None:
                 add_adapter(net, model.lora, str(source), revision, kind, seed)
             elif model.prompt is not None:
@@ -269,8 +269,8 @@ def _load_published(
     """Into its base, whatever kind of adapter was published. prompt, seed: of what trains it on."""
     if is_prompt(adapter):
         load_prompt(net, adapter, prompt, seed)
-    elif is_mixture(adapter):
-        load_mixture(net, adapter, task_type)
+    elif is_moe_lora(adapter):
+        load_moe_lora(net, adapter, task_type)
     else:
         load_adapter(net, adapter)
 
@@ -279,7 +279,7 @@ def empty_model(model: Model, config: PretrainedConfig) -> nn.Module:
     """The model, with its adapter, without memory for its weights: for a dry run."""
     net = _without_weights(model, config)
     if model.lora is not None:
-        add = add_mixture if model.lora.experts > 1 else add_adapter
+        add = add_moe_lora if model.lora.experts > 1 else add_adapter
         with torch.device("meta"):
             add(net, model.lora, model.path, None, TASK_TYPES.get(model.objective), 0)
     if model.prompt is not None:

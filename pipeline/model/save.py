@@ -17,7 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from pipeline.model.blocks import find_blocks
 from pipeline.model.lora import EARLIER, WEIGHTS, one_adapter
-from pipeline.model.mixture import has_routers, save_mixture
+from pipeline.model.moe_lora import has_routers, save_moe_lora
 from pipeline.model.prompt import prompt_names, prompt_of, save_prompt
 
 SHARD_BYTES = 2_000_000_000
@@ -45,7 +45,7 @@ def save_model(
         save_prompt(module, weights, folder, dtype)
         return
     if has_routers(module):
-        save_mixture(module, weights, folder, dtype)
+        save_moe_lora(module, weights, folder, dtype)
         return
     if has_adapter(module) and EARLIER in module.peft_config:
         settings, joined = one_adapter(module, weights)

@@ -24,7 +24,7 @@ from pipeline.recipe import Lora
 KIND = "MIGU_MIXTURE"  # where PEFT has its own names
 
 
-def add_mixture(
+def add_moe_lora(
     net: Any, lora: Lora, base: str | None, revision: str | None, task_type: str | None, seed: int
 ) -> None:
     """As `add_adapter`, with a router for each adapted layer."""
@@ -47,7 +47,7 @@ def _route(a: nn.Linear, experts: int) -> None:
     a.register_forward_hook(gate)
 
 
-def is_mixture(adapter: str | Path) -> bool:
+def is_moe_lora(adapter: str | Path) -> bool:
     """Whether an adapter's folder (`lora.is_adapter`) holds one."""
     return recorded(adapter).get("peft_type") == KIND
 
@@ -56,7 +56,7 @@ def has_routers(net: Any) -> bool:
     return any(hasattr(m, "router") for n, m in net.named_modules() if n.endswith("lora_A.default"))
 
 
-def save_mixture(
+def save_moe_lora(
     net: Any, weights: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype
 ) -> None:
     """weights: of the adapter and its routers, by the names of the model's parameters."""
@@ -77,7 +77,7 @@ def save_mixture(
     save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def load_mixture(net: Any, adapter: str | Path, task_type: str | None) -> None:
+def load_moe_lora(net: Any, adapter: str | Path, task_type: str | None) -> None:
     """Give the base what was published, to be trained on.
 
     Raises:
@@ -86,7 +86,7 @@ def load_mixture(net: Any, adapter: str | Path, task_type: str | None) -> None:
     base, revision = base_of(adapter)
     settings = recorded(adapter)
     lora = Lora(**{k: settings[k] for k in ("experts", "r", "alpha", "dropout", "targets")})
-    add_mixture(net, lora, base, revision, task_type, 0)
+    add_moe_lora(net, lora, base, revision, task_type, 0)
     try:
         found = load_file(Path(adapter) / WEIGHTS)
     except (OSError, SafetensorError) as error:

@@ -7,7 +7,7 @@ from peft import PeftModel
 from pipeline.errors import UserError
 from pipeline.model.load import load_for_evaluation
 from pipeline.model.lora import add_adapter
-from pipeline.model.mixture import add_mixture, save_mixture
+from pipeline.model.moe_lora import add_moe_lora, save_moe_lora
 from pipeline.recipe import Lora
 from pipeline.run.recipe_file import load_recipe
 from tests.reference import MODELS
@@ -24,7 +24,7 @@ def answered(net):
 def test_each_expert_counts_by_its_share():
     net, plain = MODELS["t5"]().eval(), MODELS["t5"]().eval()
     lora = Lora(r=4, alpha=8, dropout=0.0, experts=2)
-    add_mixture(net, lora, None, None, "SEQ_2_SEQ_LM", seed=3)
+    add_moe_lora(net, lora, None, None, "SEQ_2_SEQ_LM", seed=3)
     add_adapter(plain, lora, None, None, "SEQ_2_SEQ_LM", seed=3)
     torch.testing.assert_close(answered(randomize_b(net)), answered(randomize_b(plain)))
     layer = net.encoder.block[0].layer[0].SelfAttention.q
@@ -46,14 +46,14 @@ def test_each_expert_counts_by_its_share():
 def test_what_is_published_is_read_here_and_refused_by_peft(tmp_path):
     base = MODELS["t5"]().eval()
     base.save_pretrained(tmp_path / "base")
-    add_mixture(base, Lora(r=4, experts=2), str(tmp_path / "base"), None, "SEQ_2_SEQ_LM", seed=1)
+    add_moe_lora(base, Lora(r=4, experts=2), str(tmp_path / "base"), None, "SEQ_2_SEQ_LM", seed=1)
     randomize_b(base.eval())
     for name, p in base.named_parameters():
         if name.endswith("router.weight"):
             p.data.normal_()
     weights = [(n, p.detach()) for n, p in base.named_parameters() if ".lora_" in n]
     (tmp_path / "adapter").mkdir()
-    save_mixture(base, weights, tmp_path / "adapter", torch.float32)
+    save_moe_lora(base, weights, tmp_path / "adapter", torch.float32)
     again = load_for_evaluation(tmp_path / "adapter", "seq2seq", "sdpa")
     torch.testing.assert_close(answered(again), answered(base))
     with pytest.raises((KeyError, ValueError)):
