@@ -1,9 +1,12 @@
 """What is measured of a checkpoint, and where its results lie."""
 
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.checkpoint import is_published, read_manifest, replace_file
 from pipeline.recipe import Recipe
 from pipeline.run.folder import stage_folder, step_folder
 
@@ -45,3 +48,32 @@ class Evaluation:
             "tasks": bool(recipe.tasks()),
         }
         return [k for k, yes in wanted.items() if yes and not (self.folder / RESULTS[k]).is_file()]
+
+
+def take_measured(end: Evaluation) -> int | None:
+    """Give the end of a stage the results of the step within it that published the same files; that
+    step, or None where none did.
+
+    So the guard's check behind the last step is not repeated, nor that of the step to which it has
+    brought the stage back.
+    """
+    checkpoint = Path(end.checkpoint)
+    steps = sorted(end.folder.glob("step-*"), reverse=True) if end.step is None else []
+    for place in steps:
+        published = place / "checkpoint"
+        if not (is_published(checkpoint) and is_published(published)):
+            continue
+        known = read_manifest(published)
+        if known["files"] != read_manifest(checkpoint)["files"]:
+            continue
+        results = [place / name for name in RESULTS.values() if (place / name).is_file()]
+        beside = [p for p in place.iterdir() if p.is_file() and p not in results]
+        for path in beside:  # before the results, by which is seen what has been measured
+            shutil.copyfile(path, end.folder / path.name)
+        for path in results:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            found = {k: v for k, v in found.items() if k not in ("step", "progress")}
+            text = json.dumps({**found, **end.describe()}, indent=2) + "\n"
+            replace_file(end.folder / path.name, text)
+        return int(known["steps"])
+    return None

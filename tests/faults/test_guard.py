@@ -21,7 +21,7 @@ __all__ = ["recipe"]  # a fixture
 CAUSAL = [
     "model={objective: causal, train_tokenizer: 300, config: {model_type: gpt2, n_embd: 16,"
     " n_layer: 1, n_head: 2, n_positions: 34}}",
-    "stages=[{domain: a, steps: 6}]", "evaluate.benchmarks={b: {}}",
+    "stages=[{domain: a, steps: 6}, {domain: b, steps: 2}]", "evaluate.benchmarks={b: {}}",
     "guard={benchmark: b, max_fall: 5, steps: 2}",
 ]  # fmt: skip
 
@@ -111,8 +111,9 @@ def test_the_guard_ends_a_stage_that_forgets_and_publishes_what_was_before(recip
 
 
 def watched(recipe):
-    """A run whose benchmark falls by two points a step; its evaluation behind step 4 is ended by a
-    signal, the first time. The steps that were evaluated, and what the log says of the stage."""
+    """A run whose benchmark falls by two points a step of its first stage and stays in its second;
+    the evaluation behind step 4 is ended by a signal, the first time. The stages and steps that
+    were evaluated, and what the log says of the first stage."""
     from eval.measure.lm import losses_in_engine, measure_in_engine
 
     runs = recipe.parent / "runs"
@@ -121,13 +122,15 @@ def watched(recipe):
     evaluated, weights = [], {}
 
     def evaluate(task, recipe, pending):
-        evaluated.append(task.step)
+        evaluated.append((task.stage, task.step))
         assert pending == ["benchmarks"]
-        if task.step is not None:
+        fallen = 0
+        if task.stage == 1 and task.step is not None:
             weights[task.step] = load_file(f"{task.checkpoint}/model.safetensors")
-        if evaluated.count(4) == 1 and task.step == 4:
+            fallen = 0.02 * task.step
+        if evaluated.count((1, 4)) == 1 and evaluated[-1] == (1, 4):
             raise Interrupted("SIGTERM")
-        result = {"benchmarks": {"b": {"value": 0.9 - 0.02 * (task.step or 0)}}, "skipped": {}}
+        result = {**task.describe(), "benchmarks": {"b": {"value": 0.9 - fallen}}, "skipped": {}}
         (task.folder / "benchmarks.json").write_text(json.dumps(result))
 
     def run():
@@ -142,17 +145,28 @@ def watched(recipe):
     published = load_file(stage / "checkpoint/model.safetensors")
     assert all(torch.equal(w, weights[2][n]) for n, w in published.items())
     assert not all(torch.equal(w, weights[4][n]) for n, w in published.items())
+    for end in (stage, runs / "tiny/stages/02_b"):  # of each, the weights of a check behind step 2
+        for name in ("eval.json", "benchmarks.json"):
+            known, at_end = (json.loads((p / name).read_text()) for p in (end / "step-000002", end))
+            assert at_end.pop("checkpoint") == str(end / "checkpoint")
+            assert known.pop("checkpoint") == str(end / "step-000002/checkpoint")
+            assert known.pop("step") == 2
+            del known["progress"]
+            assert at_end == known
+        text = "sequences.npz"
+        assert (end / text).read_bytes() == (end / "step-000002" / text).read_bytes()
     records = [json.loads(line) for line in (runs / "tiny/log.jsonl").open()]
-    checks = [(r["step"], r["points"], r["action"]) for r in records if r["event"] == "guard"]
-    [end] = [r["guard"] for r in records if r["event"] == "stage"]
-    last = [r for r in records if r["event"] == "guard"][-1]
-    told = interventions(SimpleNamespace(guards={1: last}, bad_steps=[]), ["base", "a"])
-    return evaluated, checks, end, told
+    first = [r for r in records if r["event"] == "guard" and r["stage"] == 1]
+    checks = [(r["step"], r["points"], r["action"]) for r in first]
+    [ended, whole] = [r["guard"] for r in records if r["event"] == "stage"]
+    assert whole is None
+    told = interventions(SimpleNamespace(guards={1: first[-1]}, bad_steps=[]), ["base", "a", "b"])
+    return evaluated, checks, ended, told
 
 
-def test_a_benchmark_is_watched_within_a_stage(recipe):
+def test_a_benchmark_is_watched_within_a_stage_and_measured_once_for_each_weights(recipe):
     [(evaluated, checks, end, told)] = run_ranks(watched, 1, recipe)
-    assert evaluated == [None, 2, 4, 4, None]
+    assert evaluated == [(0, None), (1, 2), (1, 4), (1, 4), (2, 2)]
     assert checks == [(2, pytest.approx(86), None), (4, pytest.approx(82), "stop")]
     assert end == {"stopped_at": 4, "published": 2}
     assert told[0].startswith(
