@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from pipeline.engine.config import resolve_ds_config, resolve_fsdp_config
+from pipeline.engine.config import load_ds_config, resolve_ds_config, resolve_fsdp_config
 from pipeline.engine.distributed import start_distributed
 from pipeline.engine.fsdp import FsdpEngine
 from pipeline.engine.zero import ZeroEngine
@@ -272,9 +272,6 @@ class Trainers(Turns):
         if args.trainer == "deepspeed":
             zero = {
                 **_zero(args),
-                "train_micro_batch_size_per_gpu": "auto",
-                "gradient_accumulation_steps": "auto",
-                "gradient_clipping": "auto",
                 "zero_allow_untested_optimizer": True,
             }
             if device == "cpu":
@@ -295,7 +292,10 @@ class Trainers(Turns):
 
 
 def _zero(args: argparse.Namespace) -> dict[str, Any]:
-    return {"zero_optimization": {"stage": int(args.engine.removeprefix("zero"))}}
+    """The project's own configuration of the stage; of one rank, the one that is meant for it."""
+    return load_ds_config(
+        "zero2_one_gpu" if args.engine == "zero2" and world_size() == 1 else args.engine
+    )
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
