@@ -33,7 +33,7 @@ OFFLOAD = {"device": "cpu"}
 ENGINES = {
     "zero0": {"stage": 0},
     "zero1": {"stage": 1},
-    "zero2": {"stage": 2},
+    "zero2": {"stage": 2, "reduce_bucket_size": 300},  # several weights in one, and one in none
     "zero3": {"stage": 3, "stage3_param_persistence_threshold": 0},
     "zero1 offload": {"stage": 1, "offload_optimizer": OFFLOAD},
     "zero2 offload": {"stage": 2, "offload_optimizer": OFFLOAD},
