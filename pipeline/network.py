@@ -33,7 +33,7 @@ def retried(what: str, fetch: Callable[[], T]) -> T:
         except Exception as error:
             if offline() or not of_the_network(error):
                 raise
-            say(f"{what}: {_reason(error)}; trying again in {wait:g} seconds")
+            say(f"{what}: {reason(error)}; trying again in {wait:g} seconds")
             time.sleep(wait)
     return fetch()
 
@@ -103,7 +103,7 @@ class RemoteFile(io.RawIOBase):
             piece = retried(self._path, read)
         except Exception as error:
             raise UserError(
-                f"{self._path}: cannot be read behind byte {self._at:,} ({_reason(error)}). Check "
+                f"{self._path}: cannot be read behind byte {self._at:,} ({reason(error)}). Check "
                 "the network, and run the same command again."
             ) from None
         wanted[: len(piece)] = piece
@@ -124,6 +124,7 @@ class RemoteFile(io.RawIOBase):
         return True
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """Its kind and the first line of what it says."""
     text = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -103,7 +103,8 @@ def test_a_new_recipe_asks_the_model_and_the_files(
         ({"data": ["a.txt", "a.txt"]}, "two corpora are called 'a'"),
         ({"data": ["rows.jsonl"]}, "'body'"),
         ({"model": "mute"}, "--objective"),
-        ({"model": "nowhere/at/all"}, "'nowhere/at/all' (there is no such folder here)"),
+        ({"model": "nowhere/at/all"}, "--model: no such folder: nowhere/at/all"),
+        ({"model": "models/smal"}, "--model: no such folder: models/smal"),
         ({"data": ["law="]}, "law=: write NAME=FILE"),
         ({"data": ["?.txt"]}, "as in news=?.txt"),
     ],
@@ -114,6 +115,7 @@ def test_a_new_recipe_that_cannot_be_is_said_and_nothing_is_written(
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text(TEXT, encoding="utf-8")
     Path("there.yaml").write_text("mine", encoding="utf-8")
+    Path("models").mkdir()
     Path("rows.jsonl").write_text('{"body": "some text"}\n' * 3, encoding="utf-8")
     save(RobertaConfig(**SIZES), "RobertaForMaskedLM", tmp_path / "model")
     save(RobertaConfig(**SIZES), "RobertaModel", tmp_path / "mute")

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import pipeline.recipe
+from pipeline import hub_name
 from pipeline.data.bad_lines import BadLines
 from pipeline.data.batches import prefetch
 from pipeline.data.reader import read_documents
@@ -492,6 +493,7 @@ def test_configuration_and_revision_reach_the_hub(here, monkeypatch):
     def opened(name, config, revision=None, **_):
         raise ValueError(f"{name} {config} {revision}")
 
+    monkeypatch.setattr(hub_name, "unreachable", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset_builder", opened)
     recipe = load_recipe(
         here, ["data.domains.a={hub: who/what, hub_config: which, revision: when}"]

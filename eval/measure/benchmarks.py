@@ -13,7 +13,7 @@ import math
 import random
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +26,8 @@ from tqdm import tqdm
 from eval.measure.benchmark_sources import Source, write_tasks
 from eval.measure.results import write_arrays, write_json
 from pipeline.errors import UserError
+from pipeline.hub_name import cache_only, unreachable
+from pipeline.network import offline
 from pipeline.progress import say
 from pipeline.recipe import Benchmark
 
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedTokenizerBase
 
-HUB_TIMEOUT = 5.0  # seconds until the hub counts as unreachable
 FEWSHOT_SEED = 1234  # as in the `lm_eval` command
 
 
@@ -142,19 +143,10 @@ def _silence() -> None:
 def _offline_if_unreachable(needed: bool) -> Iterator[None]:
     """Where the hub does not answer, only the local cache is asked; without this every dataset
     would cost half a minute of retries."""
-    import datasets
-    from huggingface_hub import constants, get_session
+    import datasets  # noqa: F401  # so that it is told too
 
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    if needed and not before[0]:
-        try:
-            get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
-        except Exception:  # no name, no route, no answer, a proxy that refuses: of many kinds
-            constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
+    with cache_only() if needed and not offline() and unreachable() else nullcontext():
         yield
-    finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 def _load_task(

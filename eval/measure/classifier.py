@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from eval.measure.end_task_data import Row, Task
 from pipeline.data.tokenizer import load_tokenizer, text_frame, vocabulary_size
 from pipeline.errors import UserError
+from pipeline.hub_name import from_hub
 from pipeline.model.generate import padded
 from pipeline.model.gguf import local_weights
 from pipeline.model.load import load_for_evaluation
@@ -188,7 +189,11 @@ def _load(source: Source) -> tuple[Any, Any, bool]:
     base = base_of(source.path)[0] if is_adapter(source.path) else source.path
     weights = local_weights(base)
     try:
-        config: Any = AutoConfig.from_pretrained(weights, revision=source.revision)
+        config: Any = from_hub(
+            "evaluate.end_tasks",
+            weights,
+            lambda: AutoConfig.from_pretrained(weights, revision=source.revision),
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"evaluate.end_tasks: cannot load {source.path}: {error}") from None
     _refuse_encoder_decoder(config)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import UserError
+from pipeline.hub_name import from_hub
 from pipeline.progress import say
 from pipeline.recipe import EndTask, EndTasks
 
@@ -152,8 +153,12 @@ def _from_hub(task: EndTask, where: str) -> tuple[dict[str, Found], str]:
 
     datasets.disable_progress_bars()
     try:
-        there = datasets.load_dataset(str(task.hub))
-    except Exception as error:  # many kinds: no network, no such name
+        there = from_hub(
+            f"{where}.hub", str(task.hub), lambda: datasets.load_dataset(str(task.hub))
+        )
+    except UserError:
+        raise
+    except Exception as error:  # of many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{where}.hub: {task.hub} cannot be opened ({reason}). Give local `files` instead"

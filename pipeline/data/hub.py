@@ -13,7 +13,7 @@ from pipeline.data.formats.fields import Fields
 from pipeline.data.formats.raw import kind_by_name
 from pipeline.data.instruct import Document
 from pipeline.errors import UserError
-from pipeline.network import retried
+from pipeline.hub_name import from_hub
 from pipeline.recipe import Domain
 
 
@@ -28,13 +28,16 @@ def hub_files(domain: Domain, split: str) -> list[str] | None:
     import datasets
 
     try:
-        builder = retried(
-            f"data set {domain.hub}",
+        builder = from_hub(
+            "hub",
+            str(domain.hub),
             lambda: datasets.load_dataset_builder(
                 str(domain.hub), domain.hub_config, revision=domain.revision
             ),
         )
-    except Exception as error:  # many kinds: no network, no such name, config, revision
+    except UserError:
+        raise
+    except Exception as error:  # many kinds: no such name, config, revision
         raise _not_opened(domain, split, error) from None
     config: Any = builder.config
     files = {str(name): list(paths) for name, paths in (config.data_files or {}).items()}
@@ -93,7 +96,9 @@ def stream_hub(
 def _opened(domain: Domain, split: str) -> tuple[Any, list[str]]:
     """A split as `datasets.IterableDataset`, and its columns."""
     try:
-        return retried(f"data set {domain.hub}", partial(_open, domain, split))
+        return from_hub("hub", str(domain.hub), partial(_open, domain, split))
+    except UserError:
+        raise
     except Exception as error:
         raise _not_opened(domain, split, error) from None
 

@@ -25,6 +25,7 @@ from pipeline.data.instruct import Conversation, Document, Example, document_tex
 from pipeline.data.tasks import task_problems
 from pipeline.data.toy_tasks import TOY_TASKS
 from pipeline.errors import UserError
+from pipeline.hub_name import missing_folder
 from pipeline.recipe import Domain
 
 if TYPE_CHECKING:  # heavy
@@ -57,6 +58,8 @@ def check_domain(name: str, domain: Domain) -> list[str]:
                 _resolve([pattern])
             except UserError as error:
                 found.append(f"data.domains.{name}.{key}: {error}")
+    if domain.hub and (problem := missing_folder(domain.hub)):
+        need(False, ".hub", problem)
     for key in ("hub_config", "revision", "heldout_split"):
         need(
             domain.hub or not getattr(domain, key),

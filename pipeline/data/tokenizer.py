@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.data import sentencepiece_bpe
 from pipeline.errors import UserError
-from pipeline.network import retried
+from pipeline.hub_name import from_hub
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -19,13 +19,17 @@ MASK: dict[str, Any] = {"content": "<mask>", "lstrip": True, "special": True}
 SMALLEST = 100  # entries; fewer means that the vocabulary file was not understood
 
 
-def load_tokenizer(path_or_id: str, revision: str | None = None) -> "PreTrainedTokenizerFast":
+def load_tokenizer(
+    path_or_id: str, revision: str | None = None, field: str = "tokenizer"
+) -> "PreTrainedTokenizerFast":
     """Load a fast tokenizer from a folder or a hub id; code from the hub is never run.
 
     A folder that holds only `vocab.json` and `merges.txt` is read as RoBERTa's byte-level BPE if
     the vocabulary has `<mask>`, else as GPT-2's. One that holds a SentencePiece model and no
     `tokenizer.json` is read as the SentencePiece library reads it, or refused; `spiece.model` alone
     is T5's, with its 100 sentinels.
+
+    field: that names it, for messages of what is not there.
 
     Raises:
         UserError: the folder or id cannot be read, or gives no (or next to no) vocabulary.
@@ -43,22 +47,25 @@ def load_tokenizer(path_or_id: str, revision: str | None = None) -> "PreTrainedT
                 converted = _checked(sentencepiece_bpe.tokenizer_of(folder, model), path_or_id)
                 sentencepiece_bpe.require_equal(converted, pieces, sentencepiece_bpe.CONTROL)
                 return converted
-    elif folder.exists() or path_or_id.startswith(("/", ".", "~")) or path_or_id.count("/") > 1:
-        raise UserError(f"tokenizer {path_or_id}: no such folder (give a folder or a hub id)")
+    elif folder.exists():
+        raise UserError(f"{field}: {path_or_id} is a file; give a folder or a hub id")
 
     from transformers import AutoTokenizer, T5Tokenizer
 
     alone = folder.is_dir() and not known and pieces is not None and pieces.name == "spiece.model"
     loader: Any = T5Tokenizer if alone else AutoTokenizer
     try:
-        tokenizer = retried(
-            f"tokenizer {path_or_id}",
+        tokenizer = from_hub(
+            field,
+            path_or_id,
             lambda: loader.from_pretrained(
                 str(folder) if folder.is_dir() else path_or_id,
                 revision=revision,
                 trust_remote_code=False,
             ),
         )
+    except UserError:
+        raise
     except Exception as error:  # OSError, ValueError, KeyError, and those of the tokenizers library
         if folder.is_dir():
             fix = (

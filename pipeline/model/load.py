@@ -18,6 +18,7 @@ from transformers import (
 
 from pipeline.data.objective import targets_of
 from pipeline.errors import UserError
+from pipeline.hub_name import from_hub
 from pipeline.model.attention import Separation, arrange
 from pipeline.model.gguf import local_weights
 from pipeline.model.lora import (
@@ -34,7 +35,6 @@ from pipeline.model.moe_lora import add_moe_lora, is_moe_lora, load_moe_lora
 from pipeline.model.positions import longest_input
 from pipeline.model.prompt import add_prompt, is_prompt, load_prompt
 from pipeline.model.weights import check_weights, load_pretrained, why
-from pipeline.network import retried
 from pipeline.recipe import Lora, Model, Prompt, Recipe
 
 FLASH = "flash_attention_2"  # needs a GPU to be built with
@@ -45,8 +45,14 @@ AUTO = {
 }
 
 
-def load_config(model: Model, vocab_size: int | None = None) -> PretrainedConfig:
-    """The model's configuration; `vocab_size` sizes a model that is built from scratch.
+def load_config(
+    model: Model, vocab_size: int | None = None, field: str = "model.path"
+) -> PretrainedConfig:
+    """The model's configuration.
+
+    Args:
+        vocab_size: of a model that is built from scratch.
+        field: that says the model's path, for messages.
 
     Raises:
         UserError: unknown model type or attribute, no such model.
@@ -67,20 +73,21 @@ def load_config(model: Model, vocab_size: int | None = None) -> PretrainedConfig
     else:
         if is_adapter(model.path):
             raise UserError(
-                f"model.path: {model.path} is an adapter; give its base model, "
+                f"{field}: {model.path} is an adapter; give its base model, "
                 f"{base_of(str(model.path))[0]}"
             )
         try:
             source = local_weights(str(model.path))
-            config = retried(
-                f"model {source}",
+            config = from_hub(
+                field,
+                source,
                 lambda: AutoConfig.from_pretrained(
                     source, revision=model.revision, trust_remote_code=False
                 ),
             )
         except (OSError, ValueError) as error:
             here = "" if Path(str(model.path)).exists() else " (there is no such folder here)"
-            raise UserError(f"model.path: cannot load {model.path!r}{here}: {why(error)}") from None
+            raise UserError(f"{field}: cannot load {model.path!r}{here}: {why(error)}") from None
     for key, value in model.overrides.items():
         if not hasattr(config, key):
             raise UserError(f"model.overrides.{key}: {type(config).__name__} has no such attribute")

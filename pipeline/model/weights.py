@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from pipeline.errors import UserError
-from pipeline.network import retried
+from pipeline.hub_name import from_hub
 
 POINTER = b"version https://git-lfs"
 SHOWN = 6  # names in a message
@@ -47,7 +47,7 @@ def load_pretrained(
         )  # fmt: skip
 
     with reading(source), torch.random.fork_rng(devices=[]):
-        net, info = retried(f"model {source}", load)
+        net, info = from_hub("model", str(source), load)
     if initialize is None:
         require_whole(source, net, info["missing_keys"], info["mismatched_keys"])
         return net

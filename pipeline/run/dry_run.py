@@ -11,13 +11,14 @@ from pipeline.data.prepare import estimated_tokens, prepared_before
 from pipeline.data.sources import task_examples
 from pipeline.data.stage import StagePlan, domains_of, plan_stage, shares_of
 from pipeline.data.tasks import described, options_of
-from pipeline.data.tokenizer import load_tokenizer, vocabulary_size
+from pipeline.data.tokenizer import vocabulary_size
 from pipeline.engine.config import check_compiled, check_quantized, describe, precision_of
 from pipeline.migu.targets import count_rows, find_targets
 from pipeline.model.gguf import local_weights
 from pipeline.model.load import check_model, check_pretrained, empty_model, load_config
 from pipeline.recipe import Lora, Model, Recipe
 from pipeline.run.memory import memory_lines, split_as_in_training
+from pipeline.run.tokenizer import model_tokenizer
 
 
 def describe_run(recipe: Recipe, engine_config: dict[str, Any], ranks: int) -> str:
@@ -142,7 +143,7 @@ def planned_tokenizer(model: Model) -> tuple[Any, int]:
     """(tokenizer, size of its vocabulary); None where the run is to train it."""
     if model.train_tokenizer is not None:
         return None, model.train_tokenizer
-    tokenizer = load_tokenizer(local_weights(model.tokenizer or str(model.path)), model.revision)
+    tokenizer = model_tokenizer(model)
     return tokenizer, vocabulary_size(tokenizer)
 
 

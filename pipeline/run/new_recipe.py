@@ -106,7 +106,7 @@ def _ask_model(model: str, objective: str | None) -> tuple[str, int]:
     from pipeline.model.positions import longest_input
 
     asked = Model(path=model)
-    config = load_config(asked)
+    config = load_config(asked, field="--model")
     kinds = " ".join(getattr(config, "architectures", None) or [])
     if objective is None and getattr(config, "is_encoder_decoder", False):
         objective = "seq2seq"

@@ -1,11 +1,10 @@
 """The corpora of a recipe prepared without a run."""
 
 from pipeline.data.prepare import describe, prepare, summary
-from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
-from pipeline.model.gguf import local_weights
 from pipeline.progress import say
 from pipeline.recipe import Recipe
+from pipeline.run.tokenizer import model_tokenizer
 
 
 def prepare_recipe(recipe: Recipe, dry_run: bool) -> None:
@@ -22,9 +21,7 @@ def prepare_recipe(recipe: Recipe, dry_run: bool) -> None:
             "model.train_tokenizer: the run trains the tokenizer first, and prepares the corpora "
             "then; train with this recipe, or give `model.tokenizer`"
         )
-    path = recipe.model.tokenizer or recipe.model.path
-    assert path is not None  # a recipe without both is refused
-    tokenizer = load_tokenizer(local_weights(path), recipe.model.revision)
+    tokenizer = model_tokenizer(recipe.model)
     for name in recipe.data.domains:
         if dry_run:
             say(describe(recipe, name, tokenizer))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pipeline.data.reader import check_domain
 from pipeline.errors import near
+from pipeline.hub_name import missing_folder
 from pipeline.recipe import (
     EIGHT_BIT_DRIFT,
     Evaluation,
@@ -79,9 +80,8 @@ def recipe_problems(r: Recipe) -> list[str]:
         f"model.train_tokenizer: {m.train_tokenizer} is too small; byte-level BPE needs 300",
     )
     for key in ("path", "tokenizer"):
-        value = getattr(m, key)
-        if value and (value.startswith((".", "/")) or value.count("/") > 1):
-            need(Path(value).exists(), f"model.{key}: no such folder: {value}")
+        problem = missing_folder(getattr(m, key) or "")
+        need(problem is None, f"model.{key}: {problem}")
     if m.lora is not None:
         need(m.lora.r >= 1, f"model.lora.r: {m.lora.r} must be at least 1")
         x = m.lora.experts

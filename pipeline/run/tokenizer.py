@@ -13,19 +13,25 @@ from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 from pipeline.model.gguf import local_weights
 from pipeline.nodes import send_folder
 from pipeline.ranks import on_rank0
-from pipeline.recipe import Recipe
+from pipeline.recipe import Model, Recipe
 
 TOKENIZER_DOCUMENTS = 100_000
 SENTINELS = 100  # as T5 has
+
+
+def model_tokenizer(model: Model) -> PreTrainedTokenizerFast:
+    """The tokenizer that is given, or the one that the model comes with."""
+    key = "tokenizer" if model.tokenizer else "path"
+    name = getattr(model, key)
+    assert name is not None  # a recipe without both is refused
+    return load_tokenizer(local_weights(name), model.revision, f"model.{key}")
 
 
 def run_tokenizer(folder: Path, recipe: Recipe) -> PreTrainedTokenizerFast:
     """The recipe's tokenizer; trained on the first stage's text where it says so."""
     vocabulary = recipe.model.train_tokenizer
     if vocabulary is None:
-        name = recipe.model.tokenizer or recipe.model.path
-        assert name is not None  # a recipe without both is refused
-        return load_tokenizer(local_weights(name), recipe.model.revision)
+        return model_tokenizer(recipe.model)
     target = folder / "tokenizer"
 
     def train() -> None:
