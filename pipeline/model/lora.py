@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
@@ -23,6 +24,7 @@ from pipeline.errors import UserError
 from pipeline.model.blocks import block_linears
 from pipeline.model.weights import reading, require_safetensors, require_whole
 from pipeline.recipe import Lora
+from pipeline.yaml_file import Loader, read_yaml
 
 ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # an adapter's files
 EARLIER = "earlier"  # the name of the frozen adapters of the stages before, as one
@@ -43,8 +45,8 @@ def recorded(adapter: str | Path) -> dict[str, Any]:
 def base_of(adapter: str | Path) -> tuple[str, str | None]:
     """The base model (folder or hub id) and its revision, as the adapter's configuration has them.
 
-    The base of a run that built its model is the run's own stage 0. If the run folder was moved,
-    it is found there: at stages/00_base beside the adapter's stage.
+    In a run's folder, which may have been moved, the base is the run's: its own stage 0 where it
+    built its model, else the folder that its recipe names now.
 
     Raises:
         UserError: no base is recorded, or its folder is gone.
@@ -53,16 +55,31 @@ def base_of(adapter: str | Path) -> tuple[str, str | None]:
     base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not base:
         raise UserError(f"{adapter}: {ADAPTER} names no base model (base_model_name_or_path)")
-    if Path(base).is_absolute() and not Path(base).exists():
-        stages = [p for p in Path(adapter).resolve().parents if p.name == "stages"]
-        moved = (stages or [Path(adapter)])[0] / Path(*Path(base).parts[-2:])
-        if not moved.exists():
+    if Path(base).is_absolute():
+        places = [*_bases_of_run(Path(adapter), Path(base)), Path(base)]
+        there = next((place for place in places if place.exists()), None)
+        if there is None:
             raise UserError(
                 f"{adapter}: its base model {base} is gone; put it back, or correct "
                 f"base_model_name_or_path in {ADAPTER}"
             )
-        base = str(moved)
+        base = str(there)
     return base, revision
+
+
+def _bases_of_run(adapter: Path, recorded_base: Path) -> list[Path]:
+    """Where the base lies now, as the run says in whose folder the adapter lies."""
+    stages = next((p for p in adapter.resolve().parents if p.name == "stages"), None)
+    if stages is None:
+        return []
+    own = Path("00_base", "checkpoint")
+    built = [stages / own] if recorded_base.parts[-2:] == own.parts else []
+    recipe = stages.with_name("recipe.yaml")
+    known = yaml.load(read_yaml(recipe), Loader) if recipe.is_file() else None
+    model = (known or {}).get("model") or {}
+    path = None if model.get("initialize_missing") else model.get("path")
+    # A run goes on only where these are the files that it began with.
+    return built + ([Path(path).resolve()] if path and Path(path).is_dir() else [])
 
 
 def as_recorded(base: str | None) -> str | None:

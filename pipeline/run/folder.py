@@ -17,6 +17,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import PretrainedConfig
 
+from pipeline.checkpoint import replace_file
 from pipeline.engine.config import describe, precision_of
 from pipeline.errors import UserError, advice
 from pipeline.migu.targets import count_rows, find_targets
@@ -25,6 +26,8 @@ from pipeline.progress import now
 from pipeline.ranks import on_rank0, rank, world_size
 from pipeline.recipe import Recipe
 from pipeline.redact import redacted
+from pipeline.run.base_files import FILE as BASE
+from pipeline.run.base_files import KEYS, base_differences, base_files
 from pipeline.run.lock import FolderLock
 
 RESUME = "resume"  # in a stage's folder, while it trains: checkpoints behind a step
@@ -98,13 +101,16 @@ def _fill(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> None:
         for leftover in ("tokenizer", "heldout"):
             shutil.rmtree(folder / leftover, ignore_errors=True)
     elif stored.is_file():
-        different = _differences(OmegaConf.load(stored), OmegaConf.create(recipe.to_yaml()))
-        if different:
+        before: Any = OmegaConf.load(stored)
+        now = OmegaConf.create(recipe.to_yaml())
+        base = base_differences(folder, before.get("model") or {}, recipe.model)
+        if different := (base + _differences(before, now))[:5]:
             raise UserError(
                 f"{folder} holds a run of another recipe ({'; '.join(different)}). Give this run a "
                 "name of its own (name=...), or delete the old one with --restart."
             )
     stored.write_text(recipe.to_yaml(), encoding="utf-8")
+    replace_file(folder / BASE, json.dumps(base_files(recipe.model), indent=2) + "\n")
     for name, content in (
         ("fsdp.json" if recipe.engine.kind == "fsdp" else "ds_config.json", engine_config),
         ("environment.json", _environment(engine_config)),
@@ -143,7 +149,7 @@ def restart(runs: Path, recipe: Recipe) -> None:
 
 
 def _differences(old: Any, new: Any) -> list[str]:
-    """Keys whose values differ, but for FREE ones and the engine."""
+    """Keys whose values differ, but for FREE ones, the engine, and the base: `base_differences`."""
 
     def flat(node: Any, path: str = "") -> dict[str, Any]:
         if isinstance(node, dict):
@@ -153,9 +159,9 @@ def _differences(old: Any, new: Any) -> list[str]:
     a, b = (flat(OmegaConf.to_container(x)) for x in (old, new))
     return [
         f"{key}: {a.get(key)!r} there, {b.get(key)!r} now"
-        for key in sorted({*a, *b} - FREE)
+        for key in sorted({*a, *b} - FREE - {f"model.{k}" for k in KEYS})
         if a.get(key) != b.get(key) and not key.startswith(("engine.", "resume"))
-    ][:5]
+    ]
 
 
 def _environment(engine_config: dict[str, Any]) -> dict[str, Any]:
