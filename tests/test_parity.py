@@ -160,6 +160,8 @@ def compare_all():
                     key = f"{name}, {engine}, bf16, {update}"
                     out[key] = changed_rows(name, ENGINES[engine], update), 0.0
     out["checkpointing"] = compare("roberta", ENGINES["zero2"], 3, checkpoint=True)
+    uncopied = {"stage": 2, "contiguous_gradients": False}
+    out["uncopied gradients"] = compare("llama", uncopied, 3, backward="row_sparse")
     return out
 
 
