@@ -21,9 +21,9 @@ SCORES = {
 }
 
 
-def measured(folder, shift=0.0, **options):
+def measured(folder, shift=0.0, stages=SCORES, **options):
     run = fake_run(folder, **options)
-    for stage, scores in SCORES.items():
+    for stage, scores in stages.items():
         [home] = (run / "stages").glob(f"{stage:02d}_*")
         tasks = {
             name: {
@@ -84,6 +84,13 @@ def test_the_pages_show_them(tmp_path):
     rows = json.loads((tmp_path / "compared/report.json").read_text())["end_tasks"]["rows"]
     assert sorted(row["score"]["mean"] for row in rows.values()) == pytest.approx([0.6025, 0.7025])
     assert "70.25" in text_of(page)
+    # All at once: nothing older that could be forgotten, and the bound of the others' end tasks.
+    alone = {"trained": ("math",), "base": (), "lr": 2e-3}
+    runs.append(measured(tmp_path / "bound", stages={1: {"math": (0.9, 0.7)}}, **alone))
+    text = text_of(write_comparison(runs, tmp_path / "bounded"))
+    assert "it has nothing to forget" in text
+    rows = json.loads((tmp_path / "bounded/report.json").read_text())["end_tasks"]["rows"]
+    assert sorted(row["score"]["mean"] for row in rows.values())[-1] == pytest.approx(0.8)
 
 
 def test_the_terminal_shows_the_matrix_and_the_papers_numbers(tmp_path):

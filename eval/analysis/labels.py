@@ -131,17 +131,25 @@ def differences(runs: list[Run]) -> list[str]:
     stages = [len(run.recipe.get("stages") or []) for run in runs]
     found = []
     if len(set(stages)) > 1:  # said once, not for each key of each stage
-        each = "; ".join(f"{run.name}: {n}" for run, n in zip(runs, stages, strict=True))
+        each = _by_value(runs, [str(n) for n in stages])
         found.append(f"The runs differ in the number of their stages ({each}).")
         recipes = [{k: v for k, v in r.items() if not k.startswith("stages.")} for r in recipes]
     for key in dict.fromkeys(key for recipe in recipes for key in recipe):
         if not _is_free(key) and len({repr(recipe.get(key)) for recipe in recipes}) > 1:
-            each = "; ".join(
-                f"{run.name}: {_plain(recipe.get(key))}"
-                for run, recipe in zip(runs, recipes, strict=True)
-            )
+            each = _by_value(runs, [_plain(recipe.get(key)) for recipe in recipes])
             found.append(f"The runs differ in {key} ({each}), so a difference may come from that.")
     return found
+
+
+def _by_value(runs: list[Run], values: list[str]) -> str:
+    """Which runs have which value; of more than two with the same, the first and how many more."""
+    names: dict[str, list[str]] = {}
+    for run, value in zip(runs, values, strict=True):
+        names.setdefault(value, []).append(run.name)
+    return "; ".join(
+        f"{', '.join(of) if len(of) < 3 else f'{of[0]} and {len(of) - 1} more'}: {value}"
+        for value, of in names.items()
+    )
 
 
 def flat(value: object, prefix: str = "") -> dict:

@@ -192,7 +192,10 @@ def write_comparison(run_dirs: Sequence[Path | str], out_dir: Path | str) -> Pat
         named = {str(row.number): row.run for row in rows}
         learning = {str(row.number): row.learning for row in rows}
         figures |= tuning.figures(named, learning, colours, labels)
-    end_tasks = end_tasks_of({s.name: [rows[i].run for i in s.runs] for s in settings})
+    alike: dict[str, list[Run]] = {}
+    for row in rows:  # also those that have nothing to forget
+        alike.setdefault(row.setting, []).append(row.run)
+    end_tasks = end_tasks_of(alike)
     page = render(
         "compare.html.j2",
         title="Comparison: " + ", ".join(row.run.name for row in rows),

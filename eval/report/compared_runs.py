@@ -153,7 +153,8 @@ def why_not_equal(row: Row, level: float | None) -> str:
     if row.run.damage:
         return "damaged: no verdict"
     if row.learned is None:
-        return "no stage evaluated yet"
+        alone = row.run.evaluated > 0 and not row.run.matrix.old(row.run.matrix.last)
+        return "it has nothing to forget" if alone else "no stage evaluated yet"
     if row.learned <= 0:
         return "learned nothing"
     return f"its curve does not pass {number(level)}"
