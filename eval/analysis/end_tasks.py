@@ -52,7 +52,10 @@ class EndTaskMatrix:
         return [b - a for b, a in zip(before, after, strict=True)] if before and after else []
 
     def of_stages(self, stages: Sequence[int], key: str) -> list[float]:
-        """The final mean over the tasks of some stages, per seed (the paper's Table 4)."""
+        """The final mean over the tasks of some stages, per seed (the paper's Table 4); [] of a
+        single stage, which has no first and last domains."""
+        if self.last < 2:
+            return []
         chosen = [task for task in self.tasks if self.own.get(task) in stages]
         return self._mean([self.result(task, key) for task in chosen])
 
