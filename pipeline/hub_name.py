@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.errors import UserError
@@ -20,15 +19,12 @@ TIMEOUT = 5.0  # seconds until the hub counts as unreachable
 def missing_folder(name: str) -> str | None:
     """What is wrong with a name that is, by its looks, the path of a folder that is not there.
 
-    An id of the hub is `name` or `owner/name`; where a folder `owner` lies here it is a path too.
+    An id of the hub is `name` or `owner/name`.
     """
-    if not name or os.path.exists(os.path.expanduser(name)):
+    if not name or "://" in name or os.path.exists(os.path.expanduser(name)):
         return None
     if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
         return f"no such folder: {name}"
-    owner, _, rest = name.partition("/")
-    if rest and Path(owner).is_dir():
-        return f"no such folder: {name} (no id of the hub, as there is a folder {owner} here)"
     return None
 
 
