@@ -104,7 +104,6 @@ def test_a_new_recipe_asks_the_model_and_the_files(
         ({"data": ["rows.jsonl"]}, "'body'"),
         ({"model": "mute"}, "--objective"),
         ({"model": "nowhere/at/all"}, "--model: no such folder: nowhere/at/all"),
-        ({"model": "models/smal"}, "--model: no such folder: models/smal"),
         ({"data": ["law="]}, "law=: write NAME=FILE"),
         ({"data": ["?.txt"]}, "as in news=?.txt"),
     ],
