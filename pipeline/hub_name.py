@@ -21,7 +21,7 @@ def missing_folder(name: str) -> str | None:
 
     An id of the hub is `name` or `owner/name`.
     """
-    if not name or "://" in name or os.path.exists(os.path.expanduser(name)):
+    if not name or os.path.exists(os.path.expanduser(name)):
         return None
     if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1:
         return f"no such folder: {name}"

@@ -114,7 +114,6 @@ def test_a_new_recipe_that_cannot_be_is_said_and_nothing_is_written(
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text(TEXT, encoding="utf-8")
     Path("there.yaml").write_text("mine", encoding="utf-8")
-    Path("models").mkdir()
     Path("rows.jsonl").write_text('{"body": "some text"}\n' * 3, encoding="utf-8")
     save(RobertaConfig(**SIZES), "RobertaForMaskedLM", tmp_path / "model")
     save(RobertaConfig(**SIZES), "RobertaModel", tmp_path / "mute")

@@ -58,8 +58,9 @@ def check_domain(name: str, domain: Domain) -> list[str]:
                 _resolve([pattern])
             except UserError as error:
                 found.append(f"data.domains.{name}.{key}: {error}")
-    if domain.hub and (problem := missing_folder(domain.hub)):
-        need(False, ".hub", problem)
+    if domain.hub and "://" not in domain.hub:  # a URL is refused where it is opened
+        problem = missing_folder(domain.hub) or ""
+        need(not problem, ".hub", problem)
     for key in ("hub_config", "revision", "heldout_split"):
         need(
             domain.hub or not getattr(domain, key),

@@ -34,15 +34,18 @@ def _files(path: str | None) -> Files | None:
     return {p.name: fingerprint(p) for p in sorted(files) if p.is_file() and p.suffix in READ}
 
 
-def base_differences(folder: Path, before: dict[str, Any], model: Model) -> list[str]:
+def base_differences(
+    folder: Path, before: dict[str, Any], model: Model, present: dict[str, Files | None]
+) -> list[str]:
     """What of `model` is not what the run in the folder began with.
 
     before: the `model` of the run's recipe. A run that has no FILE is older than that: what its
     paths say is looked at where it still lies.
+    present: `base_files` of `model`.
     """
     known = _recorded(folder / FILE)
     found = []
-    for key, files in base_files(model).items():
+    for key, files in present.items():
         there, now = before.get(key), getattr(model, key)
         began = known.get(key) if known is not None else _files(there)
         if began is not None and files is not None:

@@ -58,13 +58,12 @@ def take_measured(end: Evaluation) -> int | None:
     brought the stage back.
     """
     checkpoint = Path(end.checkpoint)
-    steps = sorted(end.folder.glob("step-*"), reverse=True) if end.step is None else []
-    for place in steps:
+    if end.step is not None or not is_published(checkpoint):
+        return None
+    files = read_manifest(checkpoint)["files"]
+    for place in sorted(end.folder.glob("step-*"), reverse=True):
         published = place / "checkpoint"
-        if not (is_published(checkpoint) and is_published(published)):
-            continue
-        known = read_manifest(published)
-        if known["files"] != read_manifest(checkpoint)["files"]:
+        if not is_published(published) or (known := read_manifest(published))["files"] != files:
             continue
         results = [place / name for name in RESULTS.values() if (place / name).is_file()]
         beside = [p for p in place.iterdir() if p.is_file() and p not in results]

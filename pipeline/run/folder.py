@@ -96,21 +96,21 @@ def _claim(folder: Path, lock: FolderLock, recipe: Recipe, engine_config: dict[s
 def _fill(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> None:
     """Write what the run is. Raises UserError: the folder is another recipe's, or read-only."""
     _require_writable(folder)
-    stored = folder / "recipe.yaml"
+    stored, present = folder / "recipe.yaml", base_files(recipe.model)
     if not (folder / "stages").exists():  # nothing measured yet: an attempt that failed early
         for leftover in ("tokenizer", "heldout"):
             shutil.rmtree(folder / leftover, ignore_errors=True)
     elif stored.is_file():
         before: Any = OmegaConf.load(stored)
         now = OmegaConf.create(recipe.to_yaml())
-        base = base_differences(folder, before.get("model") or {}, recipe.model)
+        base = base_differences(folder, before.get("model") or {}, recipe.model, present)
         if different := (base + _differences(before, now))[:5]:
             raise UserError(
                 f"{folder} holds a run of another recipe ({'; '.join(different)}). Give this run a "
                 "name of its own (name=...), or delete the old one with --restart."
             )
     stored.write_text(recipe.to_yaml(), encoding="utf-8")
-    replace_file(folder / BASE, json.dumps(base_files(recipe.model), indent=2) + "\n")
+    replace_file(folder / BASE, json.dumps(present, indent=2) + "\n")
     for name, content in (
         ("fsdp.json" if recipe.engine.kind == "fsdp" else "ds_config.json", engine_config),
         ("environment.json", _environment(engine_config)),
