@@ -12,6 +12,7 @@ import torch
 
 from eval.measure.lm import evaluate_share, measure_in_engine
 from pipeline.engine.config import resolve_ds_config, resolve_engine_config
+from pipeline.methods.method import Method
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.model.load import load_for_evaluation
 from pipeline.ranks import rank, world_size
@@ -43,12 +44,32 @@ def start(name, kind, precision):
     return engine, settings
 
 
+class Beside(Method):
+    """Two micro-batches of its own in the second stage, none in the others."""
+
+    def __init__(self, name, stage):
+        [batches] = micro_batches(name, 1, 2)
+        self._batches = [b | {"labels": None} for b in batches] if stage == 1 else []
+
+    def micro_batches(self):
+        return len(self._batches)
+
+    def batches(self, step):
+        return self._batches
+
+    def predictions(self, batch):
+        return batch["input_ids"].numel()
+
+    def loss(self, engine, head, batch):
+        return engine.forward(**batch).logits.float().square().sum()
+
+
 def train(engine, settings, name, stage):
-    mask = GradientMask(engine.module, settings.mask, seed=stage)
+    mask, beside = GradientMask(engine.module, settings.mask, seed=stage), Beside(name, stage)
     steps = micro_batches(name, 2 * STAGES, world_size())[2 * stage : 2 * stage + 2]
-    train_stage(
-        engine, mask, iter([s[rank() :: world_size()] for s in steps]), settings, 1, 2, None
-    )
+    mine = iter([s[rank() :: world_size()] for s in steps])
+    engine.start_stage(beside.micro_batches())
+    train_stage(engine, mask, mine, settings, 1, 2, None, methods=[beside])
     mask.close()
 
 
@@ -66,7 +87,6 @@ def differences(name, kind, precision):
     found = [0.0, 0.0]
     for stage in range(STAGES):
         before, _ = snapshot(one)
-        one.start_stage()
         train(one, settings, name, stage)
         masters, shards = snapshot(one)
         new, _ = start(name, kind, precision)

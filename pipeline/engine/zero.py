@@ -73,6 +73,7 @@ class ZeroEngine:
         self.micro_batches = self.config["gradient_accumulation_steps"] + extra
         size = self._engine.train_micro_batch_size_per_gpu() * self._engine.dp_world_size
         self._engine.set_train_batch_size(size * self.micro_batches)
+        self._engine.micro_steps = 0  # a step ends where their sum since the start divides
         self._adam.state.clear()  # made again at the next step
         optimizer = self._engine.optimizer
         if hasattr(optimizer, "gradient_accumulation_steps"):  # its own copy
