@@ -24,6 +24,7 @@ def test_read_linearly_between_rates_and_on_beyond_them():
     assert read_at(curve, 0.9) == pytest.approx(1.25)
     # A rate that learns less and forgets more is no part of the curve.
     assert read_at(np.array([*PLAIN, (0.7, 2.0)]), 0.75) == pytest.approx(0.875)
+    assert read_at(np.array([*PLAIN, (0.1, 3.0)]), 0.15) == pytest.approx(0.05)
 
 
 def test_ratios_at_the_level_that_all_reach():
@@ -38,6 +39,9 @@ def test_ratios_at_the_level_that_all_reach():
     assert by_name["half"].over_range == pytest.approx(0.5)
     assert by_name["slow"].ratio == pytest.approx(1.0)
     assert by_name["slow"].over_range > 1
+    diverged = {"ft": ends(PLAIN), "half": ends([*half, (-0.5, 3.0)])}
+    again = at_equal_learning(diverged, "ft").methods[1]
+    assert (again.ratio, again.over_range) == pytest.approx((0.5, 0.5))
     assert (*by_name["half"].most, by_name["half"].rate) == pytest.approx((0.8, 0.5, 3.0))
 
 
@@ -51,11 +55,14 @@ def test_the_interval_is_of_the_seeds_and_pairs_them():
 
 
 def test_what_cannot_be_read_is_none():
-    apart = [(1.0, 0.1), (2.0, 0.2)]
+    apart, half = [(1.0, 0.1), (2.0, 0.2)], [(x, y / 2) for x, y in PLAIN]
     assert at_equal_learning({"ft": ends(PLAIN), "apart": ends(apart)}, "ft") is None
     assert at_equal_learning({"ft": ends(PLAIN[:1]), "other": ends(PLAIN)}, "ft") is None
     assert at_equal_learning({"ft": ends(PLAIN)}, "ft") is None
     one = at_equal_learning({"ft": ends(PLAIN, 1), "other": ends(PLAIN, 1)}, "ft")
     assert one.methods[1].interval is None
+    spent = [(0.5, 0.4), (0.3, 0.9)]  # its smallest rate learns most
+    two = at_equal_learning({"ft": ends(PLAIN), "half": ends(half), "spent": ends(spent)}, "ft")
+    assert [m.method for m in two.methods] == ["ft", "half"]
     shared = {"ft": ends(PLAIN, 2), "other": {5: ends(PLAIN, 1)[0]}}
     assert at_equal_learning(shared, "ft") is None

@@ -93,6 +93,12 @@ def test_between_sorts_the_runs_of_a_method():
     assert m.between([(2.0, 1.0), (1.0, 0.2)], 0.9) is None
 
 
+def test_a_rate_that_learns_less_than_a_smaller_one_is_on_the_way_back():
+    curve = [(0.1, 0.0), (0.4, 0.2), (0.3, 0.9), (0.4, 1.0), (0.5, 1.1)]
+    assert m.on_the_way(curve) == [curve[0], curve[1], curve[4]]
+    assert m.on_the_way([]) == []
+
+
 def test_equal_learning_reads_at_what_all_reached():
     curves = {
         "fast": [(0.0, 0.0), (1.0, 0.5), (2.0, 2.5)],

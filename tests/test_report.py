@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from eval.analysis.load import load_run
-from eval.analysis.settings import Difference, Pair, Reading, Setting
+from eval.analysis.settings import Difference, Pair, Reading, Setting, measure
 from eval.report.compare import compare, terminal_summary, write_comparison
 from eval.report.page import write_report
 from eval.report.verdict import headline
@@ -316,6 +316,35 @@ def test_methods_are_read_between_their_learning_rates(tmp_path):
     low, high = sorted(r.forgotten for r in comparison.rows[:2])
     assert low < reading.forgotten_read < high
     assert "Read between learning rates" in text_of(write_comparison(runs, tmp_path / "out"))
+
+
+def test_a_method_is_not_read_beyond_the_rate_that_learns_most():
+    """Between 1e-3 and 2e-3, where it learns less again, the first would seem to forget 0.39."""
+    ends = [(0.405, 0.429), (0.39, 0.15), (0.445, 0.257), (0.413, 0.207)]
+    settings = [
+        Setting(f"{method}, lr {lr}", method, lr, [place])
+        for place, (method, lr) in enumerate(
+            [("ft", 2e-3), ("ft", 5e-4), ("ft", 1e-3), ("a", 1e-3)]
+        )
+    ]
+    numbers = measure([[(0.0, 0.0), end] for end in ends], settings, range(4))
+    read = numbers["between", "ft", "a, lr 0.001"]
+    assert read == pytest.approx(0.15 + (0.413 - 0.39) / (0.445 - 0.39) * (0.257 - 0.15))
+
+
+def test_only_runs_that_differ_in_rate_and_seed_alone_are_one_method(tmp_path):
+    rates = (5e-4, 1e-3)
+    runs = [
+        fake_run(tmp_path / f"{enabled}-{lr}", enabled=enabled, lr=lr)
+        for enabled in (False, True)
+        for lr in rates
+    ]
+    alone = compare(runs).at_equal_learning
+    other = [fake_run(tmp_path / f"short-{lr}", enabled=False, lr=lr, steps=30) for lr in rates]
+    found = compare([*runs, *other]).at_equal_learning
+    assert found.reference == "ft (as False-0.0005)"
+    assert [m.most for m in found.methods[:2]] == [m.most for m in alone.methods]
+    assert found.methods[2].method == "ft (as short-0.0005)"
 
 
 def test_a_run_that_cannot_be_read_says_why(tmp_path):

@@ -276,7 +276,7 @@ def test_runs_that_differ_in_more_than_the_seed_are_no_repetitions(tmp_path):
     ]
     comparison = compare(runs)
     assert [setting.runs for setting in comparison.settings] == [[0, 1], [2]]
-    assert comparison.rows[2].label == "migu T=0.7, lr 1e-3 (as short)"
+    assert comparison.rows[2].label == "migu T=0.7 (as short), lr 1e-3"
 
 
 def test_several_stages_and_units_share_an_axis(tmp_path):

@@ -2,13 +2,16 @@
 seeds.
 
 A method's runs at several learning rates give a curve, forgotten against learned; between the rates
-it is read linearly. A reference whose curve is convex is read a little too high there.
+it is read linearly, up to the one that learns most. A reference whose curve is convex is read a
+little too high there.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from eval.analysis.matrix import on_the_way
 
 Ends = Mapping[float, tuple[float, float]]
 """By learning rate, (learned, forgotten) at the end of a run, in nats per token."""
@@ -23,7 +26,7 @@ class Level:
     most: the (learned, forgotten) of the learning rate that learns most, means over the seeds.
     ratio: forgotten over what the reference forgets at the same level. over_range: the same of the
     mean over all levels that every method reaches. None: the reference itself, or it cannot be read
-    (`interval`: or fewer than two seeds).
+    (`interval`: nor in some draw, or fewer than two seeds).
     """
 
     method: str
@@ -49,7 +52,7 @@ class AtEqualLearning:
 def at_equal_learning(
     ends: Mapping[str, Mapping[int, Ends]], reference: str
 ) -> AtEqualLearning | None:
-    """Read every method that has several learning rates.
+    """Read every method that has several learning rates on the way to the one that learns most.
 
     Args:
         ends: by method and seed. A learning rate counts that all seeds of the method have; a seed
@@ -60,18 +63,18 @@ def at_equal_learning(
     theirs = ends.get(reference, {})
     seeds = {m: sorted(set(runs) & set(theirs)) for m, runs in ends.items()}
     curves = {m: _curves(ends[m], mine) for m, mine in seeds.items() if mine}
-    curves = {m: c for m, c in curves.items() if c.shape[1] > 1}
-    if reference not in curves or len(curves) < 2:
-        return None
     means = {m: c.mean(axis=0) for m, c in curves.items()}
-    level = float(min(c[:, 0].max() for c in means.values()))
-    lowest = float(max(c[:, 0].min() for c in means.values()))
+    ways = {m: way for m, c in means.items() if len(way := on_the_way(c.tolist())) > 1}
+    if reference not in ways or len(ways) < 2:
+        return None
+    level = min(way[-1][0] for way in ways.values())
+    lowest = max(way[0][0] for way in ways.values())
     if lowest >= level or level <= 0:
         return None
     levels = np.linspace(max(lowest, 1e-3 * level), level, STEPS)
     found = []
-    for method, curve in curves.items():
-        mean, mine = means[method], seeds[method]
+    for method in ways:
+        curve, mean, mine = curves[method], means[method], seeds[method]
         most = int(mean[:, 0].argmax())
         ratio = over_range = interval = None
         if method != reference:
@@ -81,8 +84,8 @@ def at_equal_learning(
             if len(mine) > 1 and ratio is not None:
                 drawn = np.random.default_rng(0).integers(len(mine), size=(DRAWS, len(mine)))
                 draws = [_ratio(curve[rows], other[rows], [level]) for rows in drawn]
-                known = [d for d in draws if d is not None]
-                interval = (float(np.quantile(known, 0.025)), float(np.quantile(known, 0.975)))
+                if None not in draws:
+                    interval = (float(np.quantile(draws, 0.025)), float(np.quantile(draws, 0.975)))
         found.append(
             Level(
                 method, len(mine), (float(mean[most, 0]), float(mean[most, 1])),
@@ -99,20 +102,13 @@ def _ratio(curve: np.ndarray, other: np.ndarray, levels: Sequence[float]) -> flo
 
 
 def read_at(curve: np.ndarray, level: float) -> float:
-    """Forgotten at a level of learning, from points [rates, 2] (learned, forgotten): linear between
-    neighbours, and along the last two beyond the ends."""
-    points = curve[curve[:, 0].argsort()]
-    # Rates that learn less and forget more than another one are on the way back from it.
-    kept = [points[0]]
-    for point in points[1:]:
-        while len(kept) > 1 and kept[-1][1] >= point[1]:
-            kept.pop()
-        kept.append(point)
-    learned, forgotten = np.array(kept).T
-    i = int(np.clip(np.searchsorted(learned, level) - 1, 0, len(kept) - 2)) if len(kept) > 1 else 0
-    if len(kept) == 1:
+    """Forgotten at a level of learning, from points [rates, 2] (learned, forgotten) at ascending
+    learning rates: linear between neighbours, and along the last two beyond the ends."""
+    learned, forgotten = np.array(on_the_way(curve.tolist())).T
+    if len(learned) == 1:
         return float(forgotten[0])
-    rise = (forgotten[i + 1] - forgotten[i]) / max(learned[i + 1] - learned[i], 1e-12)
+    i = int(np.clip(np.searchsorted(learned, level) - 1, 0, len(learned) - 2))
+    rise = (forgotten[i + 1] - forgotten[i]) / (learned[i + 1] - learned[i])
     return float(forgotten[i] + rise * (level - learned[i]))
 
 

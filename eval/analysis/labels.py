@@ -33,6 +33,7 @@ ALSO_FREE = (
     "train.micro_batch_size",
     "train.publish_dtype",
 )
+LOSSES_OF = "evaluate.domains"
 ADAPTERS = ("model.lora", "model.prompt")
 NAMED = (
     "mask.enabled", "mask.threshold", "mask.criterion", "optimizer.lr", "seed", "name",
@@ -109,15 +110,29 @@ def adapter_of(recipe: dict) -> str:
 def without_seed(run: Run) -> str:
     """All of a recipe that repetitions of one setting share: what is trained and measured, but not
     its seed and name, and not how it is evaluated."""
+    return repr(_settings(run))
+
+
+def without_rate(run: Run) -> str:
+    """What the runs of one method share over its learning rates and seeds: all of a recipe that its
+    losses come from."""
+    return repr(
+        [
+            (key, value)
+            for key, value in _settings(run)
+            if key != "optimizer.lr" and (key == LOSSES_OF or not key.startswith("evaluate."))
+        ]
+    )
+
+
+def _settings(run: Run) -> list[tuple[str, str]]:
     recipe = flat(run.recipe)
     masked = recipe.get("mask.enabled", True)
-    return repr(
-        sorted(
-            (key, repr(value))
-            for key, value in recipe.items()
-            if key not in ("seed", "name", "track") and not _how_evaluated(key)
-            if masked or not key.startswith("mask.") or key == "mask.enabled"
-        )
+    return sorted(
+        (key, repr(value))
+        for key, value in recipe.items()
+        if key not in ("seed", "name", "track") and not _how_evaluated(key)
+        if masked or not key.startswith("mask.") or key == "mask.enabled"
     )
 
 

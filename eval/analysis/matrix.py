@@ -243,6 +243,17 @@ def between(points: Sequence[tuple[float, float]], level: float) -> float | None
     return forgotten_at(sorted(points), level)
 
 
+def on_the_way(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of a method's (learned, forgotten) at ascending learning rates, those that learn more than
+    every smaller rate. Beyond the rate that learns most, a larger one forgets more and learns less:
+    that is no price of learning, and a reading there would mean nothing."""
+    kept: list[tuple[float, float]] = []
+    for learned, forgotten in points:
+        if not kept or learned > kept[-1][0]:
+            kept.append((learned, forgotten))
+    return kept
+
+
 def equal_learning(curves: dict[str, Curve]) -> dict:
     """Read every run at the same amount of learning.
 

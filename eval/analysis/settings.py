@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import mean
 
-from eval.analysis.matrix import Curve, between, complete, equal_learning
+from eval.analysis.matrix import Curve, between, complete, equal_learning, on_the_way
 
 Name = tuple[str, ...]
 """("learned", setting), ("forgotten", setting), ("forgotten_equal", setting), each a mean over the
@@ -76,23 +76,26 @@ def measure(
     read = equal_learning({str(run): curves[run] for run in equal})["forgotten"]
     numbers: dict[Name, float | None] = {}
     points: dict[str, list[tuple[float, float]]] = {}
-    for setting in settings:
+    for setting in sorted(settings, key=lambda setting: setting.lr):
         ends = [curves[run][-1] for run in setting.runs]
         point = mean(x for x, _ in ends), mean(y for _, y in ends)
         numbers["learned", setting.name], numbers["forgotten", setting.name] = point
         levels = complete([read.get(str(run)) for run in setting.runs])
         numbers["forgotten_equal", setting.name] = mean(levels) if levels else None
-        # Where a rate is so high that nothing is learned, more of it does not mean more learning,
-        # and reading on the way there would mean nothing.
-        if point[0] > 0:
-            points.setdefault(setting.method, []).append(point)
+        points.setdefault(setting.method, []).append(point)
     for method, others in readable(settings).items():
         for other in others:
             level = numbers["learned", other.name]
             assert level is not None
-            known = points.get(method, []) if level > 0 else []
-            numbers["between", method, other.name] = between(known, level)
+            read_from = readable_part(points[method]) if level > 0 else []
+            numbers["between", method, other.name] = between(read_from, level)
     return numbers
+
+
+def readable_part(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of a method's (learned, forgotten) at ascending learning rates, those between which it is
+    read: not where it has learned nothing."""
+    return [point for point in on_the_way(points) if point[0] > 0]
 
 
 def readable(settings: Sequence[Setting]) -> dict[str, list[Setting]]:

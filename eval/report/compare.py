@@ -18,7 +18,15 @@ from eval.analysis.load import Run, load_run
 from eval.analysis.matrix import DEFINITIONS, equal_learning
 from eval.analysis.noise import Noise
 from eval.analysis.points import Score
-from eval.analysis.settings import Pair, Reading, Setting, measure, pairs, readable
+from eval.analysis.settings import (
+    Pair,
+    Reading,
+    Setting,
+    measure,
+    pairs,
+    readable,
+    readable_part,
+)
 from eval.analysis.text import number, percent, short_float, signed_percent
 from eval.report import tasks, trade_off_plots, tuning, verdict
 from eval.report.compared_runs import (
@@ -107,8 +115,8 @@ def compare(run_dirs: Sequence[Path | str]) -> Comparison:
     told = [noise.pair(first, second) for first, second in pairs(settings)]
     readings = []
     for method, others in readable(settings).items():
-        own = [setting for setting in settings if setting.method == method]
-        reached = [s.learned for s in own if s.learned > 0]
+        own = sorted((s for s in settings if s.method == method), key=lambda s: s.lr)
+        reached = [learned for learned, _ in readable_part([(s.learned, s.forgotten) for s in own])]
         low, high = min(reached, default=0.0), max(reached, default=0.0)
         for other in others:
             value = numbers["between", method, other.name]
@@ -183,7 +191,7 @@ def write_comparison(run_dirs: Sequence[Path | str], out_dir: Path | str) -> Pat
         )
     if comparison.readings:
         points: dict[str, list[tuple[float, float, str]]] = {}
-        for setting in settings:
+        for setting in sorted(settings, key=lambda setting: setting.lr):
             point = (setting.learned, setting.forgotten, short_float(setting.lr))
             points.setdefault(setting.method, []).append(point)
         by_method = {row.method: colours[str(row.number)] for row in rows}

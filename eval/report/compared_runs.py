@@ -1,6 +1,7 @@
 """Compared runs, one row each, and the settings that they are repetitions of."""
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from eval.analysis import labels
@@ -14,6 +15,7 @@ from eval.analysis.text import number, short_float
 from eval.report import tasks, tuning
 
 COMPARED = ("learned", "forgotten", "forgotten_equal")
+AS = " (as "  # then the name of a run, where a name alone does not tell which runs it is of
 TASKS = {"humaneval": "HumanEval", "benchmarks": "Benchmarks"}
 
 
@@ -54,12 +56,13 @@ class Row:
 def rows_of_runs(runs: list[Run]) -> list[Row]:
     rows = []
     names = tasks.benchmark_names(runs)
-    methods = labels.methods_of(runs)
+    # Only runs that differ in rate and seed alone may lie on one curve.
+    methods = _told_apart(runs, labels.methods_of(runs), labels.without_rate)
     settings = [
         f"{method}, lr {short_float(labels.learning_rate(run))}"
         for method, run in zip(methods, runs, strict=True)
     ]
-    settings = _told_apart(runs, settings)
+    settings = _told_apart(runs, settings, labels.without_seed)
     first = _step_seconds(runs[0])
     for place, (run, setting) in enumerate(zip(runs, settings, strict=True)):
         curve, points, learning = curve_of(run), learning_points(run), tuning.learning_of(run)
@@ -94,16 +97,15 @@ def rows_of_runs(runs: list[Run]) -> list[Row]:
     return rows
 
 
-def _told_apart(runs: list[Run], settings: list[str]) -> list[str]:
-    """The settings with, where runs of one differ in more than their seed, the name of the first
-    run like it."""
-    shared = [labels.without_seed(run) for run in runs]
-    kinds = list(zip(settings, shared, strict=True))
+def _told_apart(runs: list[Run], names: list[str], shared_by: Callable[[Run], str]) -> list[str]:
+    """The names with, where runs of one name differ in what `shared_by` gives, the name of the
+    first run like it."""
+    kinds = list(zip(names, map(shared_by, runs), strict=True))
     return [
-        f"{setting} (as {runs[kinds.index(kind)].name})"
-        if len({other for name, other in kinds if name == setting}) > 1
-        else setting
-        for setting, kind in zip(settings, kinds, strict=True)
+        f"{name}{AS}{runs[kinds.index(kind)].name})"
+        if len({other for of, other in kinds if of == name}) > 1
+        else name
+        for name, kind in zip(names, kinds, strict=True)
     ]
 
 
@@ -140,7 +142,7 @@ def method_table(rows: list[Row]) -> tuple[AtEqualLearning | None, dict[str, flo
         ends.setdefault(row.method, {}).setdefault(seed, {})[rate] = (row.learned, row.forgotten)
         if (mine := _step_seconds(row.run)) and machine_of(row.run) == machine_of(rows[0].run):
             seconds.setdefault(row.method, []).append(mine)
-    plain = [m for m in ends if m in ("ft", "lora", "qlora")]
+    plain = [m for m in ends if m.partition(AS)[0] in ("ft", "lora", "qlora")]
     reference = (plain or list(ends) or [""])[0]
     found = at_equal_learning(ends, reference)
     if found is None or reference not in seconds:

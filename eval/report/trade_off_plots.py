@@ -67,13 +67,13 @@ def methods(
     points: dict[str, list[tuple[float, float, str]]],
     colours: dict[str, str],
 ) -> str:
-    """Final points (learned, forgotten, learning rate) of each method, joined across its rates."""
+    """Final points (learned, forgotten, learning rate) of each method, joined in their order: that
+    of its rates."""
     figure = new_figure(5.7, 3.8)
     axes = figure.subplots()
     ends = []
     for place, (method, ordered) in enumerate(points.items()):
         above = place % 2 == 0  # neighbouring lines are labelled on their two outer sides
-        ordered = sorted(ordered)
         x, y = [p[0] for p in ordered], [p[1] for p in ordered]
         axes.plot(x, y, color=colours[method], lw=2, marker="o", ms=8, mec="white")
         for learned, forgotten, rate in ordered:
