@@ -159,6 +159,19 @@ def test_separate_heldout_files_samples_and_limits(corpus, tokenizer):
     assert sorted(seen) == sorted(TEXTS[0::4] + TEXTS[1::4][:10])
 
 
+def test_the_side_of_a_file_is_part_of_what_a_corpus_is(corpus, tokenizer):
+    a, b, c = (str(corpus / name) for name in ("a.jsonl", "b.jsonl.gz", "c.parquet"))
+    sides = [([a, b, c], []), ([a, b], [c]), ([a], [b, c])]
+    found = [
+        prepare(recipe_of(corpus, files=files, heldout_files=held), "a", tokenizer)
+        for files, held in sides
+    ]
+    assert [set(decoded(p.train, tokenizer)) for p in found[1:]] == [
+        {*TEXTS[0::4], *TEXTS[1::4]}, {*TEXTS[0::4]}
+    ]  # fmt: skip
+    assert len({p.folder for p in found}) == 3
+
+
 def _prepare_in_a_process(recipe, tokenizer, rank, results):
     os.environ.update(RANK=str(rank), WORLD_SIZE="3", LOCAL_WORLD_SIZE="3")
     made = []

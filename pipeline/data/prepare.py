@@ -153,6 +153,9 @@ def _job(
         settings["task"]["labels"] = options_of(domain.task)  # a file of them may change
     units = units_of(domain)
     sources = identity(domain, units)
+    held = [u for u in units if u.side == "heldout"]
+    if held:  # the last of the sources: without their number, which side a file is on is not said
+        settings["heldout_sources"] = sum(max(1, len(u.files)) for u in held)
     overlap, tasks = _overlap(recipe, domain)
     manifest = {
         "format": FORMAT,
