@@ -13,7 +13,8 @@ from pipeline.method_settings import Mofo as MofoSettings
 from pipeline.methods.mofo import Mofo, least_kept
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.ranks import rank, world_size
-from pipeline.recipe import Mask, Stage
+from pipeline.recipe import BadSteps, Mask, Stage
+from pipeline.run.bad_steps import BadStepRule
 from pipeline.run.recipe_file import load_recipe
 from pipeline.run.stage_rows import _choose
 from pipeline.run.train import train_stage
@@ -122,6 +123,35 @@ def test_only_the_entries_with_the_largest_momentum_move():
             assert difference < 1e-6, kind
         assert not outside  # of MIGU's rows, whose momenta alone are not zero in the first step
         assert 0.1 < most < SHARE + 0.02
+
+
+def rolled_back():
+    """How far the weights are from the start's after two steps and one that goes back to there."""
+    build, settings = BUILDS["zero2"]
+    recipe = recipe_for("llama", 2)
+    recipe.mofo, recipe.bad_steps = MofoSettings(share=SHARE), BadSteps(policy="rollback")
+    engine, methods = build(MODELS["llama"]().train(), recipe, settings), [Mofo(recipe)]
+    methods[0].prepare(start_of(engine))
+    start = [(n, w.clone()) for n, w in engine.full_weights()]
+    bad = BadStepRule(recipe.bad_steps, 1, "x")
+    losses = iter([None, None, "a problem"])
+    bad.problem = lambda _: next(losses)
+
+    def go_back():
+        engine.load_weights(start)
+        return 0
+
+    bad.go_back = go_back
+    train_stage(
+        engine, None, iter(micro_batches("llama", 3, 1)), recipe, 1, 3, None, methods=methods,
+        bad=bad,
+    )  # fmt: skip
+    found = dict(engine.full_weights())
+    return max(float((found[n] - w).abs().max()) for n, w in start)
+
+
+def test_a_step_that_goes_back_is_not_filtered():
+    assert run_ranks(rolled_back, 1) == [0.0]
 
 
 def fisher(names):

@@ -111,7 +111,8 @@ class Method:
         the mask and the clipping."""
 
     def after_step(self, engine: Any, step: int, steps: int) -> None:
-        """Behind the optimizer's update of step 1...steps; all ranks call it."""
+        """Behind the optimizer's update of step 1...steps, where there was one: not behind a step
+        that was left out. All ranks call it."""
 
     def published(self, engine: Any) -> AbstractContextManager[None]:
         """While it is entered, the engine holds what would be published of it now, in the middle of

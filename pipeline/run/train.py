@@ -151,7 +151,7 @@ def train_stage(
         hold = partial(mask.hold, engine.shards) if mask else nullcontext
         with timer("step"):
             applied = _step(engine, bad, step, lr, hold, mean_loss, problem)
-            for method in methods:
+            for method in methods if applied else ():
                 method.after_step(engine, step, steps)
         timer.end()
         if progress is not None and log is not None:
