@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,9 +22,10 @@ from pipeline.methods.method import Start, Teacher
 from pipeline.methods.sampled_text import one_document
 from pipeline.model.attention import separate_documents
 from pipeline.ranks import rank, world_size
-from pipeline.recipe import Stage
+from pipeline.recipe import BadSteps, Stage
 from pipeline.run.recipe_file import load_recipe
 from pipeline.run.train import train_stage
+from pipeline.shard import ParameterShards
 from tests.reference import BETAS, CLIP, EPS, LR, MODELS, WEIGHT_DECAY, micro_batches, step_loss
 from tests.spawn import run_ranks
 from tests.test_anchor import BUILDS, LENGTH, teacher_of, tokenizer_of
@@ -157,6 +159,23 @@ def consolidated(name, kind, folder):
         ewc.prepare(start_of(engine, recipe, stage, folder))
 
     return worst(trained(name, kind, recipe, ewc, prepare, stages=2), expected)
+
+
+def test_a_step_that_is_left_out_is_not_in_the_fisher_information(tmp_path):
+    recipe = recipe_with("roberta", ewc=EwcSettings(), bad_steps=BadSteps(policy="skip"))
+    net = torch.nn.Linear(3, 2, bias=False)
+    engine = SimpleNamespace(
+        module=net, shards=ParameterShards(net), device=torch.device("cpu")
+    )  # fmt: skip
+    ewc = Ewc(recipe)
+    ewc.prepare(start_of(engine, recipe, 1, tmp_path))
+    for step, value in enumerate((2.0, torch.nan, 1e30, 2.0), start=1):
+        net.weight.grad = torch.full((2, 3), 2.0)
+        net.weight.grad[0, 0] = value
+        ewc.edit(engine.shards, step, 0.1)
+    ewc.finish(engine, 1)
+    ewc.prepare(start_of(engine, recipe, 2, tmp_path))
+    assert ewc._fisher["weight"].tensor.tolist() == [4.0 * recipe.train.batch_size] * 6
 
 
 def importance_of(name, general):

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from pipeline.methods.method import Method, Start
 from pipeline.methods.weights import copies, masters
-from pipeline.ranks import meet, on_rank0, rank
+from pipeline.ranks import meet, on_rank0, rank, summed
 from pipeline.recipe import Recipe
 from pipeline.shard import Shard, overlap
 
@@ -30,6 +30,7 @@ class Ewc(Method):
     def __init__(self, recipe: Recipe):
         assert recipe.ewc is not None
         self.factor, self.batch_size = recipe.ewc.weight, recipe.train.batch_size
+        self._goes_on = recipe.bad_steps.policy != "stop"  # behind a step that is left out
         self._engine: Any = None
         self._fisher: dict[str, Shard] = {}  # of the stages before
         self._sums: dict[str, Shard] = {}  # of this one
@@ -48,6 +49,8 @@ class Ewc(Method):
 
     @torch.no_grad()
     def edit(self, shards: Any, step: int, lr: float) -> None:
+        if self._goes_on and not self._finite(shards):
+            return  # the step will be left out, and would be in the sums for ever
         self._steps += 1
         now = {s.name: s for s in masters(self._engine)} if self._stages else {}
         for gradient in shards.gradient_shards(list(self._sums)):
@@ -71,6 +74,13 @@ class Ewc(Method):
         pieces = {f"{s.start}:{n}": s.tensor.contiguous() for n, s in self._fisher.items()}
         save_file(pieces, folder / f"rank-{rank():04d}.safetensors")
         meet()
+
+    def _finite(self, shards: Any) -> bool:
+        """Whether all squares of the step's gradient are numbers; the same on every rank."""
+        total = torch.zeros((), device=self._engine.device)
+        for gradient in shards.gradient_shards(list(self._sums)):
+            total += gradient.tensor.float().square().sum().to(total.device)
+        return bool(summed(total, self._engine.device).isfinite())
 
     def state_shards(self) -> Iterator[Shard]:
         for name, total in self._sums.items():
