@@ -172,6 +172,16 @@ def test_the_side_of_a_file_is_part_of_what_a_corpus_is(corpus, tokenizer):
     assert len({p.folder for p in found}) == 3
 
 
+def test_what_is_held_out_in_files_of_its_own_is_no_duplicate_to_train_on(corpus, tokenizer):
+    (corpus / "held.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS[::8]))
+    files, held = [f"{corpus}/a.jsonl"], [f"{corpus}/held.jsonl"]
+    recipe = recipe_of(corpus, files=files, heldout_files=held, deduplicate=True)
+    prepared = prepare(recipe, "a", tokenizer)
+    assert decoded(prepared.train, tokenizer) == TEXTS[4::8]
+    assert decoded(prepared.heldout, tokenizer) == TEXTS[::8]
+    assert prepared.manifest["duplicates"] == len(TEXTS[::8])
+
+
 def _prepare_in_a_process(recipe, tokenizer, rank, results):
     os.environ.update(RANK=str(rank), WORLD_SIZE="3", LOCAL_WORLD_SIZE="3")
     made = []

@@ -116,11 +116,10 @@ def _files(unit: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _merge(job: Job, side: Side, units: list[dict[str, Any]]) -> dict[str, int]:
     """Write the lengths of a side's documents and, without duplicates, their places; its counts."""
-    names = [s["file"] for unit in units for s in unit["shards"] if s["side"] == side]
-    shards = [Shard(job.work / name) for name in names]
 
-    def column(read: Callable[[Shard], np.ndarray], dtype: type) -> np.ndarray:
-        return np.concatenate([np.zeros(0, dtype), *map(read, shards)])
+    def column(read: Callable[[Shard], np.ndarray], dtype: type, side: Side = side) -> np.ndarray:
+        names = [s["file"] for unit in units for s in unit["shards"] if s["side"] == side]
+        return np.concatenate([np.zeros(0, dtype), *(read(Shard(job.work / n)) for n in names)])
 
     lengths = column(Shard.lengths, np.int32)
     predicted = column(Shard.predicted, np.int32)
@@ -128,7 +127,11 @@ def _merge(job: Job, side: Side, units: list[dict[str, Any]]) -> dict[str, int]:
     places = job.work / f"{side}-places.npy"
     places.unlink(missing_ok=True)
     if job.domain.deduplicate:
-        kept = first_places(column(Shard.digests, np.uint64))
+        digests = column(Shard.digests, np.uint64)
+        kept = first_places(digests)
+        if side == "train" and any(unit.side for unit in job.units):  # not split by the hash
+            heldout = column(Shard.digests, np.uint64, "heldout")
+            kept = kept[~np.isin(digests[kept], heldout)]
         duplicates = len(lengths) - len(kept)
         if duplicates:
             np.save(places, kept)

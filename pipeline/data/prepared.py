@@ -44,7 +44,7 @@ class Corpus:
         mode: Literal["r"] | None = "r" if self.documents else None  # nothing cannot be mapped
         self._lengths = np.load(folder / f"{side}-lengths.npy", mmap_mode=mode)
         kept = folder / f"{side}-places.npy"
-        self._places = np.load(kept, mmap_mode="r") if kept.is_file() else None
+        self._places = np.load(kept, mmap_mode=mode) if kept.is_file() else None
 
     def lengths(self, places: np.ndarray) -> np.ndarray:
         """int64 [n]: tokens of the documents at these places."""
