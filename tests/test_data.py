@@ -241,6 +241,18 @@ def test_wrong_settings_of_a_domain_name_their_key(domain, message):
     assert message in problem
 
 
+def test_what_is_trained_on_is_not_held_out(tmp_path):
+    (tmp_path / "held.jsonl").touch()
+    files = Domain(
+        files=[f"{tmp_path}/*.jsonl"], heldout_files=[f"{tmp_path}/../{tmp_path.name}/held.jsonl"]
+    )
+    (problem,) = check_domain("x", files)
+    assert "x.heldout_files" in problem
+    assert f"{tmp_path}/held.jsonl is in `files` too" in problem
+    (problem,) = check_domain("x", Domain(hub="a/b", split="test", heldout_split="test"))
+    assert "x.heldout_split: 'test' is the split that is trained on" in problem
+
+
 def test_right_settings_of_a_domain_have_no_problem(tmp_path):
     (tmp_path / "a.jsonl.zst").touch()
     assert check_domain("x", Domain(files=[f"{tmp_path}/*.zst"])) == []

@@ -52,12 +52,24 @@ def check_domain(name: str, domain: Domain) -> list[str]:
             ".embedded",
             f"no embedded corpus is called {domain.embedded!r}; choose one of: {choices()}",
         )
-    for key in ("files", "heldout_files"):
+    sides: dict[str, set[Path]] = {"files": set(), "heldout_files": set()}
+    for key, side in sides.items():
         for pattern in getattr(domain, key):
             try:
-                _resolve([pattern])
+                side |= {Path(path).resolve() for path in _resolve([pattern])}
             except UserError as error:
                 found.append(f"data.domains.{name}.{key}: {error}")
+    both = sorted(map(str, sides["files"] & sides["heldout_files"]))
+    need(
+        not both,
+        ".heldout_files",
+        f"{(both or [''])[0]} is in `files` too, and would be trained on; leave it out there",
+    )
+    need(
+        not domain.hub or domain.heldout_split != domain.split,
+        ".heldout_split",
+        f"{domain.heldout_split!r} is the split that is trained on; name another one",
+    )
     if domain.hub and "://" not in domain.hub:  # a URL is refused where it is opened
         problem = missing_folder(domain.hub) or ""
         need(not problem, ".hub", problem)
