@@ -155,6 +155,14 @@ def test_a_position_is_small_and_memory_does_not_grow():
     assert max(held) < 60
 
 
+def test_shards_without_documents_are_passed_over():
+    sizes = [0, 7, 0, 0, 3, 0, 0, 0, 5, 0, 0, 0]  # a group has one of them in an epoch
+    (source,) = sources_of(sizes)
+    (rows,) = streams([source])
+    found = steps_of([rows], 30)
+    assert {i for step in found for row in step for i in row} >= set(range(sum(sizes)))
+
+
 def test_a_corpus_without_documents_is_an_error():
     (rows,) = streams([StreamedSource("d0", [Shard(0, lambda: iter(["  "]))], 1.0)])
     with pytest.raises(UserError, match=r"data\.domains\.d0: no document"):

@@ -81,22 +81,22 @@ class ShardReader:
         """The next documents with their parts: `size` of them, or fewer at the end of an epoch.
 
         Raises:
-            UserError: there is none in a whole epoch, or too many epochs.
+            UserError: there is none in any shard, or too many epochs.
         """
         found: list[tuple[int, Document]] = []
-        fresh = self._started == 0
+        opened: set[int] = set()  # an epoch's share of the shards may be without documents
         while len(found) < size:
             while len(self._open) < self.together and self._started < len(self._order):
                 shard = int(self._order[self._started])
                 self._open.append((shard, 0, self.source.shards[shard].read()))
                 self._started += 1
+                opened.add(shard)
             if not self._open:
                 if found:
                     break
-                if fresh:
+                if len(opened) == len(self.source.shards):
                     raise UserError(f"data.domains.{self.source.name}: no document to train on")
                 self._begin(self._epoch + 1)
-                fresh = True
                 continue
             shard, read, documents = self._open.popleft()
             document = next(documents, None)
