@@ -120,8 +120,12 @@ def _whole(recipe: Recipe, name: str) -> bool:
 
 
 def _units(recipe: Recipe, name: str, side: Side) -> list[Unit]:
-    """The files of a domain, or parts of a data set, that have documents of a side, one by one."""
-    units = [u for u in units_of(recipe.data.domains[name]) if u.side in (None, side)]
+    """The files of a domain, or parts of a data set, that have documents of a side, one by one;
+    those of a task together, as which of its rows are taken depends on all of them."""
+    domain = recipe.data.domains[name]
+    units = [u for u in units_of(domain) if u.side in (None, side)]
+    if domain.counted:
+        return units
     return [one for u in units for one in ([replace(u, files=(f,)) for f in u.files] or [u])]
 
 
