@@ -307,6 +307,7 @@ def test_the_start_of_the_run_is_the_base(start):
         (["olora={}"], "model.lora.incremental=true"),
         (["hft={}", "optimizer.weight_decay=0.1"], "hft: optimizer.weight_decay"),
         (["ssu={text: c}"], "ssu.text: 'c' is neither"),
+        (["ssu={text: a}", "data.prepare=false"], "ssu.text: a domain is taken from its prepared"),
         (["start_from=nearest", "train.publish_dtype=bfloat16"], "set train.publish_dtype=float32"),
         (["start_from=base", "ewc={}"], "start_from: base makes a model of its own .* ewc is for"),
         (["l2_to_start={}", "train.precision=fp16"], "l2_to_start: adds to the gradient"),

@@ -155,6 +155,9 @@ def test_all_problems_come_together_with_key_place_and_suggestion(write):
         ("data.domains.a/b={embedded: math}", "data.domains.a/b: a name is made of"),
         ("model.path=x/y", "exactly one of `path` and `config`"),
         ("optimizer.warmup=1.5", "outside [0, 1)"),
+        ("data.domains.math={hub: a/b, chat_field: m}", "responses are learnt by a causal"),
+        ("seed=-1", "seed: -1 must be at least 0"),
+        ("evaluate.domains=[]", "evaluate.domains: the list is empty"),
         ("notakeyvalue", "written key=value"),
     ],
 )

@@ -107,6 +107,11 @@ def method_problems(r: Recipe) -> list[str]:
             f"ssu.text: {r.ssu.text!r} is neither 'self' nor in data.domains"
             f"{near(r.ssu.text, known)}",
         )
+        need(
+            r.ssu.text == "self" or r.data.prepare,
+            "ssu.text: a domain is taken from its prepared corpus, and data.prepare=false makes "
+            "none; set data.prepare=true or ssu.text=self",
+        )
         need(0 < r.ssu.share < 1, f"ssu.share: {r.ssu.share} is outside (0, 1)")
         need(r.ssu.sequences >= 1, "ssu.sequences: must be at least 1")
     scaled = [n for n in ("olora", "l2_to_start") if getattr(r, n) is not None]

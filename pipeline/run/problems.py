@@ -136,9 +136,10 @@ def recipe_problems(r: Recipe) -> list[str]:
     )
     found += streaming_problems(r)
     instructions = [n for n, domain in d.domains.items() if domain.instruction or domain.task]
+    whole = [n for n, domain in d.domains.items() if domain.whole]
     need(
-        not instructions or m.objective != "masked",
-        f"data.domains.{(instructions or [''])[0]}: responses are learnt by a causal or an "
+        not whole or m.objective != "masked",
+        f"data.domains.{(whole or [''])[0]}: responses are learnt by a causal or an "
         "encoder-decoder model; set model.objective=causal, or seq2seq",
     )
     need(
@@ -171,6 +172,11 @@ def recipe_problems(r: Recipe) -> list[str]:
             name in d.domains,
             f"evaluate.domains: {name!r} is not in data.domains{near(name, d.domains)}",
         )
+    need(
+        r.evaluate.domains is None or bool(r.evaluate.domains),
+        "evaluate.domains: the list is empty; leave it out for every domain",
+    )
+    need(r.seed >= 0, f"seed: {r.seed} must be at least 0")
     found += evaluation_problems(r.evaluate)
     for what in ("benchmarks", "humaneval"):
         need(
