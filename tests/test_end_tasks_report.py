@@ -65,6 +65,19 @@ def test_the_numbers_are_those_of_the_definitions(tmp_path):
     alone, _ = read_end_tasks(load_run(tmp_path / "alone"))
     assert alone.final("score") == pytest.approx([(0.8 + 0.5 + 0.9 + 0.2) / 4, 0.65])
     assert alone.forgetting("score") == [0, 0]
+    # ... and no mean is known as long as a task of the recipe is not measured.
+    asked = {"tasks": {"math": {}, "code": {"domain": "python"}}}
+    recipe.write_text(f"{recipe.read_text()}evaluate: {json.dumps({'end_tasks': asked})}\n")
+    for stage in (2, 3):
+        next(recipe.parent.glob(f"stages/{stage:02d}_*/end_tasks.json")).unlink()
+    under_way, _ = read_end_tasks(load_run(recipe.parent))
+    assert (under_way.tasks, under_way.own) == (["math", "code"], {"math": 1, "code": 2})
+    assert under_way.final("score") == under_way.of_stages((1, 2), "score") == []
+    # A seed more at one stage is no pair for those of another.
+    more = SCORES | {1: {"math": (0.80, 0.70, 0.75)}}
+    several, _ = read_end_tasks(load_run(measured(tmp_path / "more", stages=more)))
+    assert several.forgetting("score") == []
+    assert several.final("score") == matrix.final("score")
     assert estimate([[0.5]]).half is None
     assert estimate([[0.5, 0.4], []]) is None
 

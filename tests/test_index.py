@@ -195,7 +195,9 @@ def test_runs_of_one_recipe_are_read_over_time(tmp_path):
     other = entry_of(load_run(fake_run(tmp_path / "other")), "other")
     broken = entry_of(load_run(fake_tuning(tmp_path / "clock", every=8)), "clock")
     broken.started, broken.scores = "not a date", {"piqa": [(1, 0.5, None)]}
-    series = {s.what: s for s in over_time([*entries, other, broken])}
+    failed = entry_of(load_run(fake_tuning(tmp_path / "failed", every=8)), "failed")
+    failed.scores = {"piqa": [(0, 0.5, 0.02)]}  # not measured at the end, which is what is read
+    series = {s.what: s for s in over_time([*entries, other, broken, failed])}
     assert series["piqa"].runs == ["clock", "r0", "r2", "r1"]
     assert series["piqa"].worse == [False, False, False, True]
     assert series["piqa"].change == pytest.approx(-0.11)

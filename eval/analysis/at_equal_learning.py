@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.analysis.matrix import on_the_way
+from eval.analysis.matrix import complete, on_the_way
 
 Ends = Mapping[float, tuple[float, float]]
 """By learning rate, (learned, forgotten) at the end of a run, in nats per token."""
@@ -84,8 +84,8 @@ def at_equal_learning(
             if len(mine) > 1 and ratio is not None:
                 drawn = np.random.default_rng(0).integers(len(mine), size=(DRAWS, len(mine)))
                 draws = [_ratio(curve[rows], other[rows], [level]) for rows in drawn]
-                if None not in draws:
-                    interval = (float(np.quantile(draws, 0.025)), float(np.quantile(draws, 0.975)))
+                if known := complete(draws):
+                    interval = (float(np.quantile(known, 0.025)), float(np.quantile(known, 0.975)))
         found.append(
             Level(
                 method, len(mine), (float(mean[most, 0]), float(mean[most, 1])),

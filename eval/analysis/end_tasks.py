@@ -45,11 +45,14 @@ class EndTaskMatrix:
         return self._mean([self.result(task, key) for task in self.tasks])
 
     def forgetting(self, key: str) -> list[float]:
-        """Per seed, as DEFINITIONS says; [] where it is not defined or something is missing."""
+        """Per seed, as DEFINITIONS says; [] where it is not defined or something is missing, also a
+        seed."""
         old = [task for task in self.tasks if self.own.get(task, self.last) < self.last]
         before = self._mean([self.at(self.own[task], task, key) for task in old])
         after = self._mean([self.result(task, key) for task in old])
-        return [b - a for b, a in zip(before, after, strict=True)] if before and after else []
+        if len(before) != len(after):
+            return []
+        return [b - a for b, a in zip(before, after, strict=True)]
 
     def of_stages(self, stages: Sequence[int], key: str) -> list[float]:
         """The final mean over the tasks of some stages, per seed (the paper's Table 4); [] of a
@@ -78,7 +81,7 @@ class EndTaskMatrix:
 def read_end_tasks(run: Run) -> tuple[EndTaskMatrix | None, list[str]]:
     """What a run has of end tasks, and warnings about what of it cannot be read."""
     stages: dict[int, dict[str, dict[str, list[float]]]] = {}
-    about: dict[str, dict] = {}
+    about = _asked_for(run.recipe)
     warnings: list[str] = []
     for stage in range(len(run.matrix.stages)):
         for folder in sorted((run.path / "stages").glob(f"{stage:02d}_*")):
@@ -96,10 +99,21 @@ def read_end_tasks(run: Run) -> tuple[EndTaskMatrix | None, list[str]]:
         return None, warnings
     trained = run.matrix.trained
     own = {n: trained[t["domain"]] for n, t in about.items() if t.get("domain") in trained}
-    metrics = {n: str(t.get("metric")) for n, t in about.items()}
+    metrics = {n: str(t.get("metric") or "") for n, t in about.items()}
     recipe = run.recipe
     alone = recipe.get("start_from", "previous") != "previous" or bool(recipe.get("hat_adapter"))
     return EndTaskMatrix(run.matrix.last, list(about), own, metrics, stages, alone), warnings
+
+
+def _asked_for(recipe: dict) -> dict[str, dict]:
+    """The end tasks of a recipe: as long as one is not measured, a mean over them is not known."""
+    asked = (recipe.get("evaluate") or {}).get("end_tasks")
+    tasks = asked.get("tasks") if isinstance(asked, dict) else None
+    return {
+        name: {"domain": task.get("domain") or name, "metric": task.get("metric")}
+        for name, task in (tasks if isinstance(tasks, dict) else {}).items()
+        if isinstance(task, dict)
+    }
 
 
 def estimate(runs: Sequence[list[float]]) -> Estimate | None:

@@ -59,7 +59,7 @@ class Entry:
 
 @dataclass
 class Series:
-    """One number of one setting at the end of each of its finished runs, by time."""
+    """One number of one setting at the end of each of its finished runs that has it, by time."""
 
     setting: str
     what: str
@@ -134,7 +134,8 @@ def over_time(entries: list[Entry]) -> list[Series]:
 
 def _series(kind: Literal["score", "loss"], what: str, ordered: list[Entry]) -> list[Series]:
     trends = [(e, (e.scores if kind == "score" else e.losses).get(what)) for e in ordered]
-    ends = [(entry, trend[-1]) for entry, trend in trends if trend]
+    # What is missing there (skipped, failed, not yet measured) is not that of an earlier stage.
+    ends = [(e, trend[-1]) for e, trend in trends if trend and trend[-1][0] == len(e.stages) - 1]
     if len(ends) < 2:
         return []
     worse, change, noise = [False], 0.0, None
@@ -212,7 +213,7 @@ def _row(entry: Entry, names: list[str]) -> dict[str, Any]:
     forgotten = {fall.what for fall in entry.falls if fall.kind == "loss"}
     benchmarks = {n: trend for n, trend in entry.scores.items() if n != HUMANEVAL}
     means = []
-    if benchmarks and len(set(map(len, benchmarks.values()))) == 1:
+    if len({tuple(stage for stage, *_ in trend) for trend in benchmarks.values()}) == 1:
         stages = zip(*benchmarks.values(), strict=True)
         means = [sum(value for _, value, _ in at) / len(at) for at in stages]
     return {
