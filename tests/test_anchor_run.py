@@ -1,6 +1,7 @@
 """Runs with an anchor: where its text comes from, and what is refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,11 +10,14 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from pipeline.data.prepare import prepare
+from pipeline.data.tokenizer import train_tokenizer
 from pipeline.engine.config import resolve_engine_config
 from pipeline.errors import UserError
+from pipeline.methods.anchor import Anchor
 from pipeline.run.recipe_file import load_recipe
 from pipeline.run.run import run_recipe
-from tests.test_run import tiny_recipe
+from tests.test_run import tiny_recipe, write_corpus
 
 
 def run(recipe, overrides, folder):
@@ -63,6 +67,25 @@ def build_base(folder):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def test_the_text_of_a_domain_is_that_of_its_files(tmp_path):
+    """Files that change, and settings that make other tokens of them, make another text."""
+    write_corpus(tmp_path / "c.jsonl.gz", "a")
+    domain = f"data.domains.c={{files: ['{tmp_path}/c.jsonl.gz'], heldout_fraction: 0.2}}"
+    fixed = [domain, "anchor={text: c}", f"data.prepared={tmp_path / 'prepared'}"]
+    tokenizer = train_tokenizer(["a text"], 300)
+
+    def key(*overrides):
+        recipe = load_recipe(tiny_recipe(tmp_path), [*fixed, *overrides])
+        prepare(recipe, "c", tokenizer)
+        return Anchor(recipe)._key(SimpleNamespace(tokenizer=tokenizer), {})
+
+    first = key()
+    assert key() == first
+    found = {first, key("data.packing=false"), key(domain.replace("0.2", "0.3"))}
+    write_corpus(tmp_path / "c.jsonl.gz", "b")
+    assert len({*found, key()}) == 4
 
 
 def test_an_anchor_in_a_run(tmp_path):

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from pipeline.data.mlm import IGNORED, collate
 from pipeline.data.objective import OBJECTIVES, targets_of
 from pipeline.data.order import Permutation
+from pipeline.data.prepare import prepared_before
 from pipeline.methods.anchor_text import AnchorText, Row, make_text
 from pipeline.methods.divergence import summed_kl, summed_kl_top_k
 from pipeline.methods.extra_rows import ExtraRows
@@ -29,6 +30,7 @@ from pipeline.methods.method import Method, Start, Teacher
 from pipeline.methods.sampled_text import BLOCK, sampled_sequences
 from pipeline.model.attention import Separation, arrange, separation_of
 from pipeline.model.load import PredictedPositions, predict
+from pipeline.ranks import on_rank0
 from pipeline.recipe import Recipe
 
 FORMAT = 1  # of the text's folder
@@ -180,9 +182,11 @@ class Anchor(Method):
             return predict(frozen.model, inputs, wanted, frozen.head)
 
     def _key(self, start: Start, identity: dict[str, Any]) -> str:
-        """Of the text's folder: whatever changes a token or a prediction."""
+        """Of the text's folder: whatever changes a token or a prediction. All ranks call it."""
         s, d = self.settings, self.recipe.data
-        source = asdict(d.domains[s.text]) if s.text in d.domains else None
+        source = None
+        if s.text in d.domains:
+            source = on_rank0(partial(self._corpus, start)), d.packing
         vocabulary = start.tokenizer.backend_tokenizer.to_str().encode()
         content = {
             "format": FORMAT, "teacher": identity, "text": s.text, "source": source,
@@ -194,6 +198,12 @@ class Anchor(Method):
         }  # fmt: skip
         text = json.dumps(content, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _corpus(self, start: Start) -> str:
+        """The name of the domain's prepared corpus, which changes with all that is in it."""
+        prepared = prepared_before(self.recipe, self.settings.text, start.tokenizer)
+        assert prepared is not None  # the run has opened it
+        return prepared.folder.name
 
 
 class _Frozen:
