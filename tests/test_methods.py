@@ -21,7 +21,7 @@ from pipeline.recipe import L2ToStart as L2Settings
 from pipeline.recipe import Lora, Recipe
 from pipeline.recipe import OLora as OLoraSettings
 from pipeline.recipe import SourceColumns as SourceSettings
-from pipeline.run.methods import METHODS, NEEDS, needs_table
+from pipeline.run.methods import METHODS, NEEDS, needs_table, teacher_at
 from pipeline.run.recipe_file import load_recipe
 from pipeline.run.run import run_recipe
 from pipeline.run.train import train_stage
@@ -299,6 +299,26 @@ def test_the_start_of_the_run_is_the_base(start):
     for shard in method.state_shards():
         held = weights[shard.name].flatten() + (start == "stage")
         torch.testing.assert_close(shard.tensor, held)
+
+
+def test_what_the_weights_are_held_to_is_not_rounded(tmp_path, monkeypatch):
+    """Beside a GPU, where frozen models are in half precision."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    recipe, base = recipe_for("llama", 2), MODELS["llama"]()
+    recipe.l2_to_start = L2Settings()
+    base.save_pretrained(tmp_path)
+    model = MODELS["llama"]()
+    engine = SimpleNamespace(module=model, shards=ParameterShards(model))
+    start = start_of(engine, 2)
+    start.teacher = lambda _: teacher_at(recipe, str(tmp_path))
+    for p in model.parameters():
+        p.data += 1
+    method = L2ToStart(recipe)
+    method.prepare(start)  # of a run that goes on between its stages
+    weights = dict(base.named_parameters())
+    for shard in method.state_shards():
+        assert torch.equal(shard.tensor, weights[shard.name].flatten())
 
 
 @pytest.mark.parametrize(

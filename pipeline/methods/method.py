@@ -18,12 +18,13 @@ from pipeline.shard import Shard
 class Teacher:
     """A frozen model: the base, or what the stage before published.
 
-    load: gives it in eval mode, whole, on this rank's device.
+    load: gives it in eval mode, whole, on this rank's device (of a GPU in half precision); with
+    `exact=True` on the CPU, in the precision of its file.
     identify: gives what says that two teachers are the same one (of a folder, what its files hold,
     which are read for it). All ranks call it together.
     """
 
-    load: Callable[[], nn.Module]
+    load: Callable[..., nn.Module]
     identify: Callable[[], dict[str, Any]]
 
 

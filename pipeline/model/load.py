@@ -235,12 +235,13 @@ def load_for_evaluation(
     objective: str,
     attention: str,
     revision: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     device: str = "cpu",
     lora: Lora | None = None,
 ) -> nn.Module:
     """A model or an adapter with its base, on the device, in eval mode.
 
+    dtype: "auto" is that of the checkpoint's file.
     lora: of the recipe that trains the adapter: its base is quantized as there, before training
         (without an adapter) as after.
 

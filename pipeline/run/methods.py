@@ -120,11 +120,12 @@ def teacher_at(recipe: Recipe, checkpoint: str) -> Teacher:
     dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
     revision = m.revision if checkpoint == m.path else None
 
-    def load() -> nn.Module:
-        device = f"cuda:{torch.cuda.current_device()}" if cuda else "cpu"
+    def load(exact: bool = False) -> nn.Module:
+        device = f"cuda:{torch.cuda.current_device()}" if cuda and not exact else "cpu"
         net = load_for_evaluation(
-            checkpoint, m.objective, m.attention, revision, dtype, device, m.lora
-        )
+            checkpoint, m.objective, m.attention, revision, "auto" if exact else dtype, device,
+            m.lora,
+        )  # fmt: skip
         return net.requires_grad_(False)
 
     def identify() -> dict[str, Any]:
