@@ -598,9 +598,12 @@ def test_a_key_of_the_json_reaches_the_engine_or_is_refused(here):
         "optimizer": {"type": "AdamW"}, "gradient_clipping": 1.0, "train_batch_size": 4,
         "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2,
         "fp16": {"enabled": False}, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1},
+        "communication_data_type": "fp32", "prescale_gradients": True, "steps_per_print": 5,
+        "gradient_predivide_factor": 2.0, "data_types": {"grad_accum_dtype": "fp32"},
+        "wall_clock_breakdown": True, "memory_breakdown": True, "dump_state": True,
     }  # fmt: skip
     for key in USED:
-        value = values.get(key, {"x": 1})
+        value = values.get(key, {"enabled": True})
         resolved = resolve_ds_config({key: value}, recipe, 1, "cuda")
         if key == "optimizer":  # held against the recipe, from which it is built
             with pytest.raises(UserError, match="only"):

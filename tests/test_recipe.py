@@ -236,6 +236,38 @@ def test_mistakes_in_the_json_come_together(write):
         assert part in message
 
 
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: write a number"),
+        ({"train_micro_batch_size_per_gpu": "4"}, "train_micro_batch_size_per_gpu: write a number"),
+        ({"optimizer": {"params": None}}, "optimizer.params: must be an object"),
+        ({"tensorboard": True}, "tensorboard: must be an object"),
+        ({"data_types": {"grad_acum_dtype": "fp32"}}, "data_types.grad_acum_dtype: unknown key"),
+        ({"communication_data_type": "fp64"}, "communication_data_type. Supported data types"),
+        ({"bf16": {"enabled": True, "grad_check": 1}}, "grad_check: Extra inputs"),
+        (
+            {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
+            "bf16.bf16_master_weights_and_grads: checkpoints",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}},
+            "zero_optimization.offload_optimizer: must be an object",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "leaf_module": []}},
+            "zero_optimization: leaf_module configuration",
+        ),
+        (
+            {"zero_optimization": {"stage": 2}, "gradient_predivide_factor": 2.0},
+            "gradient_predivide_factor: DeepSpeed has it from stage 2 on only",
+        ),
+    ],
+)
+def test_a_value_over_which_deepspeed_would_stumble_is_named(write, config, part):
+    assert part in ds_problems(config, recipe(write))
+
+
 def test_a_batch_that_does_not_divide_is_refused(write):
     message = ds_problems({}, recipe(write, "train.batch_size=32"), ranks=3)
     assert "choose train.batch_size a multiple of 30" in message

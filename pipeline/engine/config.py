@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pipeline.engine.ds_keys import top_level_problems, zero_problems
+from pipeline.engine.ds_keys import combined_problems, top_level_problems, zero_problems
 from pipeline.errors import UserError
 from pipeline.model.compiled import check_compiler
 from pipeline.recipe import Lora, Recipe
@@ -110,6 +110,8 @@ def resolve_ds_config(
     if device == "cpu" or eight_bit or not offloads(config, "optimizer"):
         config["zero_force_ds_cpu_optimizer"] = False  # no compiled CPU Adam: start at once
     config.setdefault("steps_per_print", 10**9)
+    if problems := combined_problems(config):
+        raise _problems(name, problems)
     return config
 
 
@@ -258,6 +260,10 @@ def _resolve_batch(config: dict[str, Any], recipe: Recipe, ranks: int, problems:
         key: config.get(key, "auto")
         for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     }
+    for key, value in given.items():
+        if value != "auto" and (type(value) is not int or value < 1):
+            problems.append(f'{key}: write a number from 1 on, or "auto", got {value!r}')
+            return
     in_json = given["train_micro_batch_size_per_gpu"]
     if micro is None and in_json != "auto":
         micro, where = in_json, "train_micro_batch_size_per_gpu"
@@ -317,9 +323,12 @@ def _check_optimizer(config: dict[str, Any], recipe: Recipe, problems: list[str]
             "(optimizer.name=adamw8bit for 8-bit moments)"
         )
         return
-    o = recipe.optimizer
+    o, params = recipe.optimizer, block.pop("params", {})
+    if not isinstance(params, dict):
+        problems.append('optimizer.params: must be an object such as {"lr": "auto"}')
+        return
     values = {"lr": o.lr, "betas": list(o.betas), "eps": o.eps, "weight_decay": o.weight_decay}
-    for key, value in block.pop("params", {}).items():
+    for key, value in params.items():
         if key not in values:
             problems.append(f"optimizer.params.{key}: takes no effect here; remove it")
         elif value != "auto" and value != values[key]:

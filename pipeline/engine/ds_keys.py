@@ -6,6 +6,7 @@ which version.
 """
 
 import difflib
+from copy import deepcopy
 from typing import Any
 
 from pydantic import ValidationError
@@ -35,6 +36,12 @@ USED = {
     "csv_monitor",
     "timers",
 }
+# Those whose value is an object.
+OBJECTS = (
+    "data_types", "flops_profiler", "comms_logger", "tensorboard", "wandb", "comet", "csv_monitor",
+    "timers",
+)  # fmt: skip
+DATA_TYPES = {"grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"}
 UNUSED = {
     "scheduler": "the schedule is the recipe's (optimizer.schedule, optimizer.warmup)",
     "activation_checkpointing": "set model.gradient_checkpointing in the recipe",
@@ -138,8 +145,14 @@ def engine_problems(config: dict[str, Any]) -> list[str]:
 
 
 def top_level_problems(config: dict[str, Any]) -> list[str]:
-    """Keys of the JSON that DeepSpeed or this project would ignore."""
+    """Keys of the JSON that DeepSpeed or this project would ignore, and blocks that are none."""
     found = []
+    for key in OBJECTS:
+        if not isinstance(config.get(key, {}), dict):
+            found.append(f"{key}: must be an object, got {config[key]!r}")
+        elif key == "data_types":
+            for other in sorted({*config.get(key, {})} - DATA_TYPES):
+                found.append(f"{key}.{other}: unknown key (DeepSpeed would ignore it); remove it")
     for key in config:
         if key in UNUSED:
             found.append(f"{key}: takes no effect here: {UNUSED[key]}. Remove it.")
@@ -162,15 +175,18 @@ def zero_problems(block: dict[str, Any]) -> list[str]:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             found.append(f"zero_optimization.{key}: unknown key{hint}")
+    offloads = [k for k in ("offload_optimizer", "offload_param") if k in block]
+    if none := [k for k in offloads if not isinstance(block[k] or {}, dict)]:
+        example = 'must be an object such as {"device": "cpu"}'
+        return [*found, *(f"zero_optimization.{k}: {example}, got {block[k]!r}" for k in none)]
     found += engine_problems({"zero_optimization": block})
     read = {k: v for k, v in block.items() if k in known and k not in UNUSED_ZERO and v != "auto"}
     try:
         DeepSpeedZeroConfig(**read)
     except ValidationError as error:
-        for e in error.errors():
-            key = ".".join(["zero_optimization", *map(str, e["loc"])])
-            found.append(f"{key}: {e['msg']}" + (f", got {e['input']!r}" if e["loc"] else ""))
-        return found
+        return found + _explained(error, "zero_optimization")
+    except TypeError as error:  # of leaf_module
+        return [*found, f"zero_optimization: {error}"]
     stage = block.get("stage", 0)
     defaults = {f.alias or n: f.default for n, f in DeepSpeedZeroConfig.model_fields.items()}
     for key, value in block.items():
@@ -185,6 +201,50 @@ def zero_problems(block: dict[str, Any]) -> list[str]:
             needs = f"{stages[0]} or more" if stages[-1] == 3 else "1 or 2"
             found.append(f"zero_optimization.{key}: needs stage {needs}, got {stage}")
     return found
+
+
+def combined_problems(config: dict[str, Any]) -> list[str]:
+    """What is wrong with a configuration whose keys are all known ones: values that DeepSpeed
+    refuses, when the model is loaded or in an assertion, and masters that are not fp32.
+
+    config: without "auto"; the batch of any number of ranks.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    zero, found = config["zero_optimization"], []
+    for precision in ("bf16", "fp16"):
+        for what in ("master_weights_and_grads", "optimizer_states"):
+            if config[precision].get(key := f"{precision}_{what}"):
+                found.append(
+                    f"{precision}.{key}: checkpoints and later stages go on from weights and "
+                    "moments in fp32; remove it"
+                )
+    if zero.get("stage", 0) >= 2 and zero.get("reduce_scatter", True):
+        for key, off in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
+            if config.get(key, off) != off:
+                found.append(
+                    f"{key}: DeepSpeed has it from stage 2 on only with "
+                    "zero_optimization.reduce_scatter: false; set that, or remove it"
+                )
+    if found:
+        return found
+    try:
+        DeepSpeedConfig({k: v for k, v in deepcopy(config).items() if k != "train_batch_size"})
+    except ValidationError as error:
+        return _explained(error, error.title)
+    except Exception as error:  # it raises many kinds
+        return [f"DeepSpeed refuses it: {error}"]
+    return []
+
+
+def _explained(error: ValidationError, where: str) -> list[str]:
+    """where: the block, or DeepSpeed's name of it."""
+    return [
+        ".".join([where, *map(str, e["loc"])])
+        + f": {e['msg']}"
+        + (f", got {e['input']!r}" if e["loc"] else "")
+        for e in error.errors()
+    ]
 
 
 def _is_no_offload(key: str, value: Any) -> bool:
