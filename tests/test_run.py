@@ -202,6 +202,17 @@ def test_mistakes_are_found_before_training(recipe, overrides, expected):
         pass
 
 
+@pytest.mark.parametrize("begun", ["hft={}", "hft=null"])
+def test_a_method_without_settings_belongs_to_the_recipe(recipe, begun):
+    """It is an empty mapping, and its absence null."""
+    folder = recipe.parent / "run"
+    with open_run(folder, load_recipe(recipe, [begun]), {}):
+        (folder / "stages").mkdir()
+    other = load_recipe(recipe, ["hft=null" if begun == "hft={}" else "hft={}"])
+    with pytest.raises(UserError, match=r"another recipe \(hft: "), open_run(folder, other, {}):
+        pytest.fail("it goes on")
+
+
 def test_what_a_stage_read_and_left_out_is_reported(recipe):
     with gzip.open(recipe.parent / "a.jsonl.gz", "at") as file:
         file.write("{broken\n")

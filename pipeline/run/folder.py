@@ -152,7 +152,7 @@ def _differences(old: Any, new: Any) -> list[str]:
     """Keys whose values differ, but for FREE ones, the engine, and the base: `base_differences`."""
 
     def flat(node: Any, path: str = "") -> dict[str, Any]:
-        if isinstance(node, dict):
+        if isinstance(node, dict) and node:  # an empty one is a setting too: `hft: {}`
             return {k: v for key, n in node.items() for k, v in flat(n, f"{path}.{key}").items()}
         return {path.lstrip("."): node}
 
