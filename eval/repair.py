@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from eval.analysis.load import load_run
+from eval.analysis.load import Run, load_run
 from eval.analysis.text import number, signed
 from eval.measure.lm import losses_of
 from pipeline.checkpoint import is_published, publish, verify
@@ -93,7 +93,7 @@ def find(checkpoint: Path, toward: str | None, heldout: Path | None) -> Task:
             )
         ended, begun = _stage_of(checkpoint, run), 0 if toward is None else _stage_of(base, run)
         if ended is not None and begun is not None:
-            trained = [d for d, first in known.matrix.trained.items() if begun < first <= ended]
+            trained = _trained(known, begun, ended)
         heldout = heldout or run / "heldout"
     if base is None:
         raise UserError(
@@ -108,6 +108,16 @@ def find(checkpoint: Path, toward: str | None, heldout: Path | None) -> Task:
         if is_published(folder):
             verify(folder)
     return Task(checkpoint, base, revision, heldout, trained)
+
+
+def _trained(run: Run, begun: int, ended: int) -> list[str] | None:
+    """The domains between two stages, also those that were trained on before; None where it is not
+    known from which stage another one started."""
+    start_from = run.recipe.get("start_from", "previous")
+    if start_from == "nearest" or (start_from == "base" and begun > 0):
+        return None
+    stages = range(begun + 1 if start_from == "previous" else ended, ended + 1)
+    return [d for d in run.matrix.trained if any(run.matrix.trains(t, d) for t in stages)]
 
 
 def _stage_of(checkpoint: str | Path, run: Path) -> int | None:

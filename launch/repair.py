@@ -73,6 +73,8 @@ def _check(args: argparse.Namespace, grid: bool) -> None:
 
     if args.out is None and not grid:
         raise UserError("--out is missing: the folder of the repaired checkpoint")
+    if args.share is not None and "," in args.share:
+        raise UserError(f"--share {args.share}: give one; --grid measures several")
     if args.out is not None and args.out.exists():
         raise UserError(f"--out {args.out}: it is there already; name a new folder, or delete it")
     if args.batch_size < 1:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from eval.repair import find
 from launch.repair import main
 from pipeline.checkpoint import publish, read_manifest, verify
 from pipeline.data.heldout import prepare_heldout
@@ -22,6 +23,7 @@ from pipeline.methods.repair import (
     write_repaired,
 )
 from pipeline.recipe import Data, Domain, Model, Recipe, Stage
+from tests.fake_runs import fake_run
 from tests.reference import MODELS
 
 
@@ -167,6 +169,24 @@ def test_a_grid_is_measured_and_its_best_is_written(run, tmp_path, monkeypatch, 
         torch.testing.assert_close(weight, share * base[name] + (1 - share) * tuned[name])
 
 
+def test_the_trained_domains_are_those_between_the_base_and_the_checkpoint(run, tmp_path):
+    other = fake_run(tmp_path / "other", trained=("math", "python", "cpp"), base=())
+    recipe = other / "recipe.yaml"
+    text = recipe.read_text().replace("domain: cpp", "domain: math")  # again, as the third stage
+    places = [other / f"stages/{stage}/checkpoint" for stage in ("00_base", "01_math", "03_cpp")]
+    for place in places:
+        place.mkdir(parents=True)
+    for start_from, toward, trained in (
+        ("previous", None, ["math", "python"]),
+        ("previous", str(places[1]), ["math", "python"]),
+        ("base", None, ["math"]),
+        ("base", str(places[1]), None),
+        ("nearest", None, None),
+    ):
+        recipe.write_text(f"start_from: {start_from}\n{text}")
+        assert find(places[2], toward, run).trained == trained
+
+
 def test_the_threshold_and_a_base_from_elsewhere(run, tmp_path, monkeypatch, capsys):
     """A base that is no published folder, and a checkpoint outside of any run."""
     checkpoint = run / "stages/01_a/checkpoint"
@@ -192,6 +212,7 @@ def test_the_threshold_and_a_base_from_elsewhere(run, tmp_path, monkeypatch, cap
         (["{run}", "--share", "0.3"], "--out is missing"),
         (["{run}", "--share", "1.5", "--out", "{new}"], "between 0"),
         (["{run}", "--grid", "a,b"], "as numbers"),
+        (["{run}", "--share", "0.1,0.2", "--out", "{new}"], "--grid measures several"),
         (["{run}", "--out", "{run}"], "there already"),
         (["{run}", "--toward", "{elsewhere}", "--share", "0.3", "--out", "{new}"], "cannot load"),
         (["{new}", "--share", "0.3", "--out", "{out}"], "no such folder"),
