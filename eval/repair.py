@@ -16,9 +16,10 @@ import transformers
 
 from eval.analysis.load import Run, load_run
 from eval.analysis.text import number, signed
-from eval.measure.lm import losses_of
+from eval.measure.lm import check_tokens, losses_of
 from pipeline.checkpoint import is_published, publish, verify
 from pipeline.data.heldout import load_heldout
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
 from pipeline.methods.repair import Edit, interpolate, write_repaired
 from pipeline.model.gguf import local_weights
@@ -149,6 +150,7 @@ def measure_shares(
     Memory: three times the weights, in fp32.
     """
     assert task.heldout is not None
+    check_tokens(task.heldout, str(task.checkpoint), lambda: load_tokenizer(str(task.checkpoint)))
     model, start = _loaded(task.checkpoint, task.heldout), _loaded(base, task.heldout)
     before = dict(start.named_parameters())
     after = {name: p.detach().clone() for name, p in model.named_parameters()}

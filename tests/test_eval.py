@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -145,6 +146,19 @@ def test_the_masks_do_not_depend_on_the_seed_of_the_run(prepared, tmp_path):
     for name, data in domains.items():
         for key, tensor in data.items():
             assert torch.equal(tensor, again[name][key])
+
+
+def test_text_in_other_tokens_is_refused(prepared, tmp_path, monkeypatch):
+    """Its loss could be computed, and would mean nothing."""
+    folder, _ = prepared
+    shutil.copytree(folder / "checkpoint", tmp_path / "model")
+    options = f"--checkpoint {tmp_path / 'model'} --heldout {folder / 'heldout'} --no-overlap"
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *options.split()])
+    train_tokenizer([TEXT] * 3, 300).save_pretrained(tmp_path / "model")
+    main()
+    train_tokenizer([TEXT[::-1]] * 3, 300).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="in other tokens than those of"):
+        main()
 
 
 @pytest.mark.parametrize(

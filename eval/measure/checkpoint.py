@@ -134,6 +134,8 @@ def measure_share(
         try:
             if kind == "heldout":
                 assert heldout is not None
+                source = checkpoint.tokenizer_path or checkpoint.path
+                lm.check_tokens(heldout, source, lambda: checkpoint.tokenizer)
                 overlap = settings.overlap
                 lm.evaluate_share(
                     checkpoint.model, heldout, output, share, settings.batch_size, overlap
@@ -155,7 +157,7 @@ def measure_share(
                 from eval.measure import end_tasks
 
                 assert settings.end_tasks is not None
-                source = end_tasks.Source(
+                copied = end_tasks.Source(
                     checkpoint.path,
                     checkpoint.revision,
                     checkpoint.tokenizer_path,
@@ -163,7 +165,7 @@ def measure_share(
                     checkpoint.device,
                 )
                 now = list(settings.end_tasks.tasks) if end_tasks_now is None else end_tasks_now
-                end_tasks.evaluate_share(source, settings.end_tasks, now, output, share)
+                end_tasks.evaluate_share(copied, settings.end_tasks, now, output, share)
             elif kind == "tasks":
                 from eval.measure import tasks
 

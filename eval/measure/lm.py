@@ -18,16 +18,18 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from eval.measure.results import write_arrays, write_json
-from pipeline.data.heldout import load_heldout
+from pipeline.data.heldout import in_its_tokens, load_heldout
 from pipeline.data.mlm import collate
 from pipeline.data.objective import targets_of
 from pipeline.engine.config import precision_of
+from pipeline.errors import UserError
 from pipeline.migu.magnitude import MagnitudeRecorder
 from pipeline.migu.mask import select_rows
 from pipeline.migu.targets import find_targets
 from pipeline.model.attention import Separation, arrange, separate_documents
 from pipeline.model.load import PredictedPositions
 from pipeline.model.prompt import prompt_of, without_prompt
+from pipeline.progress import say
 from pipeline.ranks import end_if_asked, on_rank0, rank, world_size
 from pipeline.recipe import Recipe
 from pipeline.run.evaluation import RESULTS, Evaluation
@@ -123,6 +125,24 @@ def evaluate_share(
     sums = _evaluate(model, model, separation, device, heldout, share, batch_size, overlap)
     with output.open("wb") as file:
         np.savez(file, **sums)
+
+
+def check_tokens(heldout: Path, model: str, load: Callable[[], Any]) -> None:
+    """load: the model's tokenizer, or UserError where it has none.
+
+    Raises:
+        UserError: the held-out text is in other tokens than the model's.
+    """
+    try:
+        tokenizer = load()
+    except UserError:
+        say(f"{model} has no tokenizer: whether {heldout} is in its tokens is not checked")
+        return
+    if not in_its_tokens(heldout, tokenizer):
+        raise UserError(
+            f"{heldout} is in other tokens than those of {model}: a loss on it would mean nothing. "
+            "Give the held-out text of a run with the same tokenizer"
+        )
 
 
 def separation_of_heldout(model: nn.Module, heldout: Path) -> Separation:

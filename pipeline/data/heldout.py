@@ -1,12 +1,13 @@
 """Held-out text with its masks, made once per run: every evaluation sees the same tokens."""
 
+import hashlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -79,6 +80,7 @@ def prepare_heldout(
     """
     objective = OBJECTIVES[recipe.model.objective]
     frame = frame_of(recipe, tokenizer)
+    used: list[Tensor] = []
 
     def write(target: Path) -> None:
         for name in recipe.heldout_domains():
@@ -95,6 +97,7 @@ def prepare_heldout(
             ]
             batch = collate(rows)
             labels = batch["labels"]
+            used.extend((batch["input_ids"], labels))
             unigram = _unigram_loss(
                 recipe, corpora[name].train, vocabulary_size(tokenizer), labels.numpy()
             )
@@ -112,9 +115,10 @@ def prepare_heldout(
             examples = task_examples(recipe.data.domains[name], recipe.data.bad_lines)["heldout"]
             text = "".join(json.dumps([e.prompt, e.response]) + "\n" for e in examples)
             (target / f"{name}.tasks.jsonl").write_text(text, encoding="utf-8")
+        info["tokens"] = _tokens(tokenizer, used)
 
     tasks = {n: options_of(t) for n in recipe.tasks() if (t := recipe.data.domains[n].task)}
-    info = {
+    info: dict[str, Any] = {
         "tasks": tasks,
         "template": recipe.data.template,
         "domains": recipe.heldout_domains(),
@@ -130,6 +134,21 @@ def load_heldout(folder: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
     """(manifest, tensors of each domain)."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     return manifest, {n: load_file(folder / f"{n}.safetensors") for n in manifest["domains"]}
+
+
+def in_its_tokens(folder: Path, tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the ids of the text are the same tokens to a tokenizer; of other ones a model's loss
+    can be computed too, and means nothing. True where the folder is too old to tell."""
+    manifest, domains = load_heldout(folder)
+    ids = [domain[key] for domain in domains.values() for key in ("input_ids", "labels")]
+    return manifest.get("tokens") in (None, _tokens(tokenizer, ids))
+
+
+def _tokens(tokenizer: PreTrainedTokenizerFast, ids: Iterable[Tensor]) -> str:
+    """A digest of the ids that occur and their tokens."""
+    used = torch.cat([part.unique() for part in ids]).unique().tolist()
+    tokens = [(i, tokenizer.convert_ids_to_tokens(i)) for i in used if i >= 0]
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 
 def load_tasks(folder: Path) -> dict[str, tuple[list[str], list[Example]]]:
