@@ -1,10 +1,13 @@
 """Loading in the precision of the file: nothing is converted twice, and no bit is lost."""
 
+import pytest
 import torch
 
 from pipeline.model.load import build_model, load_config
+from pipeline.model.save import adapter_names, save_model
 from pipeline.ranks import world_size
-from pipeline.recipe import Model
+from pipeline.recipe import Lora, Model
+from pipeline.run.build import _in_fp32
 from tests.reference import MODELS
 from tests.spawn import run_ranks
 from tests.test_fsdp import fsdp_engine
@@ -47,3 +50,22 @@ def test_engines_start_from_the_weights_of_the_file(tmp_path):
             assert loaded == {dtype}, kind
             assert buffers == {torch.float32}, kind  # the rotary frequencies
             assert not wrong, (dtype, kind)
+
+
+@pytest.mark.parametrize("lora", [Lora(r=4), Lora(r=4, experts=2)])
+def test_an_adapter_over_a_base_in_half_precision_goes_on_in_fp32(lora, tmp_path):
+    """The masters are made of `_in_fp32`: they are what was published, to the bit."""
+    MODELS["llama"]().bfloat16().save_pretrained(tmp_path / "base")
+    model = Model(path=str(tmp_path / "base"), objective="causal", lora=lora)
+    config = load_config(model)
+    net = build_model(model, config, None, seed=0, keep_dtype=True)
+    names = adapter_names(net)
+    published = {n: torch.randn(net.get_parameter(n).shape) for n in names}
+    (tmp_path / "adapter").mkdir()
+    save_model(net, published.items(), tmp_path / "adapter", torch.float32)
+    again = build_model(model, config, tmp_path / "adapter", seed=0, keep_dtype=True)
+    exact = dict(_in_fp32(again))
+    assert exact.keys() == published.keys()
+    assert all(torch.equal(w, published[n]) for n, w in exact.items())
+    ids = torch.arange(5, 25).reshape(2, 10)
+    assert all(n(input_ids=ids).logits.isfinite().all() for n in (net, again))

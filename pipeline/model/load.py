@@ -189,7 +189,8 @@ def build_model(
             if adapter is not None and model.lora is not None and model.lora.incremental:
                 add_beside(net, adapter, model.lora, kind, seed)
             elif adapter is not None:
-                _load_published(net, adapter, kind, model.prompt, seed)
+                # In fp32, of which the engine makes its masters, whatever dtype the base has.
+                _load_published(net, adapter, kind, model.prompt, seed, torch.float32)
             elif model.lora is not None and model.lora.experts > 1:
                 add_moe_lora(net, model.lora, str(source), revision, kind, seed)
             elif model.lora is not None:
@@ -273,14 +274,16 @@ def _load_published(
     task_type: str | None,
     prompt: Prompt | None = None,
     seed: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Into its base, whatever kind of adapter was published. prompt, seed: of what trains it on."""
+    """Into its base, whatever kind of adapter was published. prompt, seed: of what trains it on.
+    dtype: as of `load_adapter`."""
     if is_prompt(adapter):
         load_prompt(net, adapter, prompt, seed)
     elif is_moe_lora(adapter):
-        load_moe_lora(net, adapter, task_type)
+        load_moe_lora(net, adapter, task_type, dtype)
     else:
-        load_adapter(net, adapter)
+        load_adapter(net, adapter, dtype=dtype)
 
 
 def empty_model(model: Model, config: PretrainedConfig) -> nn.Module:

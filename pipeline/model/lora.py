@@ -181,8 +181,12 @@ def _joined(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor
         yield key, torch.cat(pair, dim=0 if ".lora_A." in key else 1)
 
 
-def load_adapter(net: Any, adapter: str | Path, name: str = "default") -> None:
+def load_adapter(
+    net: Any, adapter: str | Path, name: str = "default", dtype: torch.dtype | None = None
+) -> None:
     """Load a published adapter into its base model, to be trained on.
+
+    dtype: of its weights; None: the base's, which may hold less than the file does.
 
     Raises:
         UserError: its base is gone; it lacks weights, or they are damaged.
@@ -199,6 +203,7 @@ def load_adapter(net: Any, adapter: str | Path, name: str = "default") -> None:
             is_trainable=True,
             adapter_kwargs={"revision": None},
             ignore_mismatched_sizes=True,
+            dtype_plan={} if dtype is None else {"lora_": dtype},
         )
     missing = {key for key in info.missing_keys if f".{name}." in key}  # not those of others
     require_whole(adapter, net, missing, info.mismatched_keys)

@@ -35,7 +35,8 @@ def add_moe_lora(
 
 
 def _route(a: nn.Linear, experts: int) -> None:
-    router = nn.Linear(a.in_features, experts, bias=False, device=a.weight.device)
+    w = a.weight
+    router = nn.Linear(a.in_features, experts, bias=False, device=w.device, dtype=w.dtype)
     nn.init.zeros_(router.weight)
     a.router = router
     each = a.out_features // experts
@@ -77,8 +78,10 @@ def save_moe_lora(
     save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def load_moe_lora(net: Any, adapter: str | Path, task_type: str | None) -> None:
-    """Give the base what was published, to be trained on.
+def load_moe_lora(
+    net: Any, adapter: str | Path, task_type: str | None, dtype: torch.dtype | None = None
+) -> None:
+    """Give the base what was published, to be trained on. dtype: as of `load_adapter`.
 
     Raises:
         UserError: its base is gone; the file is damaged, or of another model.
@@ -94,6 +97,5 @@ def load_moe_lora(net: Any, adapter: str | Path, task_type: str | None) -> None:
     own = {n: p for n, p in net.named_parameters() if p.requires_grad}
     if own.keys() != found.keys() or any(own[n].shape != w.shape for n, w in found.items()):
         raise UserError(f"{adapter}: its weights are not those of an adapter of {base}")
-    with torch.no_grad():
-        for name, weight in found.items():
-            own[name].copy_(weight)
+    for name, weight in found.items():
+        own[name].data = weight.to(own[name].device, dtype or own[name].dtype)
