@@ -119,11 +119,14 @@ def test_masked_rows_have_no_master_and_no_moment():
             assert abs((split - rest) - 3 * kept) < 0.02 * 3 * kept
 
 
-def run(recipe, folder, *overrides):
+def nothing(*_):
+    pass
+
+
+def run(recipe, folder, *overrides, measure=nothing):
     whole = load_recipe(recipe, [f"data.prepared={folder / 'prepared'}", *overrides])
     config = resolve_engine_config("ds_configs/zero2.json", whole, 1, "cpu")
-    nothing = lambda *_: None  # noqa: E731
-    run_recipe(whole, config, folder / "runs", nothing, nothing, nothing)
+    run_recipe(whole, config, folder / "runs", measure, nothing, nothing)
     return folder / "runs" / whole.name
 
 
@@ -153,6 +156,24 @@ def test_a_run_with_rows_per_stage(tmp_path):
     with pytest.raises(UserError, match="gains nothing with LoRA"):
         load_recipe(recipe, [*refresh, "model.path=.", "model.config=null", "model.lora={}",
                              "model.train_tokenizer=null"])  # fmt: skip
+
+
+def test_a_run_that_goes_on_has_the_rows_of_one_that_was_not_interrupted(tmp_path):
+    """The second stage starts from the base, while what was published before it is measured."""
+    recipe = tiny_recipe(tmp_path)
+    settings = ["mask={refresh: stage, calibration: 16}", "start_from=base", "optimizer.lr=0.01",
+                "stages[1].steps=1"]  # fmt: skip
+    whole = run(recipe, tmp_path, "name=whole", *settings)
+
+    def ends(_engine, _separation, task, _recipe):
+        if task.stage == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path, "name=broken", *settings, measure=ends)
+    broken = run(recipe, tmp_path, "name=broken", *settings)
+    one, other = (load_file(x / "stages/02_b/rows/rows.safetensors") for x in (whole, broken))
+    assert all(torch.equal(keep, other[n]) for n, keep in one.items())
 
 
 def test_the_activations_are_what_a_forward_keeps():

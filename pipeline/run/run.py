@@ -89,8 +89,8 @@ def run_recipe(
                 if pending:
                     tell(f"{place_of(task)}: measuring {', '.join(pending)}")
                 if "heldout" in pending:
-                    coming = min(task.stage + 1, len(recipe.stages))
-                    engine = engine_with(run, task.checkpoint, coming, train=False)
+                    by_rows_of = _split_by(recipe, task)
+                    engine = engine_with(run, task.checkpoint, by_rows_of, train=False)
                     assert run.separation is not None  # known with the engine
                     measure_heldout(engine, run.separation, task, recipe)
                     pending.remove("heldout")
@@ -167,6 +167,16 @@ def _prepare(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Run
             log.write("corpus", domain=name, **counts)
     methods = methods_of(recipe)
     return Run(folder, recipe, engine_config, config, tokenizer, data, log, methods=methods)
+
+
+def _split_by(recipe: Recipe, task: Evaluation) -> int:
+    """The stage by whose rows a model is split for its held-out loss (`split_stage`): the next one,
+    which chooses them by these weights, where it goes on from them; else the one they are of."""
+    if task.stage == 0:
+        return 1
+    last = task.stage == len(recipe.stages)
+    goes_on = recipe.start_from == "previous" and task.step is None and not last
+    return task.stage + 1 if goes_on else task.stage
 
 
 def _unlogged(run: Run, stage: int) -> dict[str, Any] | None:

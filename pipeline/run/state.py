@@ -73,7 +73,7 @@ def engine_with(run: Run, checkpoint: str, stage: int, train: bool = True) -> En
     It is made once in a run. What an interrupted run has left to measure at an older checkpoint
     makes another one, and so does each stage where the rows that it trains are chosen before it.
 
-    stage: that it trains, or the one to come where it measures (`train` False).
+    stage: that it trains, or by whose rows it is split where it measures (`train` False).
     """
     rows = split_stage(run.recipe, stage)
     if run.engine is not None and run.holds == checkpoint and (not train or run.rows == rows):
