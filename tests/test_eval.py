@@ -148,6 +148,28 @@ def test_the_masks_do_not_depend_on_the_seed_of_the_run(prepared, tmp_path):
             assert torch.equal(tensor, again[name][key])
 
 
+def test_the_text_is_the_same_beside_other_training_text(tmp_path):
+    """Its digests say whether losses compare; what a unigram model learned is no part of them."""
+    tokenizer = train_tokenizer([TEXT] * 3, 300)
+    (tmp_path / "heldout.txt").write_text(TEXT)
+    manifests = []
+    for name, text in (("one", TEXT[::-1]), ("other", TEXT.upper())):
+        (tmp_path / f"{name}.txt").write_text(text)
+        domain = Domain(
+            files=[str(tmp_path / f"{name}.txt")], heldout_files=[str(tmp_path / "heldout.txt")]
+        )
+        data = Data(domains={"a": domain}, heldout_sequences=3, prepared=str(tmp_path / "prepared"))
+        recipe = Recipe(
+            name=name, model=Model(path="unused"), data=data, stages=[Stage("a", steps=1)]
+        )
+        corpora = {"a": prepare(recipe, "a", tokenizer)}
+        prepare_heldout(recipe, tokenizer, corpora, tmp_path / name)
+        manifests.append(load_heldout(tmp_path / name)[0])
+    one, other = manifests
+    assert one["files"] == other["files"]
+    assert one["unigram_loss"] != other["unigram_loss"]
+
+
 def test_text_in_other_tokens_is_refused(prepared, tmp_path, monkeypatch):
     """Its loss could be computed, and would mean nothing."""
     folder, _ = prepared

@@ -253,8 +253,6 @@ def _write_result(
     loss `loss/<domain>` (float64) and the number of predicted tokens `tokens/<domain>` (int64) of
     each sequence.
     """
-    from safetensors import safe_open
-
     manifest, domains = load_heldout(heldout)
     result: dict[str, Any] = {**info, "domains": {}}
     sequences: dict[str, Any] = {}
@@ -268,14 +266,12 @@ def _write_result(
         stderr = (
             np.sqrt((residuals**2).sum() * len(losses) / max(1, len(losses) - 1)) / tokens.sum()
         )
-        with safe_open(heldout / f"{name}.safetensors", "np") as file:
-            unigram = float(file.metadata()["unigram_loss"])
         result["domains"][name] = {
             "loss": float(mean),
             "stderr": float(stderr),
             "tokens": int(tokens.sum()),
             "sequences": len(losses),
-            "unigram_loss": unigram,
+            "unigram_loss": manifest["unigram_loss"][name],
         }
     if "rows" in summed:
         result["overlap"] = _overlap(

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -73,7 +74,8 @@ def prepare_heldout(
     folder: Path,
 ) -> None:
     """Write `<domain>.safetensors` (input_ids, labels int32, segments int16: [sequences, length])
-    for each evaluated domain, and the loss of a unigram model on the same tokens.
+    for each evaluated domain, and the loss of a unigram model on the same tokens. It lies in the
+    manifest: it depends on the training text too, the files on what is measured alone.
 
     The masks depend on the domain's name and the sequence, not on the seed of the run: runs with
     several seeds are measured on the same tokens.
@@ -98,7 +100,7 @@ def prepare_heldout(
             batch = collate(rows)
             labels = batch["labels"]
             used.extend((batch["input_ids"], labels))
-            unigram = _unigram_loss(
+            info["unigram_loss"][name] = _unigram_loss(
                 recipe, corpora[name].train, vocabulary_size(tokenizer), labels.numpy()
             )
             save_file(
@@ -108,7 +110,6 @@ def prepare_heldout(
                     "segments": batch["segments"].to(torch.int16),
                 },
                 target / f"{name}.safetensors",
-                metadata={"unigram_loss": repr(unigram)},
             )
 
         for name in recipe.tasks():
@@ -119,6 +120,7 @@ def prepare_heldout(
 
     tasks = {n: options_of(t) for n in recipe.tasks() if (t := recipe.data.domains[n].task)}
     info: dict[str, Any] = {
+        "unigram_loss": {},
         "tasks": tasks,
         "template": recipe.data.template,
         "domains": recipe.heldout_domains(),
@@ -133,7 +135,14 @@ def prepare_heldout(
 def load_heldout(folder: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
     """(manifest, tensors of each domain)."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    if "unigram_loss" not in manifest:  # an older folder has it in its files
+        manifest["unigram_loss"] = {n: _unigram_of_file(folder, n) for n in manifest["domains"]}
     return manifest, {n: load_file(folder / f"{n}.safetensors") for n in manifest["domains"]}
+
+
+def _unigram_of_file(folder: Path, domain: str) -> float:
+    with safe_open(folder / f"{domain}.safetensors", "np") as file:
+        return float(file.metadata()["unigram_loss"])
 
 
 def in_its_tokens(folder: Path, tokenizer: PreTrainedTokenizerFast) -> bool:
