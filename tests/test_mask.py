@@ -309,6 +309,17 @@ def test_models_that_cannot_be_masked_are_refused():
         find_targets(MixtralForCausalLM(MixtralConfig(**sizes)))
 
 
+def test_a_weight_of_two_linears_is_refused_by_name():
+    model = MODELS["roberta"]()
+    layers = model.roberta.encoder.layer
+    layers[1].attention.self.query.weight = layers[0].attention.self.query.weight
+    with pytest.raises(
+        UserError, match=r"layer\.1\S*query\.weight and \S*layer\.0\S*query\.weight are"
+    ):
+        find_targets(model)
+    assert find_targets(model, ["k"])
+
+
 def test_experts_are_left_out_where_nothing_is_masked_and_mamba_has_none():
     sizes = {**GROUPED, "num_local_experts": 2}
     mixtral = MixtralForCausalLM(MixtralConfig(**sizes))

@@ -1,5 +1,6 @@
 """Which linear layers are masked (paper, section 3.3: Q, K, V, O and the FFN of every block)."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -131,7 +132,21 @@ def find_targets(
             f"mask: nothing to mask in {kind}: {what}. Set mask.enabled=false, or choose "
             f"mask.components among {', '.join([*COMPONENTS, *GROUPS, 'head'])}."
         )
+    _check_ties(model, found)
     return _split(model, found) if split_fused else found
+
+
+def _check_ties(model: nn.Module, targets: list[Target]) -> None:
+    """Raises UserError for a target whose weight is another layer's too, and named after that."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    for target in targets:
+        known = names.get(id(target.weight), target.name)
+        if known != target.name and owners[id(target.weight)] > 1:
+            raise UserError(
+                f"mask: {target.name} and {known} are one weight, whose rows have outputs in two "
+                "layers; leave them out with mask.components, or set mask.enabled=false"
+            )
 
 
 def _split(model: nn.Module, targets: list[Target]) -> list[Target]:
