@@ -17,11 +17,12 @@ def summed_kl(logits: Tensor, teacher: Tensor) -> Tensor:
 def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """What is kept of a teacher's prediction.
 
-    logits: [positions, vocabulary]. Returns (tokens, int32 [positions, k]; log-probabilities, fp32
+    logits: [positions, vocabulary]; a vocabulary of fewer than k tokens is kept whole. Returns
+    (tokens, int32 [positions, k]; log-probabilities, fp32
     [positions, k + 1]), the last of which is that of all other tokens together.
     """
     log_probabilities = logits.float().log_softmax(-1)
-    kept, tokens = log_probabilities.topk(k, dim=-1)
+    kept, tokens = log_probabilities.topk(min(k, logits.shape[-1]), dim=-1)
     rest = log_probabilities.scatter(-1, tokens, float("-inf")).logsumexp(-1, keepdim=True)
     return tokens.int(), torch.cat([kept, rest], dim=-1)
 
