@@ -212,7 +212,7 @@ def recipe_problems(r: Recipe) -> list[str]:
             "mask.cluster_by: magnitude reads the first stage's prepared corpus, and "
             "data.prepare=false makes none; remove one of them",
         )
-        for key in ("l2_to_start", "hft", "ssu"):
+        for key in ("l2_to_start", "hft", "ssu", "ewc", "das"):
             need(
                 k.refresh != "stage" or getattr(r, key) is None,
                 f"mask.refresh: stage splits the weights that {key} works on as wholes; give a "
