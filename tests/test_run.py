@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from pipeline.errors import UserError
 from pipeline.run.folder import open_run
 from pipeline.run.recipe_file import load_recipe
 from pipeline.run.run import run_recipe
+from pipeline.run.stage import _require_space, stage_resume
+from pipeline.run.state import Run
 from tests.spawn import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -276,3 +279,17 @@ def test_publishing_is_all_or_nothing(tmp_path):
         verify(target)
     with pytest.raises(UserError, match="Free some space"):
         require_space(tmp_path, 10**18)
+
+
+def test_what_a_stage_has_on_the_disk_needs_no_more_space(tmp_path, monkeypatch):
+    """A disk that its checkpoints fill is no reason not to go on from them."""
+    run = Run(tmp_path, load_recipe(tiny_recipe(tmp_path)), {}, None, None, None, None)
+    engine = SimpleNamespace(module=torch.nn.Linear(100, 100, bias=False))
+    plan = SimpleNamespace(steps=12, pauses=lambda every: {})
+    needed = 10_000 * (4 + 12 * 3)  # what is published; two checkpoints and the next one
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=needed - 1000))
+    with pytest.raises(UserError, match="Free some space"):
+        _require_space(run, engine, 1, plan)
+    (stage_resume(run, 1) / "step-000006").mkdir(parents=True)
+    (stage_resume(run, 1) / "step-000006/rank-00000.safetensors").write_bytes(bytes(1000))
+    _require_space(run, engine, 1, plan)

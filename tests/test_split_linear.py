@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import pipeline.run.memory
+from pipeline.checkpoint import publish
 from pipeline.engine.config import resolve_engine_config
 from pipeline.errors import UserError
 from pipeline.migu.gradient_mask import GradientMask
@@ -123,10 +124,10 @@ def nothing(*_):
     pass
 
 
-def run(recipe, folder, *overrides, measure=nothing):
+def run(recipe, folder, *overrides, measure=nothing, losses=None):
     whole = load_recipe(recipe, [f"data.prepared={folder / 'prepared'}", *overrides])
     config = resolve_engine_config("ds_configs/zero2.json", whole, 1, "cpu")
-    run_recipe(whole, config, folder / "runs", measure, nothing, nothing)
+    run_recipe(whole, config, folder / "runs", measure, nothing, nothing, losses)
     return folder / "runs" / whole.name
 
 
@@ -159,19 +160,35 @@ def test_a_run_with_rows_per_stage(tmp_path):
 
 
 def test_a_run_that_goes_on_has_the_rows_of_one_that_was_not_interrupted(tmp_path):
-    """The second stage starts from the base, while what was published before it is measured."""
+    """The second stage starts from the base, while what was published before it is measured: the
+    weights behind the fourth step of the first stage, as the guard ends it behind the eighth."""
     recipe = tiny_recipe(tmp_path)
     settings = ["mask={refresh: stage, calibration: 16}", "start_from=base", "optimizer.lr=0.01",
-                "stages[1].steps=1"]  # fmt: skip
-    whole = run(recipe, tmp_path, "name=whole", *settings)
+                "guard={domain: a, steps: 4, against: stage}", "stages[1].steps=1"]  # fmt: skip
+    trained = []
+
+    def losses(engine, *_):
+        trained.append({n: w.clone() for n, w in engine.full_weights(trained=True)})
+        return {"a": 9.0 if len(trained) == 3 else 1.0}
+
+    whole = run(recipe, tmp_path, "name=whole", *settings, losses=losses)
+    after = load_file(whole / "stages/01_a/checkpoint/model.safetensors")
+    for name, keep in load_file(whole / "stages/01_a/rows/rows.safetensors").items():
+        kept = f"{name.removesuffix('.weight')}.kept"
+        assert torch.equal(after[name][keep.bool()], trained[1][kept])
+        assert not torch.equal(trained[2][kept], trained[1][kept])
 
     def ends(_engine, _separation, task, _recipe):
         if task.stage == 1:
             raise KeyboardInterrupt
 
+    trained.clear()
     with pytest.raises(KeyboardInterrupt):
-        run(recipe, tmp_path, "name=broken", *settings, measure=ends)
-    broken = run(recipe, tmp_path, "name=broken", *settings)
+        run(recipe, tmp_path, "name=broken", *settings, measure=ends, losses=losses)
+    done = tmp_path / "runs/broken/stages/01_a"
+    publish(done / "guarded-000003", lambda _: None, {"step": 3})  # of a kill behind publishing
+    broken = run(recipe, tmp_path, "name=broken", *settings, losses=losses)
+    assert {p.name for p in done.iterdir()} == {"checkpoint", "rows"}
     one, other = (load_file(x / "stages/02_b/rows/rows.safetensors") for x in (whole, broken))
     assert all(torch.equal(keep, other[n]) for n, keep in one.items())
 

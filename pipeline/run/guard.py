@@ -18,7 +18,7 @@ from pipeline.progress import EventLog, say
 from pipeline.ranks import on_rank0
 from pipeline.recipe import Guard
 from pipeline.run.evaluation import RESULTS
-from pipeline.run.published import publish_masters, read_masters, remove
+from pipeline.run.published import publish_trained, read_masters, remove
 
 KEPT = "guarded"  # beside a stage's checkpoint while it trains: the weights of the last good check
 LOWERED = 0.5  # of the learning rate, each time
@@ -164,7 +164,7 @@ class KeptWeights:
         """In place of those kept before, which are deleted when these are on the disk."""
         target = self._stage / f"{KEPT}-{step:06d}"
         with published(self._engine, self._methods):
-            publish_masters(target, self._engine, {"step": step})
+            publish_trained(target, self._engine, {"step": step})
         for older in on_rank0(self._all):
             if older != target:
                 remove(older)

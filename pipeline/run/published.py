@@ -47,12 +47,22 @@ def publish_model(
 
 def publish_masters(target: Path, engine: Any, info: dict[str, Any]) -> None:
     """Keep the trained weights in fp32, by parameter name. All ranks call it."""
+    weights = engine.full_weights(trained=not is_split(engine.module))
+    _publish_in_fp32(target, merge_weights(engine.module, weights), info)
 
+
+def publish_trained(target: Path, engine: Any, info: dict[str, Any]) -> None:
+    """The same, of a split model its trained parts: what the engine takes back within a stage."""
+    _publish_in_fp32(target, engine.full_weights(trained=True), info)
+
+
+def _publish_in_fp32(
+    target: Path, weights: Iterator[tuple[str, Tensor]], info: dict[str, Any]
+) -> None:
     def write(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
         save_tensors(((n, w.to("cpu", torch.float32)) for n, w in weights), folder, "masters")
 
-    weights = engine.full_weights(trained=not is_split(engine.module))
-    _publish(target, write, merge_weights(engine.module, weights), info)
+    _publish(target, write, weights, info)
 
 
 def check_masters(folder: Path) -> None:

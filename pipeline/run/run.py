@@ -28,9 +28,8 @@ from pipeline.run.folder import describe_model, open_run, stage_folder
 from pipeline.run.methods import methods_of, run_start
 from pipeline.run.published import remove
 from pipeline.run.replicas import check_replicas
-from pipeline.run.resume import discard
 from pipeline.run.row_groups import row_groups
-from pipeline.run.stage import run_stage, stage_resume
+from pipeline.run.stage import clean_up, run_stage
 from pipeline.run.state import (
     HeldoutLosses,
     Run,
@@ -120,7 +119,7 @@ def run_recipe(
                 on_rank0(partial(verify, published))
                 for task in on_rank0(partial(_within, run, stage)):  # what failed there before
                     measure(task)
-                discard(stage_resume(run, stage))
+                clean_up(run, stage)
                 result = _unlogged(run, stage)
             else:
                 try:

@@ -61,7 +61,7 @@ def run_stage(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> d
     if run.adds_adapters:
         close_engine(run)
     engine = engine_with(run, before, stage)
-    _require_space(run, engine, plan.steps)
+    _require_space(run, engine, stage, plan)
     assert run.begun is not None  # by `run_recipe`
     begun = stage_start(run.begun, stage, before, run.separation, engine)
     for method in run.methods:
@@ -146,10 +146,7 @@ def run_stage(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> d
     if run.keeps_masters:  # before what it belongs to: a published stage has its masters
         publish_masters(run.masters(stage), engine, info)
     publish_weights(run, run.checkpoint(stage), engine, info)
-    discard(stage_resume(run, stage))
-    kept.remove()
-    if stage > 1:
-        remove(run.masters(stage - 1))
+    clean_up(run, stage)
     publish_seconds = time.perf_counter() - since
     return {**numbers, "publish_seconds": publish_seconds}
 
@@ -200,18 +197,26 @@ def _published_loss(run: Run, engine: Engine, domain: str) -> float:
         return run.heldout_losses(engine, run.separation, folder, [domain], size)[domain]
 
 
-def _require_space(run: Run, engine: Engine, steps: int) -> None:
-    """For what the stage will publish."""
+def _require_space(run: Run, engine: Engine, stage: int, plan: StagePlan) -> None:
+    """For what the stage will publish and keep, with what it has on the disk already."""
+    recipe, folder = run.recipe, run.checkpoint(stage).parent
     split = is_split(engine.module)
     parameters: list[Any] = [p for p in engine.module.parameters() if p.requires_grad or split]
-    size = getattr(torch, run.recipe.train.publish_dtype).itemsize + 4 * run.keeps_masters
-    if run.recipe.resume is not None:  # fp32 and two moments; the new one beside those kept
-        every = run.recipe.resume.keep_every
-        size += 12 * (run.recipe.resume.keep + 1 + (steps // every if every else 0))
-    if run.recipe.guard is not None and run.recipe.guard.action == "stop":
+    within = len(plan.pauses(recipe.stages[stage - 1].evaluate_every))
+    size = getattr(torch, recipe.train.publish_dtype).itemsize * (1 + within)
+    size += 4 * run.keeps_masters
+    if recipe.resume is not None:  # fp32 and two moments; the new one beside those kept
+        every = recipe.resume.keep_every
+        size += 12 * (recipe.resume.keep + 1 + (plan.steps // every if every else 0))
+    if recipe.guard is not None and recipe.guard.action == "stop":
         size += 4 * 2
     numbers = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
-    on_rank0(partial(require_space, run.folder, numbers * size))
+
+    def require() -> None:
+        there = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+        require_space(run.folder, numbers * size - there)
+
+    on_rank0(require)
 
 
 def _clear_within(run: Run, stage: int, behind: int) -> None:
@@ -229,6 +234,14 @@ def _report_bad_lines(bad: dict[str, BadLines], names: list[str], log: EventLog 
             examples = [{"file": f, "line": n, "reason": r} for f, n, r in lines.examples]
             log.write("bad_lines", domain=name, count=lines.count, examples=examples)
             tell(f"  {name}: skipped {lines.count} broken rows, for example\n{lines.listing()}")
+
+
+def clean_up(run: Run, stage: int) -> None:
+    """Delete what is needed no more once a stage is published. All ranks call it."""
+    discard(stage_resume(run, stage))
+    KeptWeights(run.checkpoint(stage).parent, run.engine, run.methods).remove()
+    if stage > 1:
+        remove(run.masters(stage - 1))
 
 
 def stage_resume(run: Run, stage: int) -> Path:
