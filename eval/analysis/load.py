@@ -11,6 +11,7 @@ from eval.analysis.files import Damaged, Findings, finite, read_json
 from eval.analysis.log import Log, StageTime, interventions, read_log, stage_times
 from eval.analysis.matrix import Matrix
 from eval.analysis.points import Point, load_points, losses_of
+from eval.analysis.recipe_defaults import with_defaults
 from pipeline.errors import UserError
 from pipeline.yaml_file import Loader, read_yaml
 
@@ -140,7 +141,7 @@ def _recipe(folder: Path) -> dict:
             f"{path} is not the recipe of a run: {problem}. Training writes this file; restore it, "
             "or run the recipe again."
         )
-    return recipe
+    return with_defaults(recipe)
 
 
 def _recipe_problem(recipe: Any) -> str:
