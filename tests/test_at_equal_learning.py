@@ -50,6 +50,7 @@ def test_the_interval_is_of_the_seeds_and_pairs_them():
     alike = at_equal_learning({"ft": ends(PLAIN, noise=0.2), "half": ends(half, noise=0.2)}, "ft")
     assert alike.methods[1].interval == pytest.approx((0.5, 0.5))
     other = at_equal_learning({"ft": ends(PLAIN), "half": ends(half, noise=0.2)}, "ft")
+    assert other.left_out == {}
     low, high = other.methods[1].interval
     assert 0.39 < low < 0.5 < high < 0.61
 

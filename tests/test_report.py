@@ -349,6 +349,15 @@ def test_only_runs_that_differ_in_rate_and_seed_alone_are_one_method(tmp_path):
     assert found.reference == "ft (as False-0.0005)"
     assert [m.most for m in found.methods[:2]] == [m.most for m in alone.methods]
     assert found.methods[2].method == "ft (as short-0.0005)"
+    # A rate that one seed lacks is not read, and the page says so.
+    again = [fake_run(tmp_path / f"again-{on}", enabled=on, seed=1) for on in (False, True)]
+    again += [
+        fake_run(tmp_path / f"more-{on}", enabled=on, seed=1, lr=2e-3) for on in (False, True)
+    ]
+    high = [fake_run(tmp_path / f"high-{on}", enabled=on, lr=2e-3) for on in (False, True)]
+    page = write_comparison([*runs, *again, *high], tmp_path / "out")
+    said = "not every seed has finished them: ft at 5e-4; migu T=0.7 at 5e-4."
+    assert said in text_of(page)
 
 
 def test_a_run_that_cannot_be_read_says_why(tmp_path):

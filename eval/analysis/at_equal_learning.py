@@ -41,12 +41,16 @@ class Level:
 
 @dataclass(frozen=True)
 class AtEqualLearning:
-    """The levels that all methods reach: the highest is where `Level.ratio` is read."""
+    """The levels that all methods reach: the highest is where `Level.ratio` is read.
+
+    left_out: by method, the learning rates that are not read, as not all of its seeds have them.
+    """
 
     reference: str
     level: float
     lowest: float
     methods: list[Level]
+    left_out: dict[str, list[float]]
 
 
 def at_equal_learning(
@@ -92,7 +96,8 @@ def at_equal_learning(
                 _rates(ends[method], mine)[most], read_at(mean, level), ratio, interval, over_range,
             )
         )  # fmt: skip
-    return AtEqualLearning(reference, level, lowest, found)
+    left_out = {m: out for m, mine in seeds.items() if (out := _not_shared(ends[m], mine))}
+    return AtEqualLearning(reference, level, lowest, found, left_out)
 
 
 def _ratio(curve: np.ndarray, other: np.ndarray, levels: Sequence[float]) -> float | None:
@@ -113,7 +118,11 @@ def read_at(curve: np.ndarray, level: float) -> float:
 
 
 def _rates(runs: Mapping[int, Ends], seeds: Sequence[int]) -> list[float]:
-    return sorted(set.intersection(*(set(runs[s]) for s in seeds)))
+    return sorted(set.intersection(*(set(runs[s]) for s in seeds))) if seeds else []
+
+
+def _not_shared(runs: Mapping[int, Ends], seeds: Sequence[int]) -> list[float]:
+    return sorted({rate for s in seeds for rate in runs[s]} - set(_rates(runs, seeds)))
 
 
 def _curves(runs: Mapping[int, Ends], seeds: Sequence[int]) -> np.ndarray:

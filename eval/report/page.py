@@ -241,6 +241,7 @@ def _environment() -> Environment:
     )
     environment.filters |= {"number": number, "signed": signed}
     environment.filters |= {"percent": percent, "signed_percent": signed_percent}
+    environment.filters["rate"] = short_float
     # A learning rate such as 1e-3 must not break at its hyphen.
     environment.filters["unbroken"] = lambda text: re.sub(r"(?<=\de)-(?=\d)", "\u2011", text)
     return environment
