@@ -327,6 +327,10 @@ def test_what_the_weights_are_held_to_is_not_rounded(tmp_path, monkeypatch):
         (["olora={}"], "model.lora.incremental=true"),
         (["hft={}", "optimizer.weight_decay=0.1"], "hft: optimizer.weight_decay"),
         (["ewc={}", "mask.refresh=stage"], "refresh: stage splits the weights that ewc works on"),
+        (
+            ["ewc={}", "model.lora={incremental: true}"],
+            "ewc: .* model.lora.incremental freezes that",
+        ),
         (["das={}", "mask.refresh=stage"], "refresh: stage splits the weights that das works on"),
         (["ssu={text: c}"], "ssu.text: 'c' is neither"),
         (["ssu={text: a}", "data.prepare=false"], "ssu.text: a domain is taken from its prepared"),

@@ -229,6 +229,12 @@ def baseline_problems(r: Recipe) -> list[str]:
             "ewc: sums squared gradients, which fp16's loss scale would distort; set "
             "train.precision=bf16 or fp32",
         )
+        for name in ("model.lora.incremental", "model.prompt.progressive"):
+            need(
+                not apart[name],
+                f"ewc: holds what earlier stages have trained, and {name} freezes that and trains "
+                "something new in each; remove one of the two",
+            )
     if p := r.pseudo_replay:
         need(p.sequences >= 2, "pseudo_replay.sequences: must be at least 2")
         need(p.fraction > 0, "pseudo_replay.fraction: must be positive")
