@@ -30,12 +30,12 @@ folder = pathlib.Path(runs)
 with (folder / "started").open("a") as file:
     file.write(name.removeprefix("name=") + "\\n")
 time.sleep(0.2)
+(folder / name.removeprefix("name=")).mkdir(exist_ok=True)
 failures = folder / (name.removeprefix("name=") + ".failures")
 left = int(failures.read_text()) if failures.exists() else 0
 if left:
     failures.write_text(str(left - 1))
     sys.exit("out of luck")
-(folder / name.removeprefix("name=")).mkdir(exist_ok=True)
 """
 SWEEP = Sweep(
     "demo",
@@ -80,6 +80,11 @@ def test_every_point_runs_once_and_failures_are_tried_again(tmp_path):
     # The same sweep again tries only what failed.
     again = run_sweep(points, command(), tmp_path, jobs=3)
     assert all(o.finished for o in again.values())
+    # What was broken off and goes on took the time of all its attempts, here two and one.
+    before, after = outcomes["migu-seed_1"], again["migu-seed_1"]
+    assert after.seconds >= before.seconds + 0.2
+    assert before.seconds >= 0.4
+    assert after.cpu_seconds > before.cpu_seconds
     begun = [p.name for p in points] + [*twice, "migu-seed_1"]
     assert started(tmp_path) == sorted(begun)
     # What was deleted is run again.

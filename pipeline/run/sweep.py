@@ -68,8 +68,9 @@ class Point:
 
 @dataclass
 class Outcome:
-    """What became of a point. seconds: of the process; cpu_seconds: of all its threads and of the
-    processes it waited for; memory: its peak, in bytes."""
+    """What became of a point. seconds: of its processes, one an attempt, since its run folder was
+    made; cpu_seconds: of all their threads and of the processes they waited for; memory: their
+    peak, in bytes; attempts: of the last call."""
 
     overrides: list[str]
     finished: bool
@@ -282,6 +283,9 @@ class _Runner:
             device = self.devices.pop() if self.devices else None
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = str(device)
+        earlier = self.outcomes.get(point.name)
+        if earlier and (earlier.finished or not (self.folder / point.name).is_dir()):
+            earlier = None  # deleted: it begins anew
         start = time.monotonic()
         with log.open("ab") as output:
             process = subprocess.Popen(
@@ -299,14 +303,19 @@ class _Runner:
             self.running.discard(process)
             if device is not None:
                 self.devices.append(device)
+        seconds, cpu = time.monotonic() - start, usage.ru_utime + usage.ru_stime
+        memory = usage.ru_maxrss * 1024
+        if earlier:  # a run goes on where it was broken off: what that took is part of it
+            seconds, cpu = seconds + earlier.seconds, cpu + earlier.cpu_seconds
+            memory = max(memory, earlier.memory)
         return Outcome(
             list(point.overrides),
             process.returncode == 0,
-            round(time.monotonic() - start, 1),
-            usage.ru_maxrss * 1024,
+            round(seconds, 1),
+            memory,
             attempt,
             str(log),
-            round(usage.ru_utime + usage.ru_stime, 2),
+            round(cpu, 2),
         )
 
     def _end(self) -> None:
