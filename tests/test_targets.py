@@ -168,6 +168,13 @@ def test_runs_to_the_same_target_are_compared_by_what_they_forgot_and_the_time(t
     assert "not reached, 4.200" in page
     assert "reached with 4.400 after step 40" in write_report(runs[0]).read_text()
     # Another target, or none, in one of them: no such table.
+    log = runs[1] / "log.jsonl"  # without the time of a stage: no part of it stands for all
+    lines = log.read_text().splitlines()
+    ends = [i for i, line in enumerate(lines) if json.loads(line)["event"] == "stage"]
+    log.write_text("\n".join(lines[: ends[0]] + lines[ends[0] + 1 :]))
+    first, second = compare(runs).to_targets
+    assert (first.seconds, first.ratio, second.ratio) == ("—", None, None)
+    assert second.seconds == masked.seconds
     other = to_targets(tmp_path / "other", (4.5, 4.0), (4.4, 4.0), seed=2)
     assert compare([runs[0], other]).to_targets == []
     assert compare([runs[0], fake_run(tmp_path / "plain")]).to_targets == []

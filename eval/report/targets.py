@@ -29,17 +29,18 @@ def to_targets(rows: list[Any], settings: list[Setting]) -> list[ToTarget]:
     different ones."""
     if not same_targets([row.run for row in rows]):
         return []
-    found, first = [], None
+    found: list[ToTarget] = []
+    first = None  # seconds of the first setting; None where a stage's are not known
     for setting in settings:
         members = [rows[place] for place in setting.runs]
         if not all(row.run.finished for row in members):
             continue
         targets = [targets_of(row.run) for row in members]
         missed = [t for mine in targets for t in mine if not t.reached]
+        known = all(t.seconds is not None for mine in targets for t in mine)
         times = [sum(t.seconds or 0.0 for t in mine) for mine in targets]
-        mean = statistics.mean(times)
-        first = first or mean
-        comparable = all(t.seconds is not None for mine in targets for t in mine) and first
+        mean = statistics.mean(times) if known else None
+        first = first if found else mean
         found.append(
             ToTarget(
                 name=setting.name,
@@ -49,8 +50,8 @@ def to_targets(rows: list[Any], settings: list[Setting]) -> list[ToTarget]:
                 missed=missed[0].told() if missed else "",
                 learned=_over([row.learned for row in members]),
                 forgotten=_over([row.forgotten for row in members]),
-                seconds=_over(times, 1) if comparable else "—",
-                ratio=mean / first if comparable else None,
+                seconds=_over(times, 1) if known else "—",
+                ratio=mean / first if mean and first else None,
             )
         )
     return found
