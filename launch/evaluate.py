@@ -66,6 +66,7 @@ def main() -> None:
         args.attention,
         args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         recipe.model.lora if recipe else None,
+        recipe.model.overrides if recipe else None,
     )
     share = tuple(int(x) for x in args.share.split("/")) if args.share else None
     seed = recipe.seed if recipe else 0

@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from eval.measure.checkpoint import Checkpoint
+from pipeline.checkpoint import publish
 from pipeline.model.load import build_model, load_config
 from pipeline.model.save import adapter_names, save_model
 from pipeline.ranks import world_size
 from pipeline.recipe import Lora, Model
-from pipeline.run.build import _in_fp32
+from pipeline.run.build import _in_fp32, build_engine
+from pipeline.run.methods import teacher_at
 from tests.reference import MODELS
 from tests.spawn import run_ranks
 from tests.test_fsdp import fsdp_engine
@@ -69,3 +73,47 @@ def test_an_adapter_over_a_base_in_half_precision_goes_on_in_fp32(lora, tmp_path
     assert all(torch.equal(w, published[n]) for n, w in exact.items())
     ids = torch.arange(5, 25).reshape(2, 10)
     assert all(n(input_ids=ids).logits.isfinite().all() for n in (net, again))
+
+
+class Engine:
+    """Keeps what it is given."""
+
+    def __init__(self, *_):
+        pass
+
+    def load_weights(self, weights):
+        self.given = dict(weights)
+
+
+def test_what_another_run_keeps_beside_a_checkpoint_is_no_part_of_it(tmp_path, monkeypatch):
+    """A model of a run that is under way: its fp32 weights go when its next stage is published."""
+    net = MODELS["llama"]()
+    net.save_pretrained(tmp_path / "checkpoint")
+    weights = {n: p.detach() + 1 for n, p in net.named_parameters()}
+    publish(
+        tmp_path / "masters", lambda folder: save_file(weights, folder / "masters.safetensors"), {}
+    )
+    monkeypatch.setattr("pipeline.run.build.ZeroEngine", Engine)
+    recipe = recipe_for("llama", 2)
+    for path, given in ((str(tmp_path / "checkpoint"), set()), ("its own", set(weights))):
+        recipe.model = Model(path=str(tmp_path / "checkpoint"), objective="causal")
+        config = load_config(recipe.model)
+        recipe.model.path = path
+        engine, _ = build_engine(recipe, {}, config, str(tmp_path / "checkpoint"))
+        assert engine.given.keys() == given
+
+
+def test_what_a_recipe_overrides_holds_where_its_base_is_measured_or_teaches(tmp_path):
+    MODELS["llama"]().eval().save_pretrained(tmp_path)
+    recipe = recipe_for("llama", 2)
+    recipe.model = Model(path=str(tmp_path), objective="causal", overrides={"hidden_act": "relu"})
+    ids = torch.arange(5, 25).reshape(2, 10)
+    trained = build_model(recipe.model, load_config(recipe.model), None, seed=0).eval()
+    teacher = teacher_at(recipe, str(tmp_path))
+    measured = Checkpoint(str(tmp_path), None, None, "causal", "fp32", "sdpa", "cpu", None,
+                          recipe.model.overrides)  # fmt: skip
+    for net in (teacher.load(), measured.model):
+        assert torch.equal(net(input_ids=ids).logits, trained(input_ids=ids).logits)
+    known = teacher.identify()
+    recipe.model.overrides = {}
+    assert teacher_at(recipe, str(tmp_path)).identify() != known

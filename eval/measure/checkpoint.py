@@ -46,6 +46,7 @@ class Checkpoint:
     attention: str
     device: str
     lora: Lora | None = None  # of the recipe: how the base was quantized in training
+    overrides: dict[str, Any] | None = None  # of the recipe's model
 
     @cached_property
     def model(self) -> Any:
@@ -58,6 +59,7 @@ class Checkpoint:
             dtype,
             self.device,
             self.lora,
+            self.overrides,
         )
 
     @cached_property

@@ -239,12 +239,14 @@ def load_for_evaluation(
     dtype: torch.dtype | str = torch.float32,
     device: str = "cpu",
     lora: Lora | None = None,
+    overrides: dict[str, Any] | None = None,
 ) -> nn.Module:
     """A model or an adapter with its base, on the device, in eval mode.
 
     dtype: "auto" is that of the checkpoint's file.
     lora: of the recipe that trains the adapter: its base is quantized as there, before training
         (without an adapter) as after.
+    overrides: of the recipe's model, whose own files do not have them.
 
     Raises:
         UserError: the adapter's base model is gone; weights are missing or damaged.
@@ -253,14 +255,17 @@ def load_for_evaluation(
     if adapter is not None:
         checkpoint, revision = base_of(adapter)
     checkpoint = local_weights(str(checkpoint))
-    quantized = quantized_loading(lora, device)
+    options = quantized = quantized_loading(lora, device)
+    if overrides:
+        trained = Model(path=checkpoint, revision=revision, overrides=overrides)
+        options = {**quantized, "config": load_config(trained)}
     net = load_pretrained(
         AUTO[objective],
         checkpoint,
         dtype=dtype,
         attn_implementation=attention,
         revision=revision,
-        **quantized,
+        **options,
     )
     if adapter is not None:
         _load_published(net, adapter, TASK_TYPES.get(objective))

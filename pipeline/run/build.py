@@ -52,8 +52,8 @@ def build_engine(
     net = build_model(model, config, source, recipe.seed, keep_dtype=half)
     separation = on_rank0(partial(separation_of, net, recipe))
     exact: Iterable[tuple[str, Tensor]] = ()
-    masters = Path(checkpoint or "").absolute().with_name(MASTERS)
-    kept = checkpoint is not None and on_rank0(partial(is_published, masters))
+    masters = Path(source or "").absolute().with_name(MASTERS)  # of this run, not of another's
+    kept = source is not None and on_rank0(partial(is_published, masters))
     if kept:
         send_folder(masters)
         exact = read_masters(masters)

@@ -124,14 +124,15 @@ def teacher_at(recipe: Recipe, checkpoint: str) -> Teacher:
         device = f"cuda:{torch.cuda.current_device()}" if cuda and not exact else "cpu"
         net = load_for_evaluation(
             checkpoint, m.objective, m.attention, revision, "auto" if exact else dtype, device,
-            m.lora,
+            m.lora, m.overrides,
         )  # fmt: skip
         return net.requires_grad_(False)
 
     def identify() -> dict[str, Any]:
         quantize = m.lora.quantize if m.lora else "none"
         identity = on_rank0(partial(_identity, checkpoint, revision))
-        return {**identity, "quantize": quantize, "dtype": str(dtype)}
+        changed = {"overrides": m.overrides} if m.overrides else {}
+        return {**identity, "quantize": quantize, "dtype": str(dtype), **changed}
 
     return Teacher(load, identify)
 
