@@ -19,10 +19,11 @@ from pipeline.data.instruct import Example, prompt_text
 from pipeline.data.mlm import collate
 from pipeline.data.objective import OBJECTIVES
 from pipeline.data.reader import document_of, read_documents
+from pipeline.data.streaming import streamed_batches
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
 from pipeline.model.attention import separate_documents
-from pipeline.recipe import Domain, Instruction
+from pipeline.recipe import Data, Domain, Instruction, Model, Recipe, Stage
 from tests.corpora import packed
 
 TEXT = "write a function that adds two numbers and returns the sum of all of them"
@@ -140,6 +141,26 @@ def test_fields_are_configurable_and_bad_rows_counted(tmp_path):
     assert Example("question 6", "", "answer 6") in found
     with pytest.raises(UserError, match=r"'instruction' and 'response'.*fields seen: 'a', 'more'"):
         list(read_documents(Domain(files=[file], instruction=Instruction()), "train", BadLines(0)))
+
+
+def test_a_stream_of_examples_that_are_all_too_long_is_an_error(tmp_path):
+    """It would be read for ever."""
+    file = rows_file(tmp_path, [{"instruction": f"q {i}", "response": "a"} for i in range(50)])
+    recipe = Recipe(
+        name="r",
+        model=Model(path="unused", objective="causal"),
+        data=Data(
+            domains={"x": Domain(files=[file], instruction=Instruction())},
+            prepare=False,
+            sequence_length=16,
+        ),
+        stages=[Stage("x", steps=1)],
+    )
+    tokenizer = train_tokenizer(["question answer"] * 20, 300)
+    with pytest.raises(UserError, match=r"none of the first \d+ examples of x fits into 16 tokens"):
+        next(streamed_batches(recipe, 1, tokenizer, 0, 1, {}))
+    recipe.data.sequence_length = 512
+    assert next(streamed_batches(recipe, 1, tokenizer, 0, 1, {}))
 
 
 def test_a_sample_is_seeded_and_leaves_the_heldout_side_whole(tmp_path):

@@ -63,11 +63,18 @@ def streamed_batches(
     ranks: int,
     bad: dict[str, BadLines],
 ) -> StageBatches:
-    """The batches of a stage that reads its domains as it goes. bad: filled by domain."""
+    """The batches of a stage that reads its domains as it goes. bad: filled by domain.
+
+    Raises:
+        UserError: none of the first examples of a domain is short enough.
+    """
     s, data = recipe.stages[stage - 1], recipe.data
     names = domains_of(recipe, stage)
     encoder = Encoder.of(tokenizer, recipe.model.objective, data.template)
     frame = frame_of(recipe, tokenizer)
+    for name in names:
+        if _whole(recipe, name):  # those that do not fit are passed over, for ever if need be
+            _require_fitting(recipe, name, encoder)
     sources = []
     for share in shares_of(recipe, stage):
         shards = [
@@ -97,6 +104,22 @@ def streamed_batches(
         "shards": [len(source.shards) for source in sources],
     }
     return StageBatches(recipe, stage, tokenizer, rows, settings, rank, ranks)
+
+
+def _require_fitting(recipe: Recipe, name: str, encoder: Encoder) -> None:
+    few = encoder.encode(list(islice(_documents(recipe, name, "train", {}), SAMPLE)))
+    lengths = [len(t.ids) for t in few if not t.refused]
+    length = recipe.data.sequence_length
+    if few and not lengths:
+        raise UserError(
+            f"data.domains.{name}: the chat template refuses each of the first {len(few)} "
+            f"conversations ({few[0].refused})"
+        )
+    if lengths and min(lengths) > length:
+        raise UserError(
+            f"data.sequence_length: none of the first {len(lengths)} examples of {name} fits into "
+            f"{length} tokens; raise it (the longest of them has {max(lengths)})"
+        )
 
 
 def training_documents(recipe: Recipe, names: list[str]) -> Iterator[Document]:
