@@ -233,9 +233,21 @@ def one_rank_cannot_write(folder):
             message = str(error)
         meet()
         out[policy] = sorted(p.name for p in (folder / policy).iterdir()), message
+    own = folder / f"node-{rank()}"  # two machines, the second of which has no room
+    attempt = Attempt(own, Resume(steps=1, minutes=None, keep=1), StageState(engine, Position()), 9)
+    for step in (1, 2):
+        attempt.after_step(step)
+    attempt.finish()
+    out["nodes"] = newest(own), sorted(p.name for p in own.glob("step-*"))
     resume.write_pieces = write
     engine.close()
     return out
+
+
+def test_a_machine_keeps_its_older_checkpoint_until_all_have_the_newer(results):
+    (first, has), (second, has_not) = (found["nodes"] for found in results["full"])
+    assert (first.name, second.name) == ("step-000001", "step-000001")
+    assert (has, has_not) == (["step-000001", "step-000002"], ["step-000001"])
 
 
 def test_where_one_rank_cannot_write_all_go_on_or_all_stop(results):
