@@ -5,7 +5,9 @@ import torch
 from safetensors.torch import save_file
 
 from eval.measure.checkpoint import Checkpoint
+from eval.measure.classifier import Source, _load
 from pipeline.checkpoint import publish
+from pipeline.data.tokenizer import train_tokenizer
 from pipeline.model.load import build_model, load_config
 from pipeline.model.save import adapter_names, save_model
 from pipeline.ranks import world_size
@@ -104,7 +106,10 @@ def test_what_another_run_keeps_beside_a_checkpoint_is_no_part_of_it(tmp_path, m
 
 
 def test_what_a_recipe_overrides_holds_where_its_base_is_measured_or_teaches(tmp_path):
-    MODELS["llama"]().eval().save_pretrained(tmp_path)
+    base = MODELS["llama"]().eval()
+    base.resize_token_embeddings(400)
+    base.save_pretrained(tmp_path)
+    train_tokenizer(["a few words"], 300).save_pretrained(tmp_path)
     recipe = recipe_for("llama", 2)
     recipe.model = Model(path=str(tmp_path), objective="causal", overrides={"hidden_act": "relu"})
     ids = torch.arange(5, 25).reshape(2, 10)
@@ -112,7 +117,8 @@ def test_what_a_recipe_overrides_holds_where_its_base_is_measured_or_teaches(tmp
     teacher = teacher_at(recipe, str(tmp_path))
     measured = Checkpoint(str(tmp_path), None, None, "causal", "fp32", "sdpa", "cpu", None,
                           recipe.model.overrides)  # fmt: skip
-    for net in (teacher.load(), measured.model):
+    copied, _, _ = _load(Source(str(tmp_path), overrides=recipe.model.overrides))  # end tasks
+    for net in (teacher.load(), measured.model, copied):
         assert torch.equal(net(input_ids=ids).logits, trained(input_ids=ids).logits)
     known = teacher.identify()
     recipe.model.overrides = {}

@@ -165,6 +165,7 @@ def measure_share(
                     checkpoint.tokenizer_path,
                     checkpoint.attention,
                     checkpoint.device,
+                    checkpoint.overrides,
                 )
                 now = list(settings.end_tasks.tasks) if end_tasks_now is None else end_tasks_now
                 end_tasks.evaluate_share(copied, settings.end_tasks, now, output, share)

@@ -40,6 +40,7 @@ class Source:
     tokenizer: str | None = None  # default: the checkpoint's own
     attention: str = "sdpa"
     device: str = "cpu"
+    overrides: dict[str, Any] | None = None  # of the recipe's model
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,9 @@ def _load(source: Source) -> tuple[Any, Any, bool]:
     _refuse_encoder_decoder(config)
     causal = _is_causal(config)
     objective = "causal" if causal else "masked"
-    net: Any = load_for_evaluation(source.path, objective, source.attention, source.revision)
+    net: Any = load_for_evaluation(
+        source.path, objective, source.attention, source.revision, overrides=source.overrides
+    )
     tokenizer = load_tokenizer(local_weights(source.tokenizer or source.path), source.revision)
     size, known = vocabulary_size(tokenizer), net.get_input_embeddings().num_embeddings
     if size > known:

@@ -210,7 +210,8 @@ def _identity(source: Source, task: Task, settings: EndTasks) -> str:
         weights = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     about = {k: v for k, v in asdict(settings).items() if k not in FREE}
     row = (task.digest, task.metric, task.epochs, task.lr)
-    content = json.dumps([weights, source.tokenizer, row, about], sort_keys=True)
+    changed = [source.overrides] if source.overrides else []
+    content = json.dumps([weights, source.tokenizer, row, about, *changed], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
