@@ -229,6 +229,7 @@ def test_a_stage_that_wants_more_than_its_repetitions_give_is_refused():
     ("stage", "message"),
     [
         (Stage(domain={"a": 1, "b": 2}, epochs=1), "have no common epoch"),
+        (Stage(domain=["a", "b", "a"], epochs=1), "'a' is named twice"),
         (Stage(domain="a", epochs=1, max_repetitions=2), "has no effect beside `epochs`"),
         (Stage(domain="a", steps=1, max_repetitions=0), "must be positive"),
         (Stage(domain="a", epochs=1, replay=0.1), "no stage before it reads other domains"),

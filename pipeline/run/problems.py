@@ -1,6 +1,7 @@
 """What is wrong with a recipe, beyond what types say; found before anything is loaded."""
 
 import re
+from collections import Counter
 from pathlib import Path
 
 from pipeline.data.reader import check_domain
@@ -304,6 +305,11 @@ def mixture_problems(r: Recipe, index: int) -> list[str]:
     """What is wrong with the weights, the repetitions and the replay of a stage."""
     stage, where = r.stages[index], f"stages[{index}]"
     found = []
+    if twice := [n for n, times in Counter(stage.domains).items() if times > 1]:
+        found.append(
+            f"{where}.domain: {twice[0]!r} is named twice; name it once, with weights where more is "
+            f"to be read of it: {{{twice[0]}: 2, OTHER: 1}}"
+        )
     if isinstance(stage.domain, dict) and stage.epochs is not None:
         found.append(f"{where}.epochs: domains with weights have no common epoch; give `tokens`")
     if stage.max_repetitions is not None:
