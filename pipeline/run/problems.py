@@ -307,7 +307,7 @@ def mixture_problems(r: Recipe, index: int) -> list[str]:
     found = []
     if twice := [n for n, times in Counter(stage.domains).items() if times > 1]:
         found.append(
-            f"{where}.domain: {twice[0]!r} is named twice; name it once, with weights where more is "
+            f"{where}.domain: {twice[0]!r} is named twice; name it once, with weights if more is "
             f"to be read of it: {{{twice[0]}: 2, OTHER: 1}}"
         )
     if isinstance(stage.domain, dict) and stage.epochs is not None:
