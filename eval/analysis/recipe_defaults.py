@@ -1,6 +1,7 @@
 """The recipe of a run that an earlier version made, with the keys that it did not know yet."""
 
 import dataclasses
+from functools import cache
 from typing import Any, get_type_hints
 
 from pipeline.recipe import Recipe
@@ -10,7 +11,7 @@ from pipeline.run.recipe_keys import inside
 def with_defaults(recipe: dict[str, Any], owner: type = Recipe) -> dict[str, Any]:
     """Missing keys have today's defaults, which leave a run as it was before there was such a key;
     so runs of two versions differ in nothing that was not there to differ in."""
-    hints = get_type_hints(owner)
+    hints = _hints(owner)
     whole = dict(recipe)
     for field in dataclasses.fields(owner):
         inner, step = inside(hints[field.name])
@@ -22,6 +23,9 @@ def with_defaults(recipe: dict[str, Any], owner: type = Recipe) -> dict[str, Any
         elif field.default_factory is not dataclasses.MISSING:
             whole[field.name] = _plain(field.default_factory())
     return whole
+
+
+_hints = cache(get_type_hints)  # of many runs
 
 
 def _inner(value: Any, owner: type, step: str) -> Any:
