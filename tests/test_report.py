@@ -5,7 +5,6 @@ import json
 import math
 import re
 import shutil
-from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,15 +13,12 @@ import pytest
 import yaml
 
 from eval.analysis.load import load_run
-from eval.analysis.recipe_defaults import with_defaults
 from eval.analysis.settings import Difference, Pair, Reading, Setting, measure
 from eval.report.compare import compare, terminal_summary, write_comparison
 from eval.report.page import write_report
 from eval.report.verdict import headline
 from launch.report import main
 from pipeline.errors import UserError
-from pipeline.run.recipe_file import RECIPES, load_recipe
-from pipeline.yaml_file import Loader, read_yaml
 from tests.fake_runs import fake_run
 
 
@@ -513,11 +509,3 @@ def test_a_measured_run_is_finished_whatever_its_log_lacks(tmp_path):
     assert "under way" not in text_of(write_report(run))
     assert load_run(run).finished
     assert load_run(run).damage == []
-
-
-@pytest.mark.parametrize("name", ["demo_base", "toy_tasks", "llama2_magicoder_lora"])
-def test_a_key_that_an_earlier_version_did_not_know_has_its_default(name):
-    """A run of then and a run of now do not differ in it."""
-    whole = json.loads(json.dumps(asdict(load_recipe(name))))
-    assert with_defaults(yaml.load(read_yaml(RECIPES / f"{name}.yaml"), Loader)) == whole
-    assert with_defaults(whole) == whole

@@ -53,19 +53,18 @@ def methods_of(runs: list[Run]) -> list[str]:
     used = [methods_in(recipe) for recipe in recipes]
     telling = []
     for key in sorted({key for recipe in recipes for key in recipe}):
-        among = masked if key.startswith("mask.") else recipes
+        block = key.split(".")[0]
+        among = masked if block == "mask" else recipes
         among = adapted if key.startswith(ADAPTERS) else among
-        if key.split(".")[0] in METHODS:
-            among = [
-                r for r, names in zip(recipes, used, strict=True) if key.split(".")[0] in names
-            ]
+        if block in METHODS:
+            among = [r for r, names in zip(recipes, used, strict=True) if block in names]
         if not _is_free(key) or key in NAMED or _how_evaluated(key):
             continue
         if len({repr(r.get(key)) for r in among}) > 1:
             telling.append(key)
     longest = max(len(run.recipe.get("stages") or []) for run in runs)
     methods = []
-    for run, recipe in zip(runs, recipes, strict=True):
+    for run, recipe, names in zip(runs, recipes, used, strict=True):
         is_masked = recipe.get("mask.enabled", True)
         criterion = str(recipe.get("mask.criterion", "output"))
         threshold = recipe.get("mask.threshold", 0.7)
@@ -73,7 +72,7 @@ def methods_of(runs: list[Run]) -> list[str]:
         source = recipe.get("start_from", "previous")
         alone = f"each from the {source}" if source != "previous" else ""
         together = "all at once" if _learns_all_at_once(run, longest) else ""
-        parts = (adapter_of(recipe), *methods_in(recipe), selected, alone, together)
+        parts = (adapter_of(recipe), *names, selected, alone, together)
         name = ", ".join(filter(None, parts)) or "ft"
         extra = [
             f"{key.split('.', 1)[-1]} {_plain(recipe[key])}"

@@ -75,20 +75,21 @@ def measure(
     """
     read = equal_learning({str(run): curves[run] for run in equal})["forgotten"]
     numbers: dict[Name, float | None] = {}
-    points: dict[str, list[tuple[float, float]]] = {}
-    for setting in sorted(settings, key=lambda setting: setting.lr):
+    points: dict[str, tuple[float, float]] = {}
+    for setting in settings:
         ends = [curves[run][-1] for run in setting.runs]
         point = mean(x for x, _ in ends), mean(y for _, y in ends)
         numbers["learned", setting.name], numbers["forgotten", setting.name] = point
         levels = complete([read.get(str(run)) for run in setting.runs])
         numbers["forgotten_equal", setting.name] = mean(levels) if levels else None
-        points.setdefault(setting.method, []).append(point)
+        points[setting.name] = point
+    own = by_rate(settings)
     for method, others in readable(settings).items():
+        part = readable_part([points[setting.name] for setting in own[method]])
         for other in others:
             level = numbers["learned", other.name]
             assert level is not None
-            read_from = readable_part(points[method]) if level > 0 else []
-            numbers["between", method, other.name] = between(read_from, level)
+            numbers["between", method, other.name] = between(part if level > 0 else [], level)
     return numbers
 
 
@@ -98,15 +99,20 @@ def readable_part(points: Sequence[tuple[float, float]]) -> list[tuple[float, fl
     return [point for point in on_the_way(points) if point[0] > 0]
 
 
+def by_rate(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
+    """By method, its settings at ascending learning rates."""
+    found: dict[str, list[Setting]] = {}
+    for setting in settings:
+        found.setdefault(setting.method, []).append(setting)
+    return {method: sorted(own, key=lambda setting: setting.lr) for method, own in found.items()}
+
+
 def readable(settings: Sequence[Setting]) -> dict[str, list[Setting]]:
     """The methods with several learning rates, each with the settings of the other methods."""
-    rates: dict[str, set[float]] = {}
-    for setting in settings:
-        rates.setdefault(setting.method, set()).add(setting.lr)
     return {
         method: [other for other in settings if other.method != method]
-        for method, known in rates.items()
-        if len(known) > 1
+        for method, own in by_rate(settings).items()
+        if own[0].lr < own[-1].lr
     }
 
 

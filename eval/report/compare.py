@@ -22,6 +22,7 @@ from eval.analysis.settings import (
     Pair,
     Reading,
     Setting,
+    by_rate,
     measure,
     pairs,
     readable,
@@ -115,7 +116,7 @@ def compare(run_dirs: Sequence[Path | str]) -> Comparison:
     told = [noise.pair(first, second) for first, second in pairs(settings)]
     readings = []
     for method, others in readable(settings).items():
-        own = sorted((s for s in settings if s.method == method), key=lambda s: s.lr)
+        own = by_rate(settings)[method]
         reached = [learned for learned, _ in readable_part([(s.learned, s.forgotten) for s in own])]
         low, high = min(reached, default=0.0), max(reached, default=0.0)
         for other in others:
@@ -190,10 +191,10 @@ def write_comparison(run_dirs: Sequence[Path | str], out_dir: Path | str) -> Pat
             errors={str(row.number): row.curve_errors for row in rows} if detailed else {},
         )
     if comparison.readings:
-        points: dict[str, list[tuple[float, float, str]]] = {}
-        for setting in sorted(settings, key=lambda setting: setting.lr):
-            point = (setting.learned, setting.forgotten, short_float(setting.lr))
-            points.setdefault(setting.method, []).append(point)
+        points = {
+            method: [(s.learned, s.forgotten, short_float(s.lr)) for s in own]
+            for method, own in by_rate(settings).items()
+        }
         by_method = {row.method: colours[str(row.number)] for row in rows}
         figures["methods"] = trade_off_plots.methods(points, by_method)
     if detailed:

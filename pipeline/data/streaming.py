@@ -19,6 +19,7 @@ from pipeline.data.sources import Unit, read_unit, sampled, side_of, units_of
 from pipeline.data.stage import domains_of, shares_of
 from pipeline.data.stream import BATCH, HeldDocuments, Shard, StreamedRows, StreamedSource
 from pipeline.errors import UserError
+from pipeline.ranks import on_rank0
 from pipeline.recipe import Recipe
 
 SAMPLE = 300  # training documents that are looked at before the stage
@@ -63,7 +64,8 @@ def streamed_batches(
     ranks: int,
     bad: dict[str, BadLines],
 ) -> StageBatches:
-    """The batches of a stage that reads its domains as it goes. bad: filled by domain.
+    """The batches of a stage that reads its domains as it goes. All ranks call it. bad: filled by
+    domain.
 
     Raises:
         UserError: none of the first examples of a domain is short enough.
@@ -74,7 +76,7 @@ def streamed_batches(
     frame = frame_of(recipe, tokenizer)
     for name in names:
         if _whole(recipe, name):  # those that do not fit are passed over, for ever if need be
-            _require_fitting(recipe, name, encoder)
+            on_rank0(partial(_require_fitting, recipe, name, encoder))
     sources = []
     for share in shares_of(recipe, stage):
         shards = [

@@ -223,7 +223,7 @@ class Saver:
         self._folder, self._settings, self._state = folder, settings, state
         self._token = on_rank0(partial(secrets.token_hex, 4))  # of this attempt
         self._near = _near(folder)
-        self._alone = len(self._near) == world_size()  # all ranks see this folder
+        self._shared = len(self._near) == world_size()  # by all machines
         self._clear(".*.tmp")
         self._own = _share(state)
         self._buffers: dict[str, torch.Tensor] = {}
@@ -290,7 +290,7 @@ class Saver:
         self._problem = None
         if problem:  # now that no rank writes there
             self._clear(self._temporary(self.newest))
-        elif not self._alone and rank() == self._near[0]:
+        elif not self._shared and rank() == self._near[0]:
             self._delete_older(self.newest)
         text = f"{self._folder}: no resume checkpoint was written: {problem}"
         if problem and self._settings.on_error == "stop":
@@ -345,7 +345,7 @@ class Saver:
             written = json.loads(side.read_text(encoding="utf-8"))
             digests[side.with_suffix(".safetensors").name] = written["sha256"]
         seal(temporary, self._folder / _name(step), {"step": step, "token": self._token}, digests)
-        if self._alone:  # else when the other machines have theirs too
+        if self._shared:  # else when the other machines have theirs too
             self._delete_older(step)
 
     def _delete_older(self, step: int) -> None:
