@@ -196,10 +196,10 @@ def _run(scene: Scene, rank: int, ranks: int, engine: str, act: Any) -> None:
     def measure(engine: Any, separation: Any, task: Any, asked: Any) -> None:
         at("measuring")
         assert not (task.folder / "eval.json").exists()
-        measure_in_engine(engine, separation, task, asked)
         weights = {n: w.clone() for n, w in engine.full_weights()}
-        if rank == 0:
+        if rank == 0:  # before eval.json, behind which nobody measures here again
             torch.save(weights, task.folder / "weights.pt")
+        measure_in_engine(engine, separation, task, asked)
 
     import torch
 
