@@ -9,14 +9,17 @@ in the same round, with quartiles; the JSON has them too. Times are of whole ste
 backward, mask, clipping, optimizer. Batches have no padding, as packed ones. On a CPU freed memory
 is kept (`keep_freed_memory`), for all modes alike.
 
-`--memory` runs every mode once more, alone in a process, and adds its peak: of the GPU, or resident
-on a CPU, Python and libraries included. Several ranks: `torchrun --nproc-per-node 2
-benchmarks/step_time.py ...`, each with the shape's batch. A GPU of 80 GB takes
+`--memory` runs every mode once more, alone in a process, and adds its peak, of the GPU, or resident
+on a CPU, Python and libraries included, and of our modes what `--dry-run` estimates. Several ranks:
+`torchrun --nproc-per-node 2 benchmarks/step_time.py ...`, each with the shape's batch. A GPU of 80
+GB takes a 7B model whole where rows are chosen per stage, and 8 of its 32 blocks in every mode:
 
     python benchmarks/step_time.py --shape llama-7b --precision bf16 --checkpointing \\
         --modes rows_per_stage --memory
+    python benchmarks/step_time.py --shape llama-7b --precision bf16 --layers 8 --sequences 4 \\
+        --accumulation 2
 
-and eight of them, under torchrun, `--engine zero3 --modes ft exact row_sparse authors`.
+Eight such GPUs take it whole, under torchrun: `--engine zero3 --modes ft exact row_sparse authors`.
 """
 
 import argparse
@@ -50,7 +53,8 @@ from pipeline.model.compiled import compiled_blocks
 from pipeline.model.split_linear import split_linears
 from pipeline.ranks import rank, world_size
 from pipeline.recipe import Data, Domain, Mask, Model, Recipe, Stage, Train
-from pipeline.run.speed import peak_memory
+from pipeline.run.memory import estimate, split_as_in_training
+from pipeline.run.speed import Speed, peak_memory
 from pipeline.run.train import train_stage
 
 ROBERTA = {"model_type": "roberta", "hidden_size": 768, "num_attention_heads": 12,
@@ -140,7 +144,7 @@ class Turns:
 def engine_of(args: argparse.Namespace, device: str, split: bool = False) -> Any:
     """Of the shape, with rows as `mask.refresh: stage` splits them, or without."""
     recipe = _recipe(args)
-    model = _model(args)
+    model = _model(args, device)
     if split:
         kept = {}
         for target in find_targets(model):
@@ -166,7 +170,7 @@ class Ours(Turns):
         self._recipe.mask = Mask(
             threshold=args.threshold, backward="row_sparse" if mode == "row_sparse" else "dense"
         )
-        self._engine = engine
+        self.engine = engine
         self._mask: Any = None
         self._compiled = mode == "compiled"
         if mode in ("exact", "row_sparse", "compiled"):
@@ -192,9 +196,9 @@ class Ours(Turns):
             self.end()
 
         n = len(self._steps)
-        with compiled_blocks(self._engine.module) if self._compiled else nullcontext():
+        with compiled_blocks(self.engine.module) if self._compiled else nullcontext():
             train_stage(
-                self._engine, self._mask, batches(), self._recipe, 1, n, None,
+                self.engine, self._mask, batches(), self._recipe, 1, n, None,
                 after_step=after_step,
             )  # fmt: skip
 
@@ -259,7 +263,7 @@ class Trainers(Turns):
             def on_step_end(self, *_: Any, **__: Any) -> None:
                 turns.end()
 
-        model = _model(args)
+        model = _model(args, device)
         rows = [
             {k: t[i] for k, t in batch.items()}
             for step in steps
@@ -299,11 +303,14 @@ def _zero(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
-    config, _, sequences, length = SHAPES[args.shape]
+    config, length = SHAPES[args.shape][0], SHAPES[args.shape][3]
+    sequences = _sequences(args)
     recipe = Recipe(
         name="benchmark",
         model=Model(
-            config=config, objective="causal" if config["model_type"] == "llama" else "masked"
+            config=config,
+            objective="causal" if config["model_type"] == "llama" else "masked",
+            gradient_checkpointing=args.checkpointing,
         ),
         data=Data(domains={"x": Domain(embedded="prose")}, sequence_length=length),
         stages=[Stage("x", steps=1)],
@@ -319,14 +326,21 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     return recipe
 
 
-def _model(args: argparse.Namespace) -> nn.Module:
+def _sequences(args: argparse.Namespace) -> int:
+    """Of a micro-batch."""
+    return args.sequences or SHAPES[args.shape][2]
+
+
+def _model(args: argparse.Namespace, device: str) -> nn.Module:
+    """Made where it is trained: billions of random numbers take a CPU minutes."""
     values, layers, _, length = SHAPES[args.shape]
     values = {**values, "num_hidden_layers": args.layers or layers}
     values["max_position_embeddings"] = length + 2
     torch.manual_seed(0)
     auto = AutoModelForCausalLM if values["model_type"] == "llama" else AutoModelForMaskedLM
     kind = values.pop("model_type")
-    model = auto.from_config(AutoConfig.for_model(kind, **values))
+    with torch.device(device):
+        model = auto.from_config(AutoConfig.for_model(kind, **values))
     if args.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
@@ -334,7 +348,7 @@ def _model(args: argparse.Namespace) -> nn.Module:
 
 def steps_of(args: argparse.Namespace, count: int) -> list[list[dict]]:
     """Random tokens; a masked model predicts 15% of them, a causal one all."""
-    config, _, sequences, length = SHAPES[args.shape]
+    config, length, sequences = SHAPES[args.shape][0], SHAPES[args.shape][3], _sequences(args)
     generator = torch.Generator().manual_seed(0)
     steps = []
     for _ in range(count):
@@ -388,7 +402,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     seconds = {mode: turns.seconds[warm:] for mode, turns in modes.items()}
     result: dict[str, Any] = {
         "shape": args.shape, "layers": args.layers or SHAPES[args.shape][1],
-        "tokens": SHAPES[args.shape][2] * SHAPES[args.shape][3] * args.accumulation,
+        "tokens": _sequences(args) * SHAPES[args.shape][3] * args.accumulation,
         "threshold": args.threshold, "precision": args.precision, "engine": args.engine,
         "accumulation": args.accumulation, "checkpointing": args.checkpointing,
         "chunked_loss": args.chunked_loss, "keep_large": args.keep_large,
@@ -404,9 +418,44 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
             result[name] = round(middle, 4)
             result[f"{name}_spread"] = [round(low, 4), round(high, 4)]
+    if device == "cuda":
+        result["mfu"] = {
+            mode: round(_mfu(args, turns.engine, result["seconds"][mode]), 4)
+            for mode, turns in modes.items()
+            if isinstance(turns, Ours)
+        }
     if len(modes) == 1:
         result["peak_memory_gb"] = {mode: peak_memory(torch.device(device)) / 1e9 for mode in modes}
     return result
+
+
+def _mfu(args: argparse.Namespace, engine: Any, seconds: float) -> float:
+    """Of the dense step (docs/performance.md); NaN on a GPU whose peak is not known."""
+    tokens = _sequences(args) * SHAPES[args.shape][3] * args.accumulation * world_size()
+    speed = Speed(engine.module, _recipe(args), engine.device)
+    return speed.numbers(tokens, seconds).get("mfu", float("nan"))
+
+
+def estimated_memory(args: argparse.Namespace, mode: str) -> float:
+    """GB on the device, as `--dry-run` says it of a run whose mask is this mode's."""
+    recipe = _recipe(args)
+    recipe.mask = Mask(
+        enabled=mode != "ft",
+        threshold=args.threshold,
+        backward="row_sparse" if mode == "row_sparse" else "dense",
+    )
+    with torch.device("meta"):
+        model = _model(args, "meta")
+    if mode == "rows_per_stage":
+        recipe.mask.refresh = "stage"
+        split_as_in_training(model, recipe)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.engine == "fsdp":
+        config = resolve_fsdp_config(recipe, 1, device)
+    else:
+        config = resolve_ds_config(_zero(args), recipe, 1, device)
+    sizes = estimate(model, recipe, config, 1).values()
+    return sum(size[0] if device == "cuda" else size[0] + size[1] for size in sizes) / 1e9
 
 
 def memory_of(mode: str) -> dict[str, float]:
@@ -428,6 +477,7 @@ def main() -> None:
     )
     parser.add_argument("--shape", default="roberta-base", choices=SHAPES)
     parser.add_argument("--layers", type=int, help="fewer blocks than the shape has")
+    parser.add_argument("--sequences", type=int, help="of a micro-batch, others than the shape's")
     parser.add_argument("--modes", nargs="+", default=list(MODES[:-1]), choices=MODES)
     parser.add_argument("--pairs", type=int, default=20, help="timed rounds of one step each")
     parser.add_argument("--threshold", type=float, default=0.7)
@@ -458,12 +508,21 @@ def main() -> None:
         return
     if args.memory:
         result["peak_memory_gb"] = {k: v for mode in args.modes for k, v in memory_of(mode).items()}
+        result["estimated_memory_gb"] = {
+            mode: estimated_memory(args, mode)
+            for mode in args.modes
+            if mode in ("ft", "exact", "row_sparse", "rows_per_stage")
+        }
     print(f"{result['shape']}, {result['tokens']:,} tokens a step, {result['device']}, "
           f"{result['threads']} threads, torch {result['torch']}")  # fmt: skip
     for mode, seconds in result["seconds"].items():
         print(f"  {mode:<16}{seconds * 1000:10.1f} ms")
     for mode, peak in result.get("peak_memory_gb", {}).items():
-        print(f"  {mode:<16}{peak:10.2f} GB at its peak")
+        estimated = result["estimated_memory_gb"].get(mode) if args.memory else None
+        said = f", estimated {estimated:.2f}" if estimated else ""
+        print(f"  {mode:<16}{peak:10.2f} GB at its peak{said}")
+    for mode, share in result.get("mfu", {}).items():
+        print(f"  {mode:<16}{share:10.1%} MFU")
     for name in RATIOS:
         if name in result:
             low, high = result[f"{name}_spread"]

@@ -48,8 +48,12 @@ class RowSparseLinears:
             for rows in self._rows:
                 rows.index = None
             return
-        for rows, part in zip(self._rows, keep.split(self._sizes), strict=True):
-            rows.index = part.nonzero().view(-1)
+        # Of all targets at once: each `nonzero` and each `tolist` has the host wait for a GPU.
+        counts = torch.stack([part.sum() for part in keep.split(self._sizes)]).tolist()
+        kept, first = keep.nonzero().view(-1).split(counts), 0
+        for rows, index, size in zip(self._rows, kept, self._sizes, strict=True):
+            rows.index = index - first
+            first += size
 
     def close(self) -> None:
         """The linears compute as before."""
