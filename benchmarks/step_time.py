@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from pipeline.engine.config import load_ds_config, resolve_ds_config, resolve_fsdp_config
-from pipeline.engine.distributed import start_distributed
+from pipeline.engine.distributed import leave_group, start_distributed
 from pipeline.engine.fsdp import FsdpEngine
 from pipeline.engine.zero import ZeroEngine
 from pipeline.migu.gradient_mask import GradientMask
@@ -503,11 +503,16 @@ def main() -> None:
         parser.error("--memory: of one rank; on several, the log of a run has its peak")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    peaks: dict[str, float] = {}
+    if args.memory and len(args.modes) > 1:  # before this process takes any of it
+        peaks = {k: v for mode in args.modes for k, v in memory_of(mode).items()}
     result = measure(args)
-    if rank():
+    first = rank() == 0
+    leave_group()
+    if not first:
         return
     if args.memory:
-        result["peak_memory_gb"] = {k: v for mode in args.modes for k, v in memory_of(mode).items()}
+        result["peak_memory_gb"] = peaks or result["peak_memory_gb"]
         result["estimated_memory_gb"] = {
             mode: estimated_memory(args, mode)
             for mode in args.modes

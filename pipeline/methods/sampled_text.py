@@ -15,6 +15,7 @@ from pipeline.data.span_corruption import SPAN, sentinels
 from pipeline.data.tokenizer import never_drawn, vocabulary_size
 from pipeline.errors import UserError
 from pipeline.model.attention import start_token
+from pipeline.progress import say
 from pipeline.recipe import Recipe
 
 BLOCK = 64  # sequences that are drawn together, from a seed of their own
@@ -37,13 +38,16 @@ def sampled_sequences(
     text: "self": written by the model; "random": without sense. model: asked for "self" only.
     """
     length, objective = recipe.data.sequence_length, recipe.model.objective
+    what = "own text" if text == "self" else "random text"
     blocks = tqdm(
         range(share[0], math.ceil(count / BLOCK), share[1]),
-        desc="own text" if text == "self" else "random text",
+        desc=what,
         unit="block",
         leave=False,
         disable=None if share[0] == 0 else True,
     )
+    if blocks.disable and share[0] == 0:  # no bar in a file
+        say(f"{what}: {count} sequences of {length} tokens")
     for block in blocks:
         seed = recipe.seed * 1_000_003 + block
         if text == "self":

@@ -18,6 +18,9 @@ from pipeline.migu.targets import Target
 from pipeline.model.blocks import is_adapted
 from pipeline.model.split_linear import autocast_dtype
 
+# Columns of a matrix that a GPU's fast products take; of another number of half-precision ones they
+# take three times as long (H100, cuBLAS of CUDA 13).
+ALIGNED = 64
 ADVICE = "set mask.backward=dense, or leave the layer out with mask.components"
 
 
@@ -34,6 +37,7 @@ class RowSparseLinears:
         _check(model, targets)
         self._rows = [_Rows() for _ in targets]
         self._sizes = [t.rows for t in targets]
+        self._places = torch.cat([torch.arange(size) for size in self._sizes])
         self._targets = targets
         self.open()
 
@@ -48,12 +52,12 @@ class RowSparseLinears:
             for rows in self._rows:
                 rows.index = None
             return
-        # Of all targets at once: each `nonzero` and each `tolist` has the host wait for a GPU.
+        # Of all targets at once: the host waits for a GPU twice, and not at every layer.
         counts = torch.stack([part.sum() for part in keep.split(self._sizes)]).tolist()
-        kept, first = keep.nonzero().view(-1).split(counts), 0
-        for rows, index, size in zip(self._rows, kept, self._sizes, strict=True):
-            rows.index = index - first
-            first += size
+        kept = self._places.to(keep.device)[keep].split(counts)
+        for rows, index in zip(self._rows, kept, strict=True):
+            rows.kept = len(index)
+            rows.index = F.pad(index, (0, -len(index) % ALIGNED)) if index.is_cuda else index
 
     def close(self) -> None:
         """The linears compute as before."""
@@ -62,10 +66,11 @@ class RowSparseLinears:
 
 
 class _Rows:
-    """index: int64 [kept rows], ascending; None: every row. Read when the backward runs, which may
-    be after several forwards."""
+    """index: int64 [kept rows], ascending, on a GPU with others behind it up to a multiple of
+    ALIGNED; None: every row. Read when the backward runs, which may be after several forwards."""
 
     index: Tensor | None = None
+    kept = 0
 
 
 def _forward(module: nn.Module, rows: _Rows, output_dim: int) -> Any:
@@ -101,21 +106,24 @@ class _RowSparse(torch.autograd.Function):
             of_x = (outer @ (weight if ctx.output_dim == 0 else weight.t())).view(x.shape)
         if ctx.needs_input_grad[1]:
             inner = x.reshape(-1, x.shape[-1])  # [tokens, in]
-            of_weight = _weight_gradient(outer, inner, weight, ctx.rows.index, ctx.output_dim)
+            of_weight = _weight_gradient(outer, inner, weight, ctx.rows, ctx.output_dim)
         if ctx.needs_input_grad[2]:
             of_bias = outer.sum(0)
         return of_x, of_weight, of_bias, None, None
 
 
 def _weight_gradient(
-    outer: Tensor, inner: Tensor, weight: Tensor, index: Tensor | None, output_dim: int
+    outer: Tensor, inner: Tensor, weight: Tensor, rows: _Rows, output_dim: int
 ) -> Tensor:
-    if index is None:
+    if rows.index is None:
         return outer.t() @ inner if output_dim == 0 else inner.t() @ outer
-    kept = outer.index_select(1, index)  # [tokens, kept]
+    kept = outer.index_select(1, rows.index)  # [tokens, kept]
+    index = rows.index[: rows.kept]
     if output_dim == 0:
-        return torch.zeros_like(weight).index_copy_(0, index, kept.t() @ inner)
-    return torch.zeros_like(weight).index_copy_(1, index, inner.t() @ kept)
+        product = (kept.t() @ inner)[: rows.kept]
+        return torch.zeros_like(weight).index_copy_(0, index, product)
+    product = (inner.t() @ kept)[:, : rows.kept]
+    return torch.zeros_like(weight).index_copy_(1, index, product)
 
 
 def _check(model: nn.Module, targets: list[Target]) -> None:

@@ -96,6 +96,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             raise
         heart = _heart()
         _left_alone(heart.lost() if heart else RankLost("another rank is gone"))
+    if distributed := sys.modules.get("pipeline.engine.distributed"):
+        distributed.leave_group()
     sys.exit(0)
 
 
