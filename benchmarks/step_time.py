@@ -418,14 +418,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
             result[name] = round(middle, 4)
             result[f"{name}_spread"] = [round(low, 4), round(high, 4)]
+    if len(modes) == 1:  # before `_mfu`, which counts peaks anew
+        result["peak_memory_gb"] = {mode: peak_memory(torch.device(device)) / 1e9 for mode in modes}
     if device == "cuda":
         result["mfu"] = {
             mode: round(_mfu(args, turns.engine, result["seconds"][mode]), 4)
             for mode, turns in modes.items()
             if isinstance(turns, Ours)
         }
-    if len(modes) == 1:
-        result["peak_memory_gb"] = {mode: peak_memory(torch.device(device)) / 1e9 for mode in modes}
     return result
 
 

@@ -7,10 +7,15 @@ import pytest
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from pipeline.attachment import attach
 from pipeline.errors import UserError
 from pipeline.migu.gradient_mask import GradientMask
+from pipeline.migu.row_sparse import RowSparseLinears
+from pipeline.migu.targets import Target
+from pipeline.model import aligned
+from pipeline.model.split_linear import SplitLinear
 from pipeline.ranks import world_size
 from pipeline.recipe import Mask
 from pipeline.shard import ParameterShards
@@ -44,6 +49,33 @@ def test_gradients_are_those_of_the_dense_backward_masked(name, dtype, bits):
     for n, gradient in dense.items():
         assert torch.equal(gradient != 0, sparse[n] != 0), n
         torch.testing.assert_close(sparse[n], gradient, rtol=bits, atol=bits * 1e-2)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_padded_products_are_those_of_the_kept_rows(kind, monkeypatch):
+    """As on a GPU: of the row-sparse linear and of the split one."""
+    monkeypatch.setattr(aligned, "pads", lambda _: True)
+    linear, output_dim = (nn.Linear(130, 70), 0) if kind is nn.Linear else (Conv1D(70, 130), 1)
+    rows = 70
+    keep = torch.rand(rows, generator=torch.Generator().manual_seed(0)) < 0.3
+    x = torch.randn(5, 130)
+    linear(x).square().sum().backward()
+    shape = (-1, 1) if output_dim == 0 else (1, -1)
+    expected = linear.weight.grad * keep.view(shape)
+
+    model = nn.ModuleDict({"layer": linear})
+    model.zero_grad()
+    targets = [Target("layer.weight", linear.weight, linear, "ffn_in", rows, output_dim)]
+    sparse = RowSparseLinears(model, targets)
+    sparse.keep(keep)
+    linear(x).square().sum().backward()
+    torch.testing.assert_close(linear.weight.grad, expected)
+    sparse.close()
+
+    split = SplitLinear(linear, keep)
+    split(x).square().sum().backward()
+    kept = expected if output_dim == 0 else expected.t()
+    torch.testing.assert_close(split.kept.grad, kept[keep])
 
 
 def compare_engines():

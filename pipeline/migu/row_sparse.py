@@ -15,12 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import UserError
 from pipeline.migu.targets import Target
+from pipeline.model.aligned import padded
 from pipeline.model.blocks import is_adapted
 from pipeline.model.split_linear import autocast_dtype
 
-# Columns of a matrix that a GPU's fast products take; of another number of half-precision ones they
-# take three times as long (H100, cuBLAS of CUDA 13).
-ALIGNED = 64
 ADVICE = "set mask.backward=dense, or leave the layer out with mask.components"
 
 
@@ -56,8 +54,7 @@ class RowSparseLinears:
         counts = torch.stack([part.sum() for part in keep.split(self._sizes)]).tolist()
         kept = self._places.to(keep.device)[keep].split(counts)
         for rows, index in zip(self._rows, kept, strict=True):
-            rows.kept = len(index)
-            rows.index = F.pad(index, (0, -len(index) % ALIGNED)) if index.is_cuda else index
+            rows.kept, rows.index = len(index), padded(index)
 
     def close(self) -> None:
         """The linears compute as before."""
@@ -66,8 +63,8 @@ class RowSparseLinears:
 
 
 class _Rows:
-    """index: int64 [kept rows], ascending, on a GPU with others behind it up to a multiple of
-    ALIGNED; None: every row. Read when the backward runs, which may be after several forwards."""
+    """index: int64 [kept rows], ascending, on a GPU `padded`; None: every row. Read when the
+    backward runs, which may be after several forwards."""
 
     index: Tensor | None = None
     kept = 0

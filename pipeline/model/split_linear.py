@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import UserError
+from pipeline.model.aligned import padded
 
 
 class SplitLinear(nn.Module):
@@ -89,7 +90,8 @@ class _Split(torch.autograd.Function):
             of_x = (outer @ merge_rows(kept, rest, index)).view(x.shape)
         if ctx.needs_input_grad[1]:
             inner = x.reshape(-1, x.shape[-1])
-            of_kept = outer.index_select(1, index[: kept.shape[0]]).t() @ inner
+            trained = padded(index[: kept.shape[0]])
+            of_kept = (outer.index_select(1, trained).t() @ inner)[: kept.shape[0]]
         if ctx.needs_input_grad[3]:
             of_bias = outer.sum(0)
         return of_x, of_kept, None, of_bias, None
