@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
-
-from tests.spawn import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = ["write", "a", "function", "that", "adds", "two", "numbers", "and", "returns", "the", "sum"]
@@ -64,25 +63,13 @@ def write_benchmark(folder: Path) -> None:
     (target / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def instruct(recipe: Path, *extra: str, ranks: int = 1) -> tuple[int, str]:
-    launcher = [sys.executable]
-    if ranks > 1:
-        deepspeed = Path(sys.executable).with_name("deepspeed")
-        launcher = [str(deepspeed), "--num_accelerators", str(ranks)]
-        launcher += ["--master_port", str(free_port())]
-    arguments = [
-        "launch/instruct.py",
-        "--recipe",
-        str(recipe),
-        "--runs",
-        str(recipe.parent),
-        *extra,
-    ]
+def instruct(recipe: Path, *extra: str) -> tuple[int, str]:
+    command = [sys.executable, "launch/instruct.py", "--recipe", str(recipe), "--runs",
+               str(recipe.parent), *extra]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [*launcher, *arguments], cwd=ROOT, env=environment, text=True, capture_output=True,
-        timeout=300,
-    )  # fmt: skip
+        command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=300
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -91,7 +78,7 @@ def result(folder: Path, file: str) -> dict:
 
 
 def test_a_run_is_measured_within_and_what_failed_is_retried_alone(recipe):
-    code, output = instruct(recipe, ranks=2)
+    code, output = instruct(recipe)  # by several ranks: test_finetune
     assert code == 2, output  # the benchmark's data is neither here nor on a hub
     assert "evaluation failed" in output
     assert "run the same command again" in output
@@ -119,8 +106,7 @@ def test_a_run_is_measured_within_and_what_failed_is_retried_alone(recipe):
     assert "HumanEval" in page
     assert "arc_challenge" in page
 
-    # The same stage without looking at it in between: the same weights. (One rank or two: the
-    # model has no dropout, so they differ by rounding only.)
+    # The same stage without looking at it in between: the same weights.
     code, output = instruct(
         recipe, "name=plain", "stages=[{domain: code, steps: 5}]", "evaluate.benchmarks={}",
         "evaluate.humaneval=null",
@@ -128,7 +114,7 @@ def test_a_run_is_measured_within_and_what_failed_is_retried_alone(recipe):
     assert code == 0, output
     plain = load_file(recipe.parent / "plain/stages/01_code/checkpoint/model.safetensors")
     looked = load_file(stage / "checkpoint/model.safetensors")
-    assert all((plain[name] - looked[name]).abs().max() < 1e-6 for name in plain)
+    assert all(torch.equal(plain[name], looked[name]) for name in plain)
     assert not (recipe.parent / "plain/stages/01_code/humaneval.json").exists()
 
 

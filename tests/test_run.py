@@ -136,6 +136,24 @@ def test_a_killed_run_continues_and_ends_like_an_unbroken_one(recipe):
         assert losses[0] == pytest.approx(losses[1], abs=0.05)
     assert (killed / "report" / "index.html").is_file()
 
+    # A process that is killed behind publishing loses the stage's line of the log: it comes back.
+    lines = log.read_text(encoding="utf-8").splitlines()
+    kept = [x for x in lines if not ('"event": "stage"' in x and '"stage": 1' in x)]
+    assert len(kept) == len(lines) - 1
+    log.write_text("\n".join(kept) + "\n", encoding="utf-8")
+    code, output = finish(command(recipe, "name=killed", halved))
+    assert code == 0, output
+    records = [json.loads(x) for x in log.read_text(encoding="utf-8").splitlines()]
+    ends = {r["stage"]: r for r in records if r["event"] == "stage"}
+    assert sorted(ends) == [1, 2]
+    assert ends[1]["steps"] == 12
+    assert ends[1]["seconds"] > 0
+    code, output = finish(command(recipe, "name=killed", halved, "stages[0].steps=5"))
+    assert code == 2
+    assert "holds a run of another recipe (stages: " in output
+    assert "--restart" in output
+    assert "Traceback" not in output
+
 
 def test_a_run_that_stops_says_so_in_its_log(recipe):
     code, output = finish(command(recipe, "optimizer.lr=1e30", "stages=[{domain: a, steps: 4}]"))
@@ -147,37 +165,6 @@ def test_a_run_that_stops_says_so_in_its_log(recipe):
     assert (record["event"], record["stage"]) == ("stopped", 1)
     assert record["step"] >= 2
     assert record["reason"] in output
-
-
-def test_the_same_recipe_gives_the_same_bits(recipe):
-    for name in ("one", "two"):
-        code, output = finish(
-            command(recipe, f"name={name}", "stages[0].steps=4", "stages[1].steps=4")
-        )
-        assert code == 0, output
-    one, two = (recipe.parent / "runs" / n for n in ("one", "two"))
-    for stage in ("01_a", "02_b"):
-        a, b = weights(one, stage), weights(two, stage)
-        assert all((a[k] == b[k]).all() for k in a)
-        assert evaluation(one, stage)["domains"] == evaluation(two, stage)["domains"]
-    # A process that is killed behind publishing loses the stage's line of the log: it comes back.
-    log = one / "log.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines()
-    kept = [x for x in lines if not ('"event": "stage"' in x and '"stage": 1' in x)]
-    assert len(kept) == len(lines) - 1
-    log.write_text("\n".join(kept) + "\n", encoding="utf-8")
-    code, output = finish(command(recipe, "name=one", "stages[0].steps=4", "stages[1].steps=4"))
-    assert code == 0, output
-    records = [json.loads(x) for x in log.read_text(encoding="utf-8").splitlines()]
-    ends = {r["stage"]: r for r in records if r["event"] == "stage"}
-    assert sorted(ends) == [1, 2]
-    assert ends[1]["steps"] == 4
-    assert ends[1]["seconds"] > 0
-    code, output = finish(command(recipe, "name=one", "stages[0].steps=5", "stages[1].steps=4"))
-    assert code == 2
-    assert "holds a run of another recipe (stages: " in output
-    assert "--restart" in output
-    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize(
