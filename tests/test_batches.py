@@ -17,7 +17,7 @@ from pipeline.data.stage import domains_of, plan_stage
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
 from pipeline.recipe import Data, Domain, Instruction, Model, Recipe, Stage, Train
-from pipeline.run.problems import mixture_problems
+from pipeline.run.problems import mixture_problems, streaming_problems
 from tests.corpora import MemoryCorpus
 
 LENGTH = 24
@@ -243,6 +243,14 @@ def test_a_mixture_that_means_nothing_is_refused(stage, message):
     (problem,) = mixture_problems(recipe, 0)
     assert re.search(message, problem)
     assert problem.startswith("stages[0].")
+
+
+def test_a_stream_is_read_a_whole_number_of_times():
+    recipe = recipe_of([Stage(domain="a", steps=1, max_repetitions=1.5)], {"a": text()})
+    recipe.data.prepare = False
+    (problem,) = streaming_problems(recipe)
+    assert "stages[0].max_repetitions" in problem
+    assert "give 1 or 2" in problem
 
 
 def test_epochs_of_examples_are_counted_not_estimated():

@@ -77,6 +77,10 @@ def test_the_model_writes_earlier_tasks_and_answers_them(tmp_path):
     own = [row[0].tolist() for row in method._own]
     assert [any(row[: len(o)] == o for o in own) for row in rows] == [True, True, False, False]
 
+    recipe.data.sequence_length = len(cue) + 2  # a text has two tokens and its end
+    with pytest.raises(UserError, match=r"no text of one fits behind its cue .*sequence_length="):
+        prepare(1)
+
 
 @pytest.mark.parametrize(
     ("override", "message"),

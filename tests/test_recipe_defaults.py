@@ -5,10 +5,24 @@ from dataclasses import asdict
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
-from eval.analysis.recipe_defaults import with_defaults
+from pipeline.run.folder import _differences
+from pipeline.run.recipe_defaults import with_defaults
 from pipeline.run.recipe_file import RECIPES, load_recipe
 from pipeline.yaml_file import Loader, read_yaml
+
+
+def test_a_run_of_an_earlier_version_goes_on():
+    """It lacks keys of today, also within what it has; a value other than the default differs."""
+    now = load_recipe("demo_base").to_yaml()
+    then = yaml.safe_load(now)
+    del then["anchor"], then["optimizer"]["name"], then["stages"][0]["max_repetitions"]
+    assert _differences(OmegaConf.create(then), OmegaConf.create(now)) == []
+    changed = now.replace("anchor: null", "anchor: {}")
+    assert changed != now
+    (said,) = _differences(OmegaConf.create(then), OmegaConf.create(changed))
+    assert said == "anchor: None there, {} now"
 
 
 @pytest.mark.parametrize("name", ["demo_base", "toy_tasks", "llama2_magicoder_lora"])

@@ -11,8 +11,8 @@ from eval.analysis.files import Damaged, Findings, finite, read_json
 from eval.analysis.log import Log, StageTime, interventions, read_log, stage_times
 from eval.analysis.matrix import Matrix
 from eval.analysis.points import Point, load_points, losses_of
-from eval.analysis.recipe_defaults import with_defaults
 from pipeline.errors import UserError
+from pipeline.run.recipe_defaults import with_defaults
 from pipeline.yaml_file import Loader, read_yaml
 
 LATER_WORK = "is missing, although later work is there."

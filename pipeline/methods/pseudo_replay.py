@@ -25,6 +25,7 @@ from pipeline.data.instruct import Example
 from pipeline.data.mlm import IGNORED, Row, collate
 from pipeline.data.objective import OBJECTIVES, targets_of
 from pipeline.data.sequences import Sequence
+from pipeline.errors import UserError
 from pipeline.methods.domain_text import asked_and_answer
 from pipeline.methods.extra_rows import ExtraRows
 from pipeline.methods.method import Method, Start
@@ -75,6 +76,12 @@ class PseudoReplay(Method):
             pairs += [(_cue(encoder, domain), [*text, *encoder.after]) for text in texts]
         self._own = [to_row(p) for p in pairs if _length(p) <= self.recipe.data.sequence_length]
         path = folder / f"stage-{start.stage:02d}.json"
+        if not self._own:
+            length = self.recipe.data.sequence_length
+            raise UserError(
+                f"pseudo_replay: no text of {' and '.join(frames)} fits behind its cue into "
+                f"data.sequence_length={length}; raise it"
+            )
         if not on_rank0(path.is_file):
             content = {"frames": frames, "texts": self._write(start, encoder, folder)}
             on_rank0(partial(keep_file, path, json.dumps(content)))

@@ -29,6 +29,7 @@ from pipeline.redact import redacted
 from pipeline.run.base_files import FILE as BASE
 from pipeline.run.base_files import KEYS, base_differences, base_files
 from pipeline.run.lock import FolderLock
+from pipeline.run.recipe_defaults import with_defaults
 
 RESUME = "resume"  # in a stage's folder, while it trains: checkpoints behind a step
 MASTERS = "masters"  # beside the newest checkpoint: its trained weights in fp32
@@ -149,14 +150,16 @@ def restart(runs: Path, recipe: Recipe) -> None:
 
 
 def _differences(old: Any, new: Any) -> list[str]:
-    """Keys whose values differ, but for FREE ones, the engine, and the base: `base_differences`."""
+    """Keys whose values differ, but for FREE ones, the engine, and the base: `base_differences`.
+    A key that the version of `old` did not know has its default."""
 
     def flat(node: Any, path: str = "") -> dict[str, Any]:
         if isinstance(node, dict) and node:  # an empty one is a setting too: `hft: {}`
             return {k: v for key, n in node.items() for k, v in flat(n, f"{path}.{key}").items()}
         return {path.lstrip("."): node}
 
-    a, b = (flat(OmegaConf.to_container(x)) for x in (old, new))
+    then: Any = OmegaConf.to_container(old)
+    a, b = flat(with_defaults(then)), flat(OmegaConf.to_container(new))
     return [
         f"{key}: {a.get(key)!r} there, {b.get(key)!r} now"
         for key in sorted({*a, *b} - FREE - {f"model.{k}" for k in KEYS})

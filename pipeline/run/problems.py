@@ -291,6 +291,12 @@ def streaming_problems(r: Recipe) -> list[str]:
                 f"stages[{i}].epochs: what an epoch is, is not known of a stream "
                 "(data.prepare=false); give `tokens` or `steps`"
             )
+        times = stage.max_repetitions
+        if times is not None and times != int(times):
+            found.append(
+                f"stages[{i}].max_repetitions: a stream (data.prepare=false) is read a whole "
+                f"number of times; give {int(times) or 1} or {int(times) + 1}"
+            )
     for name, domain in r.data.domains.items():
         for key, off in (("deduplicate", False), ("decontaminate", []), ("max_documents", None)):
             if getattr(domain, key) != off:

@@ -136,18 +136,18 @@ def train_stage(
         lr = learning_rate(recipe.optimizer, peak_lr, step, steps)
         if lr_factor is not None:
             lr *= lr_factor()
-        for method in methods:
+        problem = bad.problem({"loss": mean_loss, **method_losses})
+        for method in methods if problem is None else ():  # what they keep is of good steps
             method.edit(engine.shards, step, lr)
         with timer("mask"):
-            kept, problem = 1.0, None
-            try:  # before the loss is looked at: this names the layer
+            kept = 1.0
+            try:  # also where the loss is no number: this names the layer
                 kept = mask.apply(engine.shards, step, edited) if mask else 1.0
             except NonFiniteMagnitude as error:
                 kept = 0.0
                 if not (engine.scales_loss and recipe.mask.criterion == "gradient"):
                     problem = f"the loss is {mean_loss}, {error}"
                 # else the gradient overflowed: the step is skipped, with a smaller scale
-        problem = problem or bad.problem({"loss": mean_loss, **method_losses})
         hold = partial(mask.hold, engine.shards) if mask else nullcontext
         with timer("step"):
             applied = _step(engine, bad, step, lr, hold, mean_loss, problem)

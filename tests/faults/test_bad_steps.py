@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipeline.errors import TrainingStopped
+from pipeline.methods.method import Method
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.ranks import rank
 from pipeline.recipe import BadSteps, Resume
@@ -56,9 +57,22 @@ class Spoiler:
         return output
 
 
+class Edits(Method):
+    """How many steps' gradients a method sees."""
+
+    name = "edits"
+
+    def __init__(self):
+        self.count = 0
+
+    def edit(self, shards, step, lr):
+        self.count += 1
+
+
 def trained(build, settings, kind, at, policy="skip", steps=4):
     """Weights (whole) after training on `steps` batches, of which number `at` (from 0) is spoilt on
-    rank 1, or left out of the data (kind None); the message where it stops; the rule's log."""
+    rank 1, or left out of the data (kind None); the message where it stops; how many steps a method
+    has seen."""
     recipe = recipe_for("roberta", 4)
     recipe.bad_steps = BadSteps(policy, budget=1, spike=6.0 if kind == "spike" else None, window=2)
     engine = build(MODELS["roberta"]().train(), recipe, settings)
@@ -74,16 +88,19 @@ def trained(build, settings, kind, at, policy="skip", steps=4):
             yield copy.deepcopy(step)
 
     rule = BadStepRule(recipe.bad_steps, 1, "x", documents=lambda: DOCUMENTS)
+    edits = Edits()
     message = None
     try:
-        train_stage(engine, mask, batches(), recipe, 1, len(data), log=None, bad=rule)
+        train_stage(
+            engine, mask, batches(), recipe, 1, len(data), log=None, bad=rule, methods=[edits]
+        )
     except TrainingStopped as error:
         message = str(error)
     weights = {n: w.clone() for n, w in engine.full_weights()}
     moments = [s["exp_avg"].clone() for s in optimizer_of(engine).state.values() if "exp_avg" in s]
     mask.close()
     engine.close()
-    return weights, moments, message
+    return weights, moments, message, edits.count
 
 
 def optimizer_of(engine):
@@ -110,6 +127,8 @@ def compare_all(everything):
                 else torch.equal(a.to_local(), b.to_local())
                 for a, b in zip(spoilt[1], without[1], strict=True)
             )  # fmt: skip
+            if kind != "gradient":  # whose norm the engine finds behind the edits
+                same = same and spoilt[3] == without[3]
             out[name, kind] = same, spoilt[2]
     out["stop"] = trained(zero_engine, ENGINES["zero2"], "magnitude", 1, policy="stop")[2]
     return out
