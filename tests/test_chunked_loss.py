@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pipeline.model.chunked_loss
 from pipeline.errors import UserError
 from pipeline.model.chunked_loss import ChunkedLoss
-from pipeline.model.load import PredictedPositions, predict
+from pipeline.model.load import PredictedPositions, predict, predicted_places
 from pipeline.ranks import world_size
 from tests.reference import MODELS, micro_batches, train_reference
 from tests.spawn import run_ranks
@@ -82,7 +82,9 @@ def test_no_tensor_holds_more_logits_than_a_chunk(name, monkeypatch):
     whole = F.cross_entropy(logits, targets[targets >= 0], reduction="none")
     chunked = ChunkedLoss(head)
     with Widest(head.output.weight.shape[1]) as widest:
-        losses = chunked.losses(model.forward, inputs, targets)
+        learnt = targets[targets >= 0]
+        places = predicted_places(targets, len(learnt))
+        losses = chunked.losses(model.forward, inputs, places, learnt)
         losses.sum().backward()
     torch.testing.assert_close(losses, whole, rtol=0, atol=1e-6)
     assert 0 < widest.logits <= CHUNK < logits.numel()
@@ -103,7 +105,9 @@ def test_a_model_that_changes_its_logits_is_refused():
 
     ids = torch.arange(12)[None]
     with pytest.raises(UserError, match=r"train\.chunked_loss: .* caps or scales"):
-        ChunkedLoss(PredictedPositions(model)).losses(capped, {"input_ids": ids}, ids)
+        ChunkedLoss(PredictedPositions(model)).losses(
+            capped, {"input_ids": ids}, predicted_places(ids, ids.numel()), ids[0]
+        )
     model = MODELS["llama"]()
     model.lm_head = torch.nn.Sequential(model.lm_head)
     with pytest.raises(UserError, match="head is a Sequential"):

@@ -45,17 +45,15 @@ class ChunkedLoss:
         output.forward = forward
 
     def losses(
-        self, forward: Callable[..., Any], inputs: dict[str, Any], targets: Tensor
+        self, forward: Callable[..., Any], inputs: dict[str, Any], places: Tensor, targets: Tensor
     ) -> Tensor:
-        """Nats, fp32 [predicted], at the positions of `targets` [batch, length] that are not
-        negative.
+        """Nats, fp32 [predicted], of the targets [predicted] at `predicted_places`.
 
         Raises:
             UserError: the model computes with its logits behind the head.
         """
-        wanted = targets >= 0
-        self._head.select(wanted)
-        self._targets = targets[wanted]
+        self._head.select(places)
+        self._targets = targets
         found = forward(**inputs).logits
         self._head.select(None)
         self._targets = None

@@ -335,14 +335,28 @@ class PredictedPositions:
         if self._selected is None:
             return inputs
         hidden, *rest = inputs
-        return (hidden.reshape(-1, hidden.shape[-1])[self._selected.reshape(-1)], *rest)
+        return (_chosen(hidden, self._selected), *rest)
 
     def select(self, positions: Tensor | None) -> None:
-        """positions: bool [batch, length], or None for all."""
+        """positions: bool [batch, length], or `predicted_places`; None: all."""
         self._selected = positions
 
     def close(self) -> None:
         self._hook.remove()
+
+
+def predicted_places(targets: Tensor, count: int) -> Tensor:
+    """int64 [count], ascending: where in the flattened targets [batch, length] there is one that is
+    not negative. The count is known, so that the host does not wait until a GPU has found it."""
+    assert targets.is_cuda or int((targets >= 0).sum()) == count
+    return (targets.reshape(-1) < 0).to(torch.uint8).argsort(stable=True)[:count]
+
+
+def _chosen(values: Tensor, positions: Tensor) -> Tensor:
+    """[n, width] of [batch, length, width]."""
+    if positions.dtype == torch.bool:
+        positions = positions.reshape(-1).nonzero().view(-1)
+    return values.reshape(-1, values.shape[-1]).index_select(0, positions)
 
 
 def predict(
@@ -351,12 +365,13 @@ def predict(
     wanted: Tensor,
     head: PredictedPositions | None,
 ) -> Tensor:
-    """A model's logits [n, vocabulary] at the n positions of `wanted` (bool [batch, length]).
+    """A model's logits [n, vocabulary] at the n positions of `wanted` (bool [batch, length], or
+    `predicted_places`).
 
     head: of that model, to compute no others.
     """
     if head is None:
-        return forward(**inputs).logits[wanted]
+        return _chosen(forward(**inputs).logits, wanted)
     head.select(wanted)
     logits = forward(**inputs).logits
     head.select(None)

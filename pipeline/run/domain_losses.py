@@ -17,17 +17,17 @@ class DomainLosses:
         # losses (nats), predicted tokens, tokens
         self._sums = torch.zeros(3, len(names), dtype=torch.float64, device=device)
 
-    def add(self, losses: Tensor, targets: Tensor, domains: Tensor) -> None:
-        """losses: of the predicted tokens, [n], in their order. targets, domains: [B, L], of the
-        tokens as they are predicted; -1 is the domain of padding."""
-        learnt = domains[targets >= 0].long()
+    def add(self, losses: Tensor, domains: Tensor) -> None:
+        """losses, domains: [n], of the predicted tokens."""
+        learnt = domains.long()
         self._sums[0].index_add_(0, learnt, losses.detach().double())
         self._sums[1].index_add_(0, learnt, torch.ones_like(losses, dtype=torch.float64))
 
     def count(self, domains: Tensor) -> None:
         """The tokens of a micro-batch, [B, L]."""
-        counts = torch.bincount(domains.flatten().long() + 1, minlength=len(self.names) + 1)
-        self._sums[2] += counts[1:]
+        known = domains.flatten().long() + 1  # -1 is padding
+        counts = self._sums.new_zeros(len(self.names) + 1)
+        self._sums[2] += counts.index_add_(0, known, torch.ones_like(known, dtype=counts.dtype))[1:]
 
     def reduce(self) -> dict[str, dict[str, Any]]:
         """Over all ranks, who call it together: {domain: loss (mean, nats), predicted, tokens}; a

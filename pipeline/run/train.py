@@ -18,7 +18,7 @@ from pipeline.methods.method import Method
 from pipeline.migu.gradient_mask import GradientMask, NonFiniteMagnitude
 from pipeline.model.attention import Separation, arrange
 from pipeline.model.chunked_loss import ChunkedLoss
-from pipeline.model.load import PredictedPositions, predict
+from pipeline.model.load import PredictedPositions, predict, predicted_places
 from pipeline.progress import EventLog, StageProgress
 from pipeline.ranks import rank, summed, totals, world_size
 from pipeline.recipe import Optimizer, Recipe
@@ -88,21 +88,24 @@ def train_stage(
     edited = any(type(method).edit is not Method.edit for method in methods)
     step = behind
 
-    def forward(waiting: Batch) -> tuple[Tensor, Tensor]:
-        """(what is minimised, the loss): sums over the predictions of a micro-batch."""
+    def forward(waiting: Batch, count: int) -> tuple[Tensor, Tensor]:
+        """(what is minimised, the loss): sums over the `count` predictions of a micro-batch."""
         inputs, tokens = arrange(_to(waiting, engine.device), separation, engine.module)
         targets = targets_of(tokens["labels"], objective)
+        places = predicted_places(targets, count)
+        learnt = targets.reshape(-1).index_select(0, places)
         real = tokens.get("real"), tokens.get("decoder_real")
         with timer("forward"), mask.recording(*real) if mask else nullcontext():
             logits: Any = None  # never all at once, and no method asks for them
             if chunked:
-                losses = chunked.losses(engine.forward, inputs, targets)
+                losses = chunked.losses(engine.forward, inputs, places, learnt)
             else:
-                logits = _predictions(engine, head, inputs, targets)
-                losses = F.cross_entropy(logits, targets[targets >= 0], reduction="none")
+                logits = predict(engine.forward, inputs, places, head).float()
+                losses = F.cross_entropy(logits, learnt, reduction="none")
         if by_domain is not None:
             by_domain.count(waiting["domains"].to(engine.device))
-            by_domain.add(losses, targets, targets_of(tokens["domains"], objective))
+            of_tokens = targets_of(tokens["domains"], objective).reshape(-1)
+            by_domain.add(losses, of_tokens.index_select(0, places))
         minimized = losses
         for method in methods:
             minimized = method.weigh(minimized, logits, targets, inputs)
@@ -120,7 +123,7 @@ def train_stage(
         scale = (parts * world_size() / predicted.clamp_min(1)).float()  # the host does not wait
         loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
         where = f"stage {stage} ({name}), step {step}"
-        losses: Iterable[tuple[Tensor, Tensor]] = map(forward, micro_batches)  # as they are asked
+        losses: Iterable[tuple[Tensor, Tensor]] = map(forward, micro_batches, counts)  # when asked
         if mask and mask.defers:  # the backwards need the rows, the rows all the forwards
             losses = list(losses)
             with timer("mask"):
@@ -229,13 +232,6 @@ def learning_rate(optimizer: Optimizer, peak: float, step: int, steps: int) -> f
     if optimizer.schedule == "cosine":
         return peak * 0.5 * (1 + math.cos(math.pi * done))
     return peak
-
-
-def _predictions(
-    engine: Any, head: PredictedPositions | None, inputs: dict[str, Any], targets: Tensor
-) -> Tensor:
-    """Logits of the positions with a target, fp32 [predicted, vocabulary], in their order."""
-    return predict(engine.forward, inputs, targets >= 0, head).float()
 
 
 def extra_backwards(
