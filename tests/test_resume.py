@@ -16,8 +16,9 @@ from pipeline.errors import UserError
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.ranks import meet, rank, world_size
 from pipeline.recipe import Resume
-from pipeline.run import resume
-from pipeline.run.resume import Attempt, Saver, StageState, newest
+from pipeline.run import saver as saving
+from pipeline.run.resume import Attempt, StageState
+from pipeline.run.saver import Saver, newest
 from pipeline.run.train import train_stage
 from tests.reference import MODELS, micro_batches
 from tests.spawn import run_ranks
@@ -213,14 +214,14 @@ def one_rank_cannot_write(folder):
     """What both policies do where the disk of rank 1 is full behind the second step of four: the
     checkpoints that are there at the end, and the message."""
     engine, _ = engine_of("roberta", "zero2", "fp32")
-    write, out = resume.write_pieces, {}
+    write, out = saving.write_pieces, {}
 
     def full(path, pieces):
         if rank() == 1 and "step-000002" in str(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(path, pieces)
 
-    resume.write_pieces = full
+    saving.write_pieces = full
     for policy in ("go_on", "stop"):
         settings = Resume(steps=1, minutes=None, keep=1, on_error=policy)
         attempt = Attempt(folder / policy, settings, StageState(engine, Position()), 9)
@@ -239,7 +240,7 @@ def one_rank_cannot_write(folder):
         attempt.after_step(step)
     attempt.finish()
     out["nodes"] = newest(own), sorted(p.name for p in own.glob("step-*"))
-    resume.write_pieces = write
+    saving.write_pieces = write
     engine.close()
     return out
 

@@ -132,7 +132,7 @@ def _run(scene: Scene, rank: int, ranks: int, engine: str, act: Any) -> None:
     from pipeline.engine.config import resolve_ds_config, resolve_fsdp_config
     from pipeline.engine.distributed import start_distributed
     from pipeline.migu.gradient_mask import GradientMask
-    from pipeline.run import resume, run, state
+    from pipeline.run import resume, run, saver, state
     from pipeline.run.recipe_file import load_recipe
     from tests.test_parity import ENGINES
 
@@ -155,7 +155,7 @@ def _run(scene: Scene, rank: int, ranks: int, engine: str, act: Any) -> None:
             act(place, now["stage"], now["step"])
 
     following, applying = StageBatches.__next__, GradientMask.apply
-    preparing, publishing, saving = run._prepare, state.publish_model, resume.seal
+    preparing, publishing, saving = run._prepare, state.publish_model, saver.seal
     behind = resume.Attempt.after_step
 
     def follow(batches: Any) -> Any:
@@ -190,7 +190,7 @@ def _run(scene: Scene, rank: int, ranks: int, engine: str, act: Any) -> None:
         behind(self, step)
 
     StageBatches.__next__, GradientMask.apply = follow, apply  # type: ignore[method-assign]
-    run._prepare, state.publish_model, resume.seal = prepare, publish, seal
+    run._prepare, state.publish_model, saver.seal = prepare, publish, seal
     resume.Attempt.after_step = after_step  # type: ignore[method-assign]
 
     def measure(engine: Any, separation: Any, task: Any, asked: Any) -> None:

@@ -19,7 +19,8 @@ from pipeline.errors import TrainingStopped, UserError, advice
 from pipeline.progress import EventLog, half_line
 from pipeline.ranks import gather, meet, rank
 from pipeline.recipe import Resume
-from pipeline.run.resume import Attempt, StageState, newest
+from pipeline.run.resume import Attempt, StageState
+from pipeline.run.saver import newest
 from pipeline.shard import MOMENTS, Shard, StateShard
 from tests.spawn import run_ranks
 
