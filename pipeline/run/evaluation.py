@@ -1,19 +1,28 @@
 """What is measured of a checkpoint, and where its results lie."""
 
+import glob
 import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pipeline.checkpoint import is_published, read_manifest, replace_file
 from pipeline.recipe import Recipe
+from pipeline.run.base_files import FILE as BASE
 from pipeline.run.folder import stage_folder, step_folder
+from pipeline.run.recipe_defaults import with_defaults
 
 RESULTS = {
     "heldout": "eval.json", "benchmarks": "benchmarks.json", "humaneval": "humaneval.json",
     "end_tasks": "end_tasks.json", "tasks": "tasks.json",
 }  # fmt: skip
+SHARED = ("heldout", "benchmarks", "humaneval", "tasks")  # end tasks are trained for hours
+MASK = ("threshold", "components", "split_fused", "refresh")  # what the overlap of rows is of
+RECIPE = ("seed", "model", "data", "evaluate", "epi", "hat_adapter", "das", "engine")
+ENVIRONMENT = ("commit", "versions", "hardware", "engine", "precision")
 
 
 @dataclass(frozen=True)
@@ -65,14 +74,82 @@ def take_measured(end: Evaluation) -> int | None:
         published = place / "checkpoint"
         if not is_published(published) or (known := read_manifest(published))["files"] != files:
             continue
-        results = [place / name for name in RESULTS.values() if (place / name).is_file()]
-        beside = [p for p in place.iterdir() if p.is_file() and p not in results]
-        for path in beside:  # before the results, by which is seen what has been measured
-            shutil.copyfile(path, end.folder / path.name)
-        for path in results:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            found = {k: v for k, v in found.items() if k not in ("step", "progress")}
-            text = json.dumps({**found, **end.describe()}, indent=2) + "\n"
-            replace_file(end.folder / path.name, text)
+        _take(place, end, list(RESULTS), {})
         return int(known["steps"])
     return None
+
+
+def take_base(base: Evaluation, recipe: Recipe) -> str | None:
+    """Give the base of a run what another run beside it has measured of the same base; its name, or
+    None where there is none.
+
+    The same: weights, held-out text, what is measured and how, engine, versions, hardware and
+    commit, without changes to the code. So the runs of a sweep measure their base once.
+    """
+    wanted = [k for k in base.pending(recipe) if k in SHARED] if base.stage == 0 else []
+    if not wanted or (mine := _what_measures(base.run)) is None:
+        return None
+    seed = mine.pop("seed")
+    for other in sorted(base.run.parent.iterdir()):
+        place = stage_folder(other, 0, base.name)
+        there = [k for k in wanted if (place / RESULTS[k]).is_file()]
+        if other == base.run or not there or (theirs := _what_measures(other)) is None:
+            continue
+        if theirs.pop("seed") != seed:  # with which HumanEval draws
+            there = [k for k in there if k != "humaneval"]
+        if theirs != mine:
+            continue
+        if "benchmarks" in there and _changed_since(recipe, place / RESULTS["benchmarks"]):
+            there.remove("benchmarks")
+        if there:
+            _take(place, base, there, {"measured_by": other.name})
+            return other.name
+    return None
+
+
+def _what_measures(run: Path) -> dict[str, Any] | None:
+    """All on which the results of a run's base depend; None where it is not known."""
+    try:
+        recipe = with_defaults(yaml.load((run / "recipe.yaml").read_text("utf-8"), yaml.SafeLoader))
+        environment = json.loads((run / "environment.json").read_text("utf-8"))
+        base = json.loads((run / BASE).read_text("utf-8"))
+        heldout = json.loads((run / "heldout" / "manifest.json").read_text("utf-8"))["files"]
+        published = run / "stages" / "00_base" / "checkpoint"
+        weights = read_manifest(published)["files"] if is_published(published) else None
+        engine = [p.read_text("utf-8") for p in sorted(run.glob("*config.json"))]
+        engine += [p.read_text("utf-8") for p in sorted(run.glob("fsdp.json"))]
+        if environment["dirty"]:
+            return None
+        mask = {k: recipe["mask"][k] for k in MASK}
+        return {
+            **{k: recipe[k] for k in RECIPE},
+            **{k: environment[k] for k in ENVIRONMENT},
+            **{"mask": mask, "base": base, "heldout": heldout, "weights": weights},
+            "engine_files": engine,
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return None
+
+
+def _changed_since(recipe: Recipe, result: Path) -> bool:
+    """Whether a local file of a benchmark is younger than a result."""
+    patterns = [f for b in recipe.evaluate.benchmarks.values() for f in b.files]
+    if recipe.evaluate.benchmark_files:
+        patterns.append(str(Path(recipe.evaluate.benchmark_files) / "**"))
+    files = [f for pattern in patterns for f in glob.glob(pattern, recursive=True)]
+    return any(Path(f).stat().st_mtime > result.stat().st_mtime for f in files)
+
+
+def _take(place: Path, to: Evaluation, kinds: list[str], more: dict[str, Any]) -> None:
+    """Copy results, and what lies beside them, into the folder of another evaluation."""
+    results = [p for k in kinds if (p := place / RESULTS[k]).is_file()]
+    others = set(RESULTS.values())
+    to.folder.mkdir(parents=True, exist_ok=True)
+    for path in place.iterdir():  # before the results, by which is seen what has been measured
+        if path.is_file() and path.name not in others and not path.name.startswith((".", "share-")):
+            shutil.copyfile(path, to.folder / path.name)
+    for path in results:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        found = {k: v for k, v in found.items() if k not in ("step", "progress")}
+        text = json.dumps({**found, **to.describe(), **more}, indent=2) + "\n"
+        replace_file(to.folder / path.name, text)

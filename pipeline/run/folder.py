@@ -34,7 +34,8 @@ from pipeline.run.recipe_defaults import with_defaults
 RESUME = "resume"  # in a stage's folder, while it trains: checkpoints behind a step
 MASTERS = "masters"  # beside the newest checkpoint: its trained weights in fp32
 LONGEST = 120  # letters of a stage's name in its folder's
-PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy", "safetensors")
+PACKAGES = ("migu", "torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy",
+            "safetensors")  # fmt: skip
 
 
 # They change how something is computed, not what: a run may be continued with other values.

@@ -23,7 +23,7 @@ from pipeline.progress import EventLog
 from pipeline.ranks import end_if_asked, on_rank0, rank, world_size
 from pipeline.recipe import Recipe
 from pipeline.run.data import open_data
-from pipeline.run.evaluation import Evaluation, take_measured
+from pipeline.run.evaluation import Evaluation, take_base, take_measured
 from pipeline.run.folder import describe_model, open_run, stage_folder
 from pipeline.run.methods import methods_of, run_start
 from pipeline.run.published import remove
@@ -84,6 +84,8 @@ def run_recipe(
             if on_rank0(partial(task.pending, recipe)):
                 if step := on_rank0(partial(take_measured, task)):
                     tell(f"{place_of(task)}: its weights are those of step {step}, as measured")
+                if other := on_rank0(partial(take_base, task, recipe)):
+                    tell(f"{place_of(task)}: as {other} has measured it")
                 pending = on_rank0(partial(task.pending, recipe))
                 if pending:
                     tell(f"{place_of(task)}: measuring {', '.join(pending)}")

@@ -1,0 +1,110 @@
+"""The base of a run takes what a run beside it has measured of the same base."""
+
+import json
+import os
+
+import pytest
+import yaml
+
+from pipeline.run.evaluation import Evaluation, take_base
+from pipeline.run.recipe_file import load_recipe
+from tests.test_run import tiny_recipe
+
+
+def write_run(runs, name, recipe, **changes):
+    """What a run has written before its base is measured; its evaluation of the base."""
+    run = runs / name
+    (run / "heldout").mkdir(parents=True)
+    content = yaml.safe_load(recipe.to_yaml())
+    for place, value in changes.pop("settings", {}).items():
+        *path, last = place.split(".")
+        node = content
+        for key in path:
+            node = node[key]
+        node[last] = value
+    (run / "recipe.yaml").write_text(yaml.safe_dump(content))
+    environment = {
+        "commit": "abc", "dirty": False, "versions": {"torch": "2.13"},
+        "hardware": {"device": "cpu"}, "engine": "DeepSpeed ZeRO-2", "precision": "fp32",
+    }  # fmt: skip
+    files = {
+        "environment.json": {**environment, **changes.pop("environment", {})},
+        "base.json": {"path": None, "tokenizer": None},
+        "heldout/manifest.json": {"files": {"a": "1"}},
+        "ds_config.json": {"train_batch_size": 8},
+    }
+    for file, value in files.items():
+        (run / file).write_text(json.dumps(changes.get(file, value)))
+    return Evaluation(run, 0, "base", f"{run}/stages/00_base/checkpoint")
+
+
+def measured(base, kind="eval.json"):
+    base.folder.mkdir(parents=True, exist_ok=True)
+    (base.folder / "sequences.npz").write_bytes(b"losses")
+    (base.folder / "share-0.part").write_bytes(b"begun")
+    found = {"stage": 0, "checkpoint": base.checkpoint, "domains": {"a": {"loss": 2.5}}}
+    (base.folder / kind).write_text(json.dumps(found))
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return load_recipe(tiny_recipe(tmp_path))
+
+
+def test_it_is_measured_once(recipe, tmp_path):
+    runs = tmp_path / "runs"
+    first = write_run(runs, "first", recipe)
+    assert take_base(first, recipe) is None
+    measured(first)
+    second = write_run(runs, "second", recipe, settings={"seed": 7, "optimizer.lr": 0.5})
+    assert take_base(second, recipe) == "first"
+    result = json.loads((second.folder / "eval.json").read_text())
+    assert result["domains"] == {"a": {"loss": 2.5}}
+    assert result["checkpoint"] == second.checkpoint
+    assert result["measured_by"] == "first"
+    assert sorted(p.name for p in second.folder.iterdir()) == ["eval.json", "sequences.npz"]
+    assert take_base(second, recipe) is None  # it has all
+    stage = Evaluation(runs / "second", 1, "a", "x")
+    assert take_base(stage, recipe) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"settings": {"mask.threshold": 0.5}},
+        {"settings": {"data.sequence_length": 16}},
+        {"settings": {"evaluate.batch_size": 5}},
+        {"environment": {"commit": "def"}},
+        {"environment": {"dirty": True}},
+        {"environment": {"hardware": {"device": "cuda"}}},
+        {"heldout/manifest.json": {"files": {"a": "2"}}},
+        {"ds_config.json": {"train_batch_size": 4}},
+        {"base.json": {"path": {"model.safetensors": "x"}}},
+    ],
+)
+def test_another_base_or_another_measurement_is_not_taken(recipe, tmp_path, changes):
+    first = write_run(tmp_path / "runs", "first", recipe, **changes)
+    measured(first)
+    second = write_run(tmp_path / "runs", "second", recipe)
+    assert take_base(second, recipe) is None
+    assert not second.folder.exists()
+
+
+def test_a_benchmark_whose_file_has_changed_is_measured_again(recipe, tmp_path):
+    file = tmp_path / "questions" / "arc_challenge" / "test.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text("{}\n")
+    overrides = [
+        "evaluate.benchmarks={arc_challenge: {}}", f"evaluate.benchmark_files={tmp_path}/questions",
+        "model.objective=causal", "model.config.model_type=llama",
+    ]  # fmt: skip
+    path = tmp_path / "tiny.yaml"
+    path.write_text(path.read_text().replace(", hidden_dropout_prob: 0.1", ""))
+    recipe = load_recipe(path, overrides)
+    first = write_run(tmp_path / "runs", "first", recipe)
+    measured(first, "benchmarks.json")
+    assert take_base(write_run(tmp_path / "runs", "second", recipe), recipe) == "first"
+    later = (first.folder / "benchmarks.json").stat().st_mtime + 10
+
+    os.utime(file, (later, later))
+    assert take_base(write_run(tmp_path / "runs", "third", recipe), recipe) is None
