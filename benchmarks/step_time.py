@@ -444,8 +444,8 @@ def estimated_memory(args: argparse.Namespace, mode: str) -> float:
         threshold=args.threshold,
         backward="row_sparse" if mode == "row_sparse" else "dense",
     )
-    with torch.device("meta"):
-        model = _model(args, "meta")
+    plain = argparse.Namespace(**{**vars(args), "checkpointing": False})  # the recipe says it
+    model = _model(plain, "meta")
     if mode == "rows_per_stage":
         recipe.mask.refresh = "stage"
         split_as_in_training(model, recipe)

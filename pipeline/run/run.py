@@ -85,7 +85,7 @@ def run_recipe(
                 if step := on_rank0(partial(take_measured, task)):
                     tell(f"{place_of(task)}: its weights are those of step {step}, as measured")
                 if other := on_rank0(partial(take_base, task, recipe)):
-                    tell(f"{place_of(task)}: as {other} has measured it")
+                    tell(f"{place_of(task)}: the run {other} has measured the same base")
                 pending = on_rank0(partial(task.pending, recipe))
                 if pending:
                     tell(f"{place_of(task)}: measuring {', '.join(pending)}")
