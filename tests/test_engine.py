@@ -181,8 +181,8 @@ def interrupted_and_not(path, runs):
     out = {}
     halved = ["train.precision=bf16", "train.publish_dtype=bfloat16"]
     for kind in ENGINES_OF_A_RUN:
-        whole = run(path, runs, f"whole {kind}", kind, halved)
-        broken = run(path, runs, f"broken {kind}", kind, halved, stop=1)
+        whole = run(path, runs / "whole", f"whole {kind}", kind, halved)
+        broken = run(path, runs / "broken", f"broken {kind}", kind, halved, stop=1)
         same = {s: all(torch.equal(w, whole[s][n]) for n, w in broken[s].items()) for s in broken}
         rounded = all(torch.equal(w, w.bfloat16().float()) for w in whole[1].values())
         out[kind] = same, rounded
@@ -196,7 +196,7 @@ def test_an_interrupted_run_is_the_uninterrupted_one(recipe, tmp_path):  # noqa:
             assert same == {0: True, 1: True, 2: True}, kind
             assert not rounded, kind
     for kind in ENGINES_OF_A_RUN:
-        whole, broken = (tmp_path / f"{w} {kind}" / "stages" for w in ("whole", "broken"))
+        whole, broken = (tmp_path / w / f"{w} {kind}" / "stages" for w in ("whole", "broken"))
         for stage in ("00_base", "01_a", "02_b"):
             a, b = losses(whole / stage), losses(broken / stage)
             assert all(np.array_equal(a[n], b[n]) for n in a), (kind, stage)
