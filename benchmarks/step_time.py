@@ -151,11 +151,8 @@ def engine_of(args: argparse.Namespace, device: str, split: bool = False) -> Any
             count = kept_count(target.rows, args.threshold)
             kept[target.name] = torch.randperm(target.rows) < count
         split_linears(model, kept)
-    if args.engine == "fsdp":
-        config = resolve_fsdp_config(recipe, world_size(), device)
-        return FsdpEngine(model, config, recipe.optimizer)
-    config = resolve_ds_config(_zero(args), recipe, world_size(), device)
-    return ZeroEngine(model, config, recipe.optimizer)
+    engine = FsdpEngine if args.engine == "fsdp" else ZeroEngine
+    return engine(model, _engine_config(args, recipe, device), recipe.optimizer)
 
 
 class Ours(Turns):
@@ -302,8 +299,14 @@ def _zero(args: argparse.Namespace) -> dict[str, Any]:
     )
 
 
+def _engine_config(args: argparse.Namespace, recipe: Recipe, device: str) -> dict[str, Any]:
+    if args.engine == "fsdp":
+        return resolve_fsdp_config(recipe, world_size(), device)
+    return resolve_ds_config(_zero(args), recipe, world_size(), device)
+
+
 def _recipe(args: argparse.Namespace) -> Recipe:
-    config, length = SHAPES[args.shape][0], SHAPES[args.shape][3]
+    config, _, _, length = SHAPES[args.shape]
     sequences = _sequences(args)
     recipe = Recipe(
         name="benchmark",
@@ -331,6 +334,11 @@ def _sequences(args: argparse.Namespace) -> int:
     return args.sequences or SHAPES[args.shape][2]
 
 
+def _tokens(args: argparse.Namespace) -> int:
+    """Of a rank's step."""
+    return _sequences(args) * SHAPES[args.shape][3] * args.accumulation
+
+
 def _model(args: argparse.Namespace, device: str) -> nn.Module:
     """Made where it is trained: billions of random numbers take a CPU minutes."""
     values, layers, _, length = SHAPES[args.shape]
@@ -348,7 +356,8 @@ def _model(args: argparse.Namespace, device: str) -> nn.Module:
 
 def steps_of(args: argparse.Namespace, count: int) -> list[list[dict]]:
     """Random tokens; a masked model predicts 15% of them, a causal one all."""
-    config, length, sequences = SHAPES[args.shape][0], SHAPES[args.shape][3], _sequences(args)
+    config, _, _, length = SHAPES[args.shape]
+    sequences = _sequences(args)
     generator = torch.Generator().manual_seed(0)
     steps = []
     for _ in range(count):
@@ -402,7 +411,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     seconds = {mode: turns.seconds[warm:] for mode, turns in modes.items()}
     result: dict[str, Any] = {
         "shape": args.shape, "layers": args.layers or SHAPES[args.shape][1],
-        "tokens": _sequences(args) * SHAPES[args.shape][3] * args.accumulation,
+        "tokens": _tokens(args),
         "threshold": args.threshold, "precision": args.precision, "engine": args.engine,
         "accumulation": args.accumulation, "checkpointing": args.checkpointing,
         "chunked_loss": args.chunked_loss, "keep_large": args.keep_large,
@@ -431,9 +440,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def _mfu(args: argparse.Namespace, engine: Any, seconds: float) -> float:
     """Of the dense step (docs/performance.md); NaN on a GPU whose peak is not known."""
-    tokens = _sequences(args) * SHAPES[args.shape][3] * args.accumulation * world_size()
     speed = Speed(engine.module, _recipe(args), engine.device)
-    return speed.numbers(tokens, seconds).get("mfu", float("nan"))
+    return speed.numbers(_tokens(args) * world_size(), seconds).get("mfu", float("nan"))
 
 
 def estimated_memory(args: argparse.Namespace, mode: str) -> float:
@@ -450,11 +458,7 @@ def estimated_memory(args: argparse.Namespace, mode: str) -> float:
         recipe.mask.refresh = "stage"
         split_as_in_training(model, recipe)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.engine == "fsdp":
-        config = resolve_fsdp_config(recipe, 1, device)
-    else:
-        config = resolve_ds_config(_zero(args), recipe, 1, device)
-    sizes = estimate(model, recipe, config, 1).values()
+    sizes = estimate(model, recipe, _engine_config(args, recipe, device), world_size()).values()
     return sum(size[0] if device == "cuda" else size[0] + size[1] for size in sizes) / 1e9
 
 

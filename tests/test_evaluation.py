@@ -105,6 +105,5 @@ def test_a_benchmark_whose_file_has_changed_is_measured_again(recipe, tmp_path):
     measured(first, "benchmarks.json")
     assert take_base(write_run(tmp_path / "runs", "second", recipe), recipe) == "first"
     later = (first.folder / "benchmarks.json").stat().st_mtime + 10
-
     os.utime(file, (later, later))
     assert take_base(write_run(tmp_path / "runs", "third", recipe), recipe) is None

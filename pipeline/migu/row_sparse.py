@@ -35,6 +35,7 @@ class RowSparseLinears:
         _check(model, targets)
         self._rows = [_Rows() for _ in targets]
         self._sizes = [t.rows for t in targets]
+        # int64 [sum of rows]: of each row its number within its target; moves to where they train
         self._places = torch.cat([torch.arange(size) for size in self._sizes])
         self._targets = targets
         self.open()
@@ -52,7 +53,8 @@ class RowSparseLinears:
             return
         # Of all targets at once: the host waits for a GPU twice, and not at every layer.
         counts = torch.stack([part.sum() for part in keep.split(self._sizes)]).tolist()
-        kept = self._places.to(keep.device)[keep].split(counts)
+        self._places = self._places.to(keep.device)
+        kept = self._places[keep].split(counts)
         for rows, index in zip(self._rows, kept, strict=True):
             rows.kept, rows.index = len(index), padded(index)
 

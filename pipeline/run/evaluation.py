@@ -10,10 +10,12 @@ from typing import Any
 import yaml
 
 from pipeline.checkpoint import is_published, read_manifest, replace_file
+from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.run.base_files import FILE as BASE
 from pipeline.run.folder import stage_folder, step_folder
 from pipeline.run.recipe_defaults import with_defaults
+from pipeline.yaml_file import Loader, read_yaml
 
 RESULTS = {
     "heldout": "eval.json", "benchmarks": "benchmarks.json", "humaneval": "humaneval.json",
@@ -110,14 +112,14 @@ def take_base(base: Evaluation, recipe: Recipe) -> str | None:
 def _what_measures(run: Path) -> dict[str, Any] | None:
     """All on which the results of a run's base depend; None where it is not known."""
     try:
-        recipe = with_defaults(yaml.load((run / "recipe.yaml").read_text("utf-8"), yaml.SafeLoader))
+        recipe = with_defaults(yaml.load(read_yaml(run / "recipe.yaml"), Loader))
         environment = json.loads((run / "environment.json").read_text("utf-8"))
         base = json.loads((run / BASE).read_text("utf-8"))
         heldout = json.loads((run / "heldout" / "manifest.json").read_text("utf-8"))["files"]
-        published = run / "stages" / "00_base" / "checkpoint"
+        published = stage_folder(run, 0, "base") / "checkpoint"
         weights = read_manifest(published)["files"] if is_published(published) else None
-        engine = [p.read_text("utf-8") for p in sorted(run.glob("*config.json"))]
-        engine += [p.read_text("utf-8") for p in sorted(run.glob("fsdp.json"))]
+        files = [run / "ds_config.json", run / "fsdp.json"]
+        engine = {p.name: p.read_text("utf-8") for p in files if p.is_file()}
         if environment["dirty"]:
             return None
         mask = {k: recipe["mask"][k] for k in MASK}
@@ -127,7 +129,7 @@ def _what_measures(run: Path) -> dict[str, Any] | None:
             **{"mask": mask, "base": base, "heldout": heldout, "weights": weights},
             "engine_files": engine,
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
