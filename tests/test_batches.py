@@ -70,12 +70,17 @@ def batches_of(recipe, corpora, ranks, micro=None, state=None):
 
 
 def step_of(ranks):
-    """The rows of a step in order, each (input_ids, labels, attention_mask) as bytes."""
+    """The rows of a step in order, each (input_ids, labels, segments, ...) as bytes, without the
+    padding, which is as long as the micro-batch's longest row needs."""
     per_rank = []
     for micro_batches in ranks:
         per_rank.append(
             [
-                tuple(batch[key][i].numpy().tobytes() for key in sorted(batch) if key != "real")
+                tuple(
+                    batch[key][i][batch["segments"][i] >= 0].numpy().tobytes()
+                    for key in sorted(batch)
+                    if key != "real"
+                )
                 for batch in micro_batches
                 for i in range(len(batch["labels"]))
             ]

@@ -72,6 +72,10 @@ def test_a_run_of_tasks_has_the_matrix_of_its_answers(tmp_path):
         for stage in ("00_base", "01_subject", "02_mood"):
             measured = json.loads((run / "stages" / stage / "tasks.json").read_text())["tasks"]
             assert {t: r["rows"] for t, r in measured.items()} == dict.fromkeys(tasks, 6)
+        records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        trained = [r["tokens"] for r in records if r["event"] == "stage"]
+        steps = [r for r in records if r["event"] == "step"]
+        assert trained == [sum(r["tokens"] for r in steps if r["stage"] == n) for n in (1, 2)]
         numbers = json.loads((run / "report/report.json").read_text())["tasks"]
         assert set(numbers["tasks"]) == tasks
         assert numbers["tasks"][0] == "subject"  # in the order of the stages

@@ -106,3 +106,11 @@ def test_a_batch_says_what_is_padding():
     assert torch.equal(batch["labels"] >= 0, batch["real"])
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
     assert "real" not in collate([row(pack(8, total=8))])
+
+
+def test_a_batch_is_as_long_as_its_longest_row_without_the_padding():
+    batch = collate([row(pack(4, 3, total=16)), row(pack(2, total=16))])
+    assert batch["input_ids"].shape == (2, 7)
+    assert batch["segments"].tolist() == [[0] * 4 + [1] * 3, [0] * 2 + [-1] * 5]
+    nothing = collate([row(pack(total=16))])
+    assert nothing["segments"].tolist() == [[-1]]

@@ -19,7 +19,7 @@ from pipeline.recipe import Resume
 from pipeline.run import saver as saving
 from pipeline.run.resume import Attempt, StageState
 from pipeline.run.saver import Saver, newest
-from pipeline.run.train import train_stage
+from pipeline.run.train import StageResult, train_stage
 from tests.reference import MODELS, micro_batches
 from tests.spawn import run_ranks
 from tests.test_engine import BUILDS, EVERYTHING, start
@@ -331,7 +331,9 @@ def masks_go_on(_folder):
                     mask.load_state_dict(json.loads(state))
                 rows = micro_batches("llama", 8, BATCH)[first : first + steps]
                 mine = iter([row[rank() :: world_size()] for row in rows])
-                train_stage(engine, mask, mine, settings, 1, first + steps, None, behind=first)
+                train_stage(
+                    engine, mask, mine, settings, 1, first + steps, None, done=StageResult(first)
+                )
                 state, first = json.dumps(mask.state_dict()), first + steps
                 mask.close()
             weights.append(dict(engine.full_weights()))

@@ -66,11 +66,12 @@ def collate(rows: Items[Row]) -> dict[str, "Tensor"]:
     """A batch as the data gives it; `Separation.arrange` makes of it what a model takes.
 
     Returns input_ids, labels and segments, int64 [B, L], and, where there is padding, real: bool
-    [B, L], False on it. L is the length of the longest row. The labels are not shifted.
+    [B, L], False on it. L is the length of the longest row without the padding behind it, at
+    least 1. The labels are not shifted.
     """
     import torch  # preparing a corpus needs none
 
-    longest = max(len(ids) for ids, _, _ in rows)
+    longest = max(1, *(int((segments >= 0).sum()) for _, _, segments in rows))
     columns = zip(*rows, strict=True)
     fills = {"input_ids": 0, "labels": IGNORED, "segments": -1}
     batch = {
@@ -82,8 +83,8 @@ def collate(rows: Items[Row]) -> dict[str, "Tensor"]:
 
 
 def pad_rows(rows: Items[np.ndarray], length: int, fill: int) -> np.ndarray:
-    """[rows, length]; `fill` stands behind a row that is shorter."""
+    """[rows, length]; `fill` stands behind a row that is shorter, and a longer one is cut."""
     padded = np.full((len(rows), length), fill, rows[0].dtype)
     for line, row in zip(padded, rows, strict=True):
-        line[: len(row)] = row
+        line[: len(row)] = row[:length]
     return padded

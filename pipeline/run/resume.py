@@ -42,6 +42,7 @@ class StageState:
         self.engine, self.batches, self.mask = engine, batches, mask
         self.methods, self.seed = methods, seed
         self.seconds = 0.0  # of training, in all attempts, up to the last `not_training`
+        self.tokens = 0  # trained on, in all attempts
         self._clock: float | None = None  # since when it trains
 
     @contextmanager
@@ -73,6 +74,7 @@ class StageState:
             "mask": self.mask.state_dict() if self.mask else None,
             "methods": {m.name: m.state_dict() for m in self.methods},
             "seconds": self.seconds,
+            "tokens": self.tokens,
             "ranks": world_size(),
         }
 
@@ -125,6 +127,7 @@ class StageState:
         if not position:
             return state["step"]
         self.seconds = state["seconds"]
+        self.tokens = state.get("tokens", 0)  # earlier versions did not keep it
         if state["ranks"] == world_size():
             set_random_state(sides[rank()]["random"])
         else:

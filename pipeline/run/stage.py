@@ -43,7 +43,7 @@ from pipeline.run.state import (
     tell,
 )
 from pipeline.run.stop import target_of
-from pipeline.run.train import train_stage
+from pipeline.run.train import StageResult, train_stage
 
 
 def run_stage(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> dict[str, Any]:
@@ -93,9 +93,12 @@ def run_stage(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> d
 
     target = target_of(recipe, stage, plan.steps, loss, run.log)
 
+    done = StageResult(attempt.behind, state.tokens)
+
     def after_step(step: int) -> bool:
         ended = False
         with state.not_training():
+            state.tokens = done.tokens
             if step > attempt.behind:
                 run.check_folder()
                 if every and step % every == 0:
@@ -116,9 +119,9 @@ def run_stage(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> d
     steps = attempt.behind if after_step(attempt.behind) else plan.steps
     try:
         with compiled_blocks(engine.module) if recipe.train.compile else nullcontext():
-            result = train_stage(
+            train_stage(
                 engine, mask, batches, recipe, stage, steps, run.log, after_step,
-                batches.domains, run.separation, run.methods, behind=attempt.behind, bad=bad,
+                batches.domains, run.separation, run.methods, done=done, bad=bad,
                 lr_factor=guard.lr if guard else None,
             )  # fmt: skip
     except TrainingStopped as error:
@@ -138,7 +141,7 @@ def run_stage(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> d
         method.finish(engine, stage)
     guarded = {"guard": guard.end(kept)} if guard is not None else {}
     numbers = {
-        "steps": result.steps, "tokens": result.tokens, "seconds": state.seconds,
+        "steps": done.steps, "tokens": done.tokens, "seconds": state.seconds,
         "data": asdict(plan.examples) if plan.examples else None,
         "unread": {n: {"documents": d, "tokens": t} for n, (d, t) in unread.items()},
         **guarded,

@@ -33,8 +33,10 @@ Mask = GradientMask | FrozenRows
 
 @dataclass
 class StageResult:
-    steps: int
-    tokens: int
+    """What a stage has trained, in all attempts; tokens without padding, of all ranks."""
+
+    steps: int = 0
+    tokens: int = 0
 
 
 def train_stage(
@@ -49,7 +51,7 @@ def train_stage(
     domains: list[str] | None = None,
     separation: Separation | None = None,
     methods: Sequence[Method] = (),
-    behind: int = 0,
+    done: StageResult | None = None,
     bad: BadStepRule | None = None,
     lr_factor: Callable[[], float] | None = None,
 ) -> StageResult:
@@ -67,26 +69,26 @@ def train_stage(
         separation: how the packed batches of `collate` are given to the model; None: the batches
             are what its forward takes, with labels.
         methods: prepared for the stage; the engine knows how many micro-batches they add.
-        behind: steps that an earlier attempt has done; engine, batches and methods are as after it.
+        done: what earlier attempts have; engine, batches and methods are as behind it. Counted on
+            in place.
         bad: what becomes of steps whose numbers are bad; None: what the recipe says.
         lr_factor: of the scheduled learning rate; asked before every step.
 
     Raises:
         TrainingStopped: the weights are those of the last good step.
     """
+    done = done or StageResult()
     name = recipe.stages[stage - 1].name
     objective = recipe.model.objective
     peak_lr = recipe.stages[stage - 1].lr or recipe.optimizer.lr
     head = PredictedPositions(engine.module) if _trims_head(recipe, mask) else None
     chunked = ChunkedLoss(head) if head and recipe.train.chunked_loss else None
     title = f"{recipe.name}: stage {stage}/{len(recipe.stages)} {name}"
-    progress = StageProgress(title, steps, behind) if rank() == 0 else None
+    progress = StageProgress(title, steps, done.steps) if rank() == 0 else None
     by_domain = DomainLosses(domains, engine.device) if domains and len(domains) > 1 else None
     bad = bad or BadStepRule(recipe.bad_steps, stage, name)
     timer, speed = Stopwatch(engine.device), Speed(engine.module, recipe, engine.device)
-    tokens_per_step = recipe.train.batch_size * recipe.data.sequence_length
     edited = any(type(method).edit is not Method.edit for method in methods)
-    step = behind
 
     def forward(waiting: Batch, count: int) -> tuple[Tensor, Tensor]:
         """(what is minimised, the loss): sums over the `count` predictions of a micro-batch."""
@@ -111,14 +113,15 @@ def train_stage(
             minimized = method.weigh(minimized, logits, targets, inputs)
         return minimized.sum(), losses.detach().sum()
 
-    for step in range(behind + 1, steps + 1):
+    for step in range(done.steps + 1, steps + 1):
         timer.begin()
         with timer("data"):
             micro_batches = next(batches)
             extras = [(method, batch) for method in methods for batch in method.batches(step)]
         # Every predicted token of the step weighs the same, however the batch is split.
         counts = [int((targets_of(b["labels"], objective) >= 0).sum()) for b in micro_batches]
-        predicted = summed(torch.tensor(sum(counts), dtype=torch.float64), engine.device)
+        sizes = [sum(counts), sum(map(_real_tokens, micro_batches))]
+        predicted, read = summed(torch.tensor(sizes, dtype=torch.float64), engine.device)
         parts = len(micro_batches) + len(extras)
         scale = (parts * world_size() / predicted.clamp_min(1)).float()  # the host does not wait
         loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
@@ -133,6 +136,7 @@ def train_stage(
                 engine.backward(minimized * scale, last=i == parts)
             loss_sum += loss
         mean_loss = (summed(loss_sum, engine.device) / predicted.clamp_min(1)).item()
+        tokens = int(read)
         with timer("backward"):
             method_losses = extra_backwards(engine, head, extras, mask)
         domain_losses = by_domain.reduce() if by_domain is not None else None
@@ -157,10 +161,11 @@ def train_stage(
             for method in methods if applied else ():
                 method.after_step(engine, step, steps)
         timer.end()
+        done.steps, done.tokens = step, done.tokens + tokens
         if progress is not None and log is not None:
             norm, seconds = engine.gradient_norm, timer.seconds()
-            fast = speed.numbers(tokens_per_step, seconds["all"])
-            progress.update(step, tokens_per_step, mean_loss, norm, kept, fast)
+            fast = speed.numbers(tokens, seconds["all"])
+            progress.update(step, tokens, mean_loss, norm, kept, fast)
             log.write(
                 "step",
                 stage=stage,
@@ -172,7 +177,7 @@ def train_stage(
                 lr=lr,
                 kept=kept,
                 applied=applied,
-                tokens=tokens_per_step,
+                tokens=tokens,
                 seconds=seconds["all"],
                 **{f"{part}_seconds": seconds[part] for part in PARTS},
                 **fast,
@@ -187,7 +192,14 @@ def train_stage(
     for part in (chunked, head):
         if part is not None:
             part.close()
-    return StageResult(step, step * tokens_per_step)
+    return done
+
+
+def _real_tokens(batch: Batch) -> int:
+    """Padding is not counted."""
+    if "segments" in batch:
+        return int((batch["segments"] >= 0).sum())
+    return batch["labels"].numel()
 
 
 def _select(mask: Mask, engine: Any, step: int, where: str) -> None:
