@@ -93,7 +93,7 @@ class StagePlan:
         """Lines for people. length: tokens of a sequence."""
         lines = []
         if self.examples:
-            lines.append(f"{self.examples.describe(length)}; {self.padding:.1%} padding")
+            lines.append(f"{self.examples.describe(length)}; rows {1 - self.padding:.1%} full")
         if self.repetitions:
             read = ", ".join(f"{n} {times:.3g} times" for n, times in self.repetitions.items())
             lines.append(f"read: {read}")

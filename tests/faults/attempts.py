@@ -161,10 +161,11 @@ def _run(scene: Scene, rank: int, ranks: int, engine: str, act: Any) -> None:
     def follow(batches: Any) -> Any:
         taken = following(batches)
         now.update(stage=batches.stage, step=batches._state["step"])
-        rows = [row for b in taken for row in zip(b["input_ids"], b["labels"], strict=True)]
+        columns = [[b[k] for k in ("input_ids", "labels", "segments")] for b in taken]
+        rows = [row for of_batch in columns for row in zip(*of_batch, strict=True)]
         for i, row in enumerate(rows):  # whose places in the global batch are known
             place = rank + i * ranks
-            text = b"".join(t.numpy().tobytes() for t in row)
+            text = b"".join(t[row[-1] >= 0].numpy().tobytes() for t in row)  # not the padding
             note("row", f"{place} {hashlib.sha256(text).hexdigest()[:16]}")
         return taken
 

@@ -1,5 +1,6 @@
 """A run that is killed, asked to end, or goes on with other ranks, is the run that was not."""
 
+import json
 import os
 import random
 import signal
@@ -55,8 +56,15 @@ def weights(scene):
     }
 
 
+def tokens(scene):
+    """Trained on, by stage."""
+    records = map(json.loads, (scene.folder / "log.jsonl").read_text().splitlines())
+    return {r["stage"]: r["tokens"] for r in records if r["event"] == "stage"}
+
+
 def same(scene, other, tolerance):
     """The same documents in the same places, the same masks, the same weights and evaluations."""
+    assert tokens(scene) == tokens(other)
     for what in ("row", "mask"):
         assert scene.steps(what) == other.steps(what), what
     got, expected = weights(scene), weights(other)
