@@ -23,7 +23,6 @@ Eight such GPUs take it whole, under torchrun: `--engine zero3 --modes ft exact 
 """
 
 import argparse
-import ctypes
 import json
 import os
 import platform
@@ -31,16 +30,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from authors_mask import AuthorsMask
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from turns import Turns, keep_freed_memory
 
 from pipeline.engine.config import load_ds_config, resolve_ds_config, resolve_fsdp_config
 from pipeline.engine.distributed import leave_group, start_distributed
@@ -83,62 +82,6 @@ RATIOS = {  # name in the result: (of, to)
     "compiled_vs_exact": ("compiled", "exact"),
 }
 LR = 1e-5
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # of malloc.h
-
-
-class Turns:
-    """Lets one loop at a time run one step, and takes its time."""
-
-    def __init__(self, device: str):
-        self._device = device
-        self._go = threading.Event()
-        self._back = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._error: BaseException | None = None
-        self._start = 0.0
-        self.seconds: list[float] = []
-
-    def loop(self) -> None:
-        """To be overridden: a loop that calls `begin` before and `end` behind each step."""
-        raise NotImplementedError
-
-    def begin(self) -> None:
-        self._start = self._now()
-
-    def end(self) -> None:
-        """Waits for the next turn: what a loop does between its steps, collectives among it, is
-        done within its turns too. Behind the last one there is none."""
-        self.seconds.append(self._now() - self._start)
-        self._back.set()
-        self._wait()
-
-    def _wait(self) -> None:
-        self._go.wait()
-        self._go.clear()
-
-    def step(self) -> None:
-        """Called by the one who gives the turns."""
-        if not self._thread.is_alive() and not self.seconds:
-            self._thread.start()
-        self._go.set()
-        self._back.wait()
-        self._back.clear()
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        try:
-            self._wait()
-            self.loop()
-        except BaseException as error:
-            self._error = error
-            self._back.set()
-
-    def _now(self) -> float:
-        if self._device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
 
 def engine_of(args: argparse.Namespace, device: str, split: bool = False) -> Any:
@@ -198,50 +141,6 @@ class Ours(Turns):
                 self.engine, self._mask, batches(), self._recipe, 1, n, None,
                 after_step=after_step,
             )  # fmt: skip
-
-
-class AuthorsMask:
-    """The procedure of the authors' code: the outputs' sums in their own dtype by a hook on every
-    linear, one all-reduce and one quantile a layer, and whole gradients masked."""
-
-    defers = False
-    _open = False
-
-    def __init__(self, model: nn.Module, threshold: float):
-        self._threshold = threshold
-        self.targets = find_targets(model)
-        self._sums: dict[str, Tensor] = {}
-        for target in self.targets:
-            target.observed.register_forward_hook(self._hook(target.name))
-
-    def _hook(self, name: str) -> Callable[..., None]:
-        def observe(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
-            if not self._open:
-                return
-            total = output.abs().sum(dim=list(range(output.dim() - 1)))
-            self._sums[name] = self._sums.get(name, 0) + total.detach()
-
-        return observe
-
-    @contextmanager
-    def recording(self, _real: Any = None, _decoder: Any = None) -> Iterator[None]:
-        self._open = True  # another mode may run the same model
-        yield
-        self._open = False
-
-    @torch.no_grad()
-    def apply(self, shards: Any, *_: Any) -> float:
-        keep = {}
-        for target in self.targets:
-            total = self._sums.pop(target.name).float()
-            torch.distributed.all_reduce(total)
-            keep[target.name] = total >= torch.quantile(total, self._threshold)
-        for shard in shards.gradient_shards(list(keep)):  # of ZeRO-0 whole gradients
-            shard.mask(keep[shard.name])
-        return 1 - self._threshold
-
-    def hold(self, _shards: Any) -> Any:
-        return nullcontext()
 
 
 class Trainers(Turns):
@@ -370,22 +269,6 @@ def steps_of(args: argparse.Namespace, count: int) -> list[list[dict]]:
             step.append({"input_ids": ids, "labels": labels})
         steps.append(step)
     return steps
-
-
-def keep_freed_memory(large: bool) -> None:
-    """Let the C library keep what is freed for the next step, as torch's allocator of a GPU does: a
-    large tensor would be fetched from the system anew each time, page by page.
-
-    large: also blocks over 64 MB (flat buffers, the embeddings' gradient), which the arenas of
-        threads give back; else they cost a CPU what they cost it in any run.
-    """
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
-        return
-    trim = (M_TRIM_THRESHOLD, -1 if large else 2**31 - 1)
-    one = [(M_ARENA_MAX, 1)] if large else []
-    for setting in ((M_MMAP_MAX, 0), trim, (M_TOP_PAD, 2**28), *one):
-        libc.mallopt(*setting)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
