@@ -35,8 +35,11 @@ class RowSparseLinears:
         _check(model, targets)
         self._rows = [_Rows() for _ in targets]
         self._sizes = [t.rows for t in targets]
-        # int64 [sum of rows]: of each row its number within its target; moves to where they train
-        self._places = torch.cat([torch.arange(size) for size in self._sizes])
+        # int64 [2, sum of rows]: of each row its number within its target, and which target that
+        # is; moves to where they train
+        numbers = [torch.arange(size) for size in self._sizes]
+        owners = [torch.full_like(own, i) for i, own in enumerate(numbers)]
+        self._places = torch.stack([torch.cat(numbers), torch.cat(owners)])
         self._targets = targets
         self.open()
 
@@ -52,11 +55,14 @@ class RowSparseLinears:
                 rows.index = None
             return
         # Of all targets at once: the host waits for a GPU twice, and not at every layer.
-        counts = torch.stack([part.sum() for part in keep.split(self._sizes)]).tolist()
         self._places = self._places.to(keep.device)
-        kept = self._places[keep].split(counts)
-        for rows, index in zip(self._rows, kept, strict=True):
-            rows.kept, rows.index = len(index), padded(index)
+        numbers, owners = self._places
+        counts = torch.stack([part.sum() for part in keep.split(self._sizes)])
+        within = keep.cumsum(0) - 1 - (counts.cumsum(0) - counts)[owners]
+        sources = torch.where(keep, within, counts[owners]).split(self._sizes)
+        kept = numbers[keep].split(counts.tolist())
+        for rows, index, source in zip(self._rows, kept, sources, strict=True):
+            rows.kept, rows.index, rows.source = len(index), padded(index), source
 
     def close(self) -> None:
         """The linears compute as before."""
@@ -65,10 +71,12 @@ class RowSparseLinears:
 
 
 class _Rows:
-    """index: int64 [kept rows], ascending, on a GPU `padded`; None: every row. Read when the
-    backward runs, which may be after several forwards."""
+    """index: int64 [kept rows], ascending, on a GPU `padded`; None: every row. source: int64
+    [rows], which of the kept rows a row is, and `kept` where it is none. Read when the backward
+    runs, which may be after several forwards."""
 
     index: Tensor | None = None
+    source: Tensor
     kept = 0
 
 
@@ -117,12 +125,14 @@ def _weight_gradient(
     if rows.index is None:
         return outer.t() @ inner if output_dim == 0 else inner.t() @ outer
     kept = outer.index_select(1, rows.index)  # [tokens, kept]
-    index = rows.index[: rows.kept]
-    if output_dim == 0:
-        product = (kept.t() @ inner)[: rows.kept]
-        return torch.zeros_like(weight).index_copy_(0, index, product)
-    product = (inner.t() @ kept)[:, : rows.kept]
-    return torch.zeros_like(weight).index_copy_(1, index, product)
+    if output_dim == 1:
+        product = (inner.t() @ kept)[:, : rows.kept]
+        return torch.zeros_like(weight).index_copy_(1, rows.index[: rows.kept], product)
+    # A row of zeros behind the kept ones is every other row's: one pass over the gradient.
+    product = outer.new_empty(kept.shape[1] + 1, inner.shape[1])
+    torch.mm(kept.t(), inner, out=product[:-1])
+    product[rows.kept].zero_()
+    return product.index_select(0, rows.source)
 
 
 def _check(model: nn.Module, targets: list[Target]) -> None:
