@@ -23,8 +23,8 @@ from pipeline.engine.config import resolve_ds_config
 from pipeline.engine.zero import ZeroEngine
 from pipeline.recipe import Resume
 from pipeline.run.recipe_file import load_recipe
-from pipeline.run.resume import StageState
 from pipeline.run.saver import Saver
+from pipeline.run.stage_state import StageState
 
 
 class NoData:

@@ -17,8 +17,9 @@ from pipeline.migu.gradient_mask import GradientMask
 from pipeline.ranks import meet, rank, world_size
 from pipeline.recipe import Resume
 from pipeline.run import saver as saving
-from pipeline.run.resume import Attempt, StageState
+from pipeline.run.resume import Attempt
 from pipeline.run.saver import Saver, newest
+from pipeline.run.stage_state import StageState
 from pipeline.run.train import StageResult, train_stage
 from tests.reference import MODELS, micro_batches
 from tests.spawn import run_ranks

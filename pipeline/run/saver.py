@@ -1,7 +1,7 @@
 """The folder of a stage's resume checkpoints: how one is written beside training, and found again.
 
 The folder of one appears whole or not at all, and an older one is deleted only when a newer one is
-on the disk. `pipeline/run/resume.py` has what is in it.
+on the disk. `pipeline/run/stage_state.py` has what is in it.
 """
 
 import json
@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -25,18 +25,13 @@ from pipeline.ranks import gather, on_rank0, rank, world_size
 from pipeline.recipe import Resume
 from pipeline.run.random_state import random_state
 from pipeline.run.shard_files import key_of, write_pieces
-
-if TYPE_CHECKING:
-    from pipeline.run.resume import StageState
-
-STATE = "state.json"  # what is of no rank: the position in the data, the method, ...
-State = dict[str, Any]
+from pipeline.run.stage_state import STATE, StageState, State
 
 
 class Saver:
     """Saves a stage while it trains: a copy, which a thread of every rank writes."""
 
-    def __init__(self, folder: Path, settings: Resume, state: "StageState", begun: int = 0):
+    def __init__(self, folder: Path, settings: Resume, state: StageState, begun: int = 0):
         """All ranks make it, when the stage is as it begins.
 
         Args:
@@ -214,7 +209,7 @@ def discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _share(state: "StageState") -> set[str]:
+def _share(state: StageState) -> set[str]:
     """The keys of the pieces that this rank writes: of those that several ranks hold, each writes
     some."""
     holders: dict[str, list[int]] = defaultdict(list)

@@ -30,10 +30,11 @@ from pipeline.run.methods import stage_start
 from pipeline.run.nearest import nearest_start
 from pipeline.run.published import check_masters, publish_masters, remove
 from pipeline.run.replicas import compare_replicas
-from pipeline.run.resume import Attempt, StageState
+from pipeline.run.resume import Attempt
 from pipeline.run.row_groups import row_groups
 from pipeline.run.saver import discard
 from pipeline.run.stage_rows import mask_of_stage
+from pipeline.run.stage_state import StageState
 from pipeline.run.state import (
     Run,
     base_checkpoint,

@@ -15,7 +15,8 @@ from pipeline.ranks import rank
 from pipeline.recipe import BadSteps, Resume
 from pipeline.run.bad_steps import BadStepRule
 from pipeline.run.replicas import compare_replicas
-from pipeline.run.resume import Attempt, StageState
+from pipeline.run.resume import Attempt
+from pipeline.run.stage_state import StageState
 from pipeline.run.train import train_stage
 from tests.reference import MODELS, micro_batches
 from tests.spawn import run_ranks

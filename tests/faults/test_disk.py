@@ -19,8 +19,9 @@ from pipeline.errors import TrainingStopped, UserError, advice
 from pipeline.progress import EventLog, half_line
 from pipeline.ranks import gather, meet, rank
 from pipeline.recipe import Resume
-from pipeline.run.resume import Attempt, StageState
+from pipeline.run.resume import Attempt
 from pipeline.run.saver import newest
+from pipeline.run.stage_state import StageState
 from pipeline.shard import MOMENTS, Shard, StateShard
 from tests.spawn import run_ranks
 
