@@ -250,6 +250,19 @@ def test_the_headline_tells_of_a_method_outside_the_rates_of_the_others():
     assert "lr 5e-4" not in told
 
 
+def test_a_headline_of_many_settings_has_the_largest_differences_from_fine_tuning():
+    readings = [
+        Reading("ft", f"m{i}", 0.7, 0.4, 0.5, Difference(0.1 * i, 0.01)) for i in range(1, 9)
+    ]
+    others = [Reading("m1", f"m{i}", 0.7, 0.4, 0.5, Difference(2.0, 0.01)) for i in range(2, 9)]
+    told = headline([Setting("ft", "ft", 1e-3, [0])], [], [*others, *readings])
+    said = [f"{name} forgot" in told for name in ("m8", "m7", "m3")]
+    assert said == [True] * 3
+    assert "m2 forgot" not in told
+    assert "2.000" not in told
+    assert "and 9 more, in the verdict on the page" in told
+
+
 def test_noise_is_paired_over_the_sequences_of_a_common_text(tmp_path):
     runs = [
         fake_run(tmp_path / "ft", enabled=False, heldout="text"),

@@ -320,6 +320,12 @@ def test_an_adapter_is_a_method_of_its_own():
     assert methods_of([run(lora, False), run({**lora, "r": 16}, False)]) == [
         "lora, lora.r 8", "lora, lora.r 16",
     ]  # fmt: skip
+    # An adapter a stage has its own name, and older text is named where only some have it.
+    replay = [{"domain": "a", "steps": 3, "replay": None}, {"domain": "b", "replay": 0.02}]
+    runs = [runs[0], runs[1], run({**lora, "incremental": True}, False)]
+    runs.append(run(lora, False, stages=replay))
+    assert methods_of(runs) == ["ft", "lora", "inclora", "lora, replay 0.02"]
+    assert methods_of(runs[-1:]) == ["lora"]
     # So are the methods that have a key of their own, told apart by their settings.
     averaged = [run(None, False, ema={"decay": d}, anchor=None) for d in (0.9, 0.99)]
     both = run(None, True, ema={"decay": 0.9}, publish_average={"start": 0.3})

@@ -21,8 +21,8 @@ METHODS = tuple(
 )
 """The recipe's keys of methods beside the mask; where one is set, its key is part of the label."""
 FREE = ("mask", "optimizer", "seed", "name", "track", "start_from", *METHODS)
-"""What compared runs may differ in; with the adapter, the learning rate of single stages, and how
-and how often (not on what) the evaluation ran."""
+"""What compared runs may differ in; with the adapter, the learning rate and the replay of single
+stages, and how and how often (not on what) the evaluation ran."""
 ALSO_FREE = (
     "evaluate.batch_size",
     "evaluate.overlap",
@@ -37,7 +37,8 @@ LOSSES_OF = "evaluate.domains"
 ADAPTERS = ("model.lora", "model.prompt")
 NAMED = (
     "mask.enabled", "mask.threshold", "mask.criterion", "optimizer.lr", "seed", "name",
-    "model.lora", "model.lora.quantize", "model.prompt", "model.prompt.progressive", "start_from",
+    "model.lora", "model.lora.quantize", "model.lora.incremental", "model.prompt",
+    "model.prompt.progressive", "start_from",
 )  # fmt: skip
 """What is in the label, or beside it, anyway."""
 
@@ -58,13 +59,14 @@ def methods_of(runs: list[Run]) -> list[str]:
         among = adapted if key.startswith(ADAPTERS) else among
         if block in METHODS:
             among = [r for r, names in zip(recipes, used, strict=True) if block in names]
-        if not _is_free(key) or key in NAMED or _how_evaluated(key):
+        if not _is_free(key) or key in NAMED or _how_evaluated(key) or _is_replay(key):
             continue
         if len({repr(r.get(key)) for r in among}) > 1:
             telling.append(key)
     longest = max(len(run.recipe.get("stages") or []) for run in runs)
+    replayed = [_replays(recipe) for recipe in recipes]
     methods = []
-    for run, recipe, names in zip(runs, recipes, used, strict=True):
+    for run, recipe, names, replay in zip(runs, recipes, used, replayed, strict=True):
         is_masked = recipe.get("mask.enabled", True)
         criterion = str(recipe.get("mask.criterion", "output"))
         threshold = recipe.get("mask.threshold", 0.7)
@@ -72,7 +74,8 @@ def methods_of(runs: list[Run]) -> list[str]:
         source = recipe.get("start_from", "previous")
         alone = f"each from the {source}" if source != "previous" else ""
         together = "all at once" if _learns_all_at_once(run, longest) else ""
-        parts = (adapter_of(recipe), *names, selected, alone, together)
+        old = replay if len(set(replayed)) > 1 else ""
+        parts = (adapter_of(recipe), *names, old, selected, alone, together)
         name = ", ".join(filter(None, parts)) or "ft"
         extra = [
             f"{key.split('.', 1)[-1]} {_plain(recipe[key])}"
@@ -96,14 +99,21 @@ def _learns_all_at_once(run: Run, longest: int) -> bool:
     return len(stages) == 1 < longest and not isinstance(stages[0].get("domain"), str)
 
 
+def _replays(recipe: dict) -> str:
+    """Of a flat recipe: what share of older text its stages have, or "" without."""
+    shares = {share for key, share in recipe.items() if _is_replay(key) and share}
+    return f"replay {', '.join(map(_plain, sorted(shares)))}" if shares else ""
+
+
 def adapter_of(recipe: dict) -> str:
-    """Of a flat recipe: lora, qlora, prompt, prog_prompt, or "" where the weights themselves are
-    trained."""
+    """Of a flat recipe: lora, qlora, inclora (an adapter a stage), prompt, prog_prompt, or "" where
+    the weights themselves are trained."""
     if any(key.startswith("model.prompt.") for key in recipe):
         return "prog_prompt" if recipe.get("model.prompt.progressive") else "prompt"
     if not any(key.startswith("model.lora.") for key in recipe):
         return ""
-    return "lora" if recipe.get("model.lora.quantize", "none") == "none" else "qlora"
+    name = "lora" if recipe.get("model.lora.quantize", "none") == "none" else "qlora"
+    return f"inc{name}" if recipe.get("model.lora.incremental") else name
 
 
 def without_seed(run: Run) -> str:
@@ -181,7 +191,12 @@ def flat(value: object, prefix: str = "") -> dict:
 def _is_free(key: str) -> bool:
     of_stage = key.startswith("stages.") and key.endswith((".lr", ".evaluate_every"))
     of_adapter = key in ADAPTERS or key.startswith(tuple(f"{a}." for a in ADAPTERS))
-    return key.split(".")[0] in FREE or key in ALSO_FREE or of_stage or of_adapter
+    own = of_stage or of_adapter or _is_replay(key)
+    return key.split(".")[0] in FREE or key in ALSO_FREE or own
+
+
+def _is_replay(key: str) -> bool:
+    return key.startswith("stages.") and key.endswith(".replay")
 
 
 def _how_evaluated(key: str) -> bool:

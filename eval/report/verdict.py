@@ -11,6 +11,7 @@ from eval.analysis.noise import RESAMPLES
 from eval.analysis.settings import Difference, Pair, Reading, Setting
 from eval.analysis.text import short_float
 
+SHOWN = 6  # comparisons in a headline; the verdict has them all
 Told = tuple[str, str, Difference]  # the first setting forgot that much more than the second
 
 
@@ -67,13 +68,15 @@ def _along(
 def _decided(told: Sequence[Told], how: str) -> str:
     """Which of the differences exceed the noise, and how many do not."""
     known = [(a, b, d) for a, b, d in told if d.noise is not None]
-    decided = [
-        f"{a} forgot {abs(d.value):.3f} {_word(d)} than {b}" for a, b, d in known if not d.within
-    ]
+    decided = [(a, b, d) for a, b, d in known if not d.within]
     rest = len(known) - len(decided)
     parts = []
     if decided:
-        parts.append(f"At equal learning ({how}), beyond the noise: {'; '.join(decided)}.")
+        shown = decided if len(decided) <= SHOWN else sorted(decided, key=_rank)[:SHOWN]
+        said = [f"{a} forgot {abs(d.value):.3f} {_word(d)} than {b}" for a, b, d in shown]
+        if len(shown) < len(decided):
+            said.append(f"and {len(decided) - len(shown)} more, in the verdict on the page")
+        parts.append(f"At equal learning ({how}), beyond the noise: {'; '.join(said)}.")
         if rest:
             parts.append(f"{_count(rest, 'other comparison', verb=True)} within the noise.")
     elif rest:
@@ -85,6 +88,13 @@ def _decided(told: Sequence[Told], how: str) -> str:
         unknown = _count(len(told) - len(known), "comparison", verb=True)
         parts.append(f"{unknown} of unknown noise.")
     return " ".join(parts)
+
+
+def _rank(told: Told) -> tuple[bool, float]:
+    """Those with fine-tuning first, and of them the largest."""
+    first, second, found = told
+    plain = any(name == "ft" or name.startswith("ft, ") for name in (first, second))
+    return not plain, -abs(found.value)
 
 
 def sentences(
