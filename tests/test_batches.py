@@ -274,7 +274,7 @@ def test_epochs_of_examples_are_counted_not_estimated():
     assert plan.padding == pytest.approx(1 - tokens / (plan.steps * 4 * LENGTH))
     assert 0 < plan.padding < 0.1
     assert list(plan.pauses(1).values()) == [1, 2]
-    assert f"{plan.padding:.1%} padding" in plan.describe(LENGTH)[0]
+    assert f"rows {1 - plan.padding:.1%} full" in plan.describe(LENGTH)[0]
     recipe.data.sequence_length = 2
     with pytest.raises(UserError, match="none of the 121 examples of code"):
         plan_stage(recipe, 1, corpora, frame_of(recipe, TOKENIZER))

@@ -76,7 +76,8 @@ def test_no_tensor_holds_more_logits_than_a_chunk(name, monkeypatch):
     model = MODELS[name]()
     inputs = {k: v for k, v in micro_batches(name, 1, 1)[0][0].items() if k != "labels"}
     shape = inputs.get("decoder_input_ids", inputs["input_ids"]).shape
-    targets = torch.randint(-3, VOCABULARY, shape).clamp_min(-100)
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(-3, VOCABULARY, shape, generator=generator).clamp_min(-100)
     head = PredictedPositions(model)
     logits = predict(model.forward, inputs, targets >= 0, head)
     whole = F.cross_entropy(logits, targets[targets >= 0], reduction="none")
@@ -86,7 +87,7 @@ def test_no_tensor_holds_more_logits_than_a_chunk(name, monkeypatch):
         places = predicted_places(targets, len(learnt))
         losses = chunked.losses(model.forward, inputs, places, learnt)
         losses.sum().backward()
-    torch.testing.assert_close(losses, whole, rtol=0, atol=1e-6)
+    torch.testing.assert_close(losses, whole, rtol=1e-6, atol=1e-6)
     assert 0 < widest.logits <= CHUNK < logits.numel()
     torch.testing.assert_close(predict(model.forward, inputs, targets >= 0, head), logits)
     chunked.close()
