@@ -65,6 +65,8 @@ def methods_of(runs: list[Run]) -> list[str]:
             telling.append(key)
     longest = max(len(run.recipe.get("stages") or []) for run in runs)
     replayed = [_replays(recipe) for recipe in recipes]
+    if len(set(replayed)) == 1:  # tells none apart
+        replayed = [""] * len(recipes)
     methods = []
     for run, recipe, names, replay in zip(runs, recipes, used, replayed, strict=True):
         is_masked = recipe.get("mask.enabled", True)
@@ -74,8 +76,7 @@ def methods_of(runs: list[Run]) -> list[str]:
         source = recipe.get("start_from", "previous")
         alone = f"each from the {source}" if source != "previous" else ""
         together = "all at once" if _learns_all_at_once(run, longest) else ""
-        old = replay if len(set(replayed)) > 1 else ""
-        parts = (adapter_of(recipe), *names, old, selected, alone, together)
+        parts = (adapter_of(recipe), *names, replay, selected, alone, together)
         name = ", ".join(filter(None, parts)) or "ft"
         extra = [
             f"{key.split('.', 1)[-1]} {_plain(recipe[key])}"

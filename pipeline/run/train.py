@@ -196,10 +196,7 @@ def train_stage(
 
 
 def _real_tokens(batch: Batch) -> int:
-    """Padding is not counted."""
-    if "segments" in batch:
-        return int((batch["segments"] >= 0).sum())
-    return batch["labels"].numel()
+    return int(batch["real"].sum()) if "real" in batch else batch["labels"].numel()
 
 
 def _select(mask: Mask, engine: Any, step: int, where: str) -> None:
