@@ -86,15 +86,17 @@ def half_line(path: Path) -> bool:
 class StageProgress:
     """One live line per stage: steps, time left, tokens/s, loss, gradient norm, kept rows.
 
-    Without a terminal the same numbers come as at most `lines` plain lines.
+    Without a terminal the same numbers come as plain lines: of the first step, the last, every
+    tenth part of the stage, and else once a minute.
     """
 
-    def __init__(self, title: str, steps: int, behind: int = 0, lines: int = 10):
-        """behind: steps that are done already."""
+    def __init__(self, title: str, steps: int, behind: int = 0, seconds: float = 60.0):
+        """behind: steps that are done already. seconds: the longest time without a line."""
         self._title = title
         self._steps, self._behind = steps, behind
-        self._every = max(1, steps // lines)
-        self._start = time.perf_counter()
+        self._every = max(1, steps // 10)
+        self._longest = seconds
+        self._start = self._shown = time.perf_counter()
         self._tokens = 0
         self._bar = (
             tqdm(total=steps, initial=behind, desc=title, unit="step", dynamic_ncols=True)
@@ -128,10 +130,17 @@ class StageProgress:
         if self._bar is not None:
             self._bar.set_postfix(numbers, refresh=False)
             self._bar.update()
-        elif step % self._every == 0 or step == self._steps:
+        elif self._is_due(step):
+            self._shown = time.perf_counter()
             left = tqdm.format_interval(seconds / (step - self._behind) * (self._steps - step))
             text = "  ".join(f"{k} {v}" for k, v in numbers.items())
             say(f"{self._title}  step {step}/{self._steps}  {text}  left {left}")
+
+    def _is_due(self, step: int) -> bool:
+        """Whether a step has a line of its own where there is no bar."""
+        an_end = step in (self._behind + 1, self._steps)
+        waited = time.perf_counter() - self._shown >= self._longest
+        return an_end or step % self._every == 0 or waited
 
     def close(self) -> None:
         if self._bar is not None:

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.progress import EventLog
+from pipeline.progress import EventLog, StageProgress
 from pipeline.recipe import Data, Model, Recipe, Stage
 from pipeline.run import trackers
 from pipeline.run.trackers import Trackers, check_trackers
@@ -246,3 +246,15 @@ def test_a_missing_library_is_one_message(monkeypatch):
 def test_nothing_is_tracked_unless_named(tmp_path):
     a_run(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"log.jsonl", "1", "2"}
+
+
+@pytest.mark.parametrize(
+    ("longest", "lines"), [(60.0, [6, *range(10, 101, 10)]), (0.0, range(6, 101))]
+)
+def test_without_a_terminal_a_stage_is_never_silent_for_long(capsys, monkeypatch, longest, lines):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False)
+    progress = StageProgress("stage", 100, behind=5, seconds=longest)
+    for step in range(6, 101):
+        progress.update(step, 8, 1.0, 1.0, 1.0, {"tflops": 1.0, "peak_memory_gb": 1.0})
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[1] for line in said] == [f"step {n}/100" for n in lines]

@@ -27,7 +27,7 @@ def too_long(run: Run) -> list[str]:
     """Instruction examples that did not fit into a sequence."""
     return [
         f"{data['too_long']:,} example(s) of stage {stage} ({run.matrix.stages[stage]}) are longer "
-        f"than a sequence and were skipped; {data.get('examples', 0):,} were trained on."
+        f"than a sequence and left out; the other {data.get('examples', 0):,} of its domains fit."
         for stage, data in run.examples.items()
         if data.get("too_long")
     ]

@@ -125,7 +125,7 @@ def dated(template: str) -> str:
 class ExampleStatistics:
     """What the examples of a stage are, in tokens of the model's tokenizer."""
 
-    examples: int = 0  # those that are trained on
+    examples: int = 0  # those that fit, of all domains of the stage
     too_long: int = 0  # left out: longer than a sequence
     longest: int = 0  # tokens, also of those left out
     tokens: int = 0
