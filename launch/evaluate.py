@@ -17,6 +17,7 @@ sys.path[:] = [os.path.dirname(HERE), *(p for p in sys.path if os.path.realpath(
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import argparse
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,14 @@ def main() -> None:
         from eval.sandbox.jail import die_with_parent
 
         die_with_parent(os.getppid())  # before the slow imports, during which the run may end
+    if args.line is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run ends, and says so
+    measure(args)
+    if args.line is not None:
+        _measure_more(args.line)
 
+
+def measure(args: argparse.Namespace) -> None:
     import tempfile
 
     import torch
@@ -91,6 +99,20 @@ def main() -> None:
                 _print(folder, measured)
     if failed:
         raise UserError("could not be measured:\n  " + "\n  ".join(failed))
+
+
+def _measure_more(descriptor: int) -> None:
+    """What the other end of a line asks for, until it is gone (`eval/measure/evaluator.py`)."""
+    from multiprocessing.connection import Connection
+
+    line = Connection(descriptor)
+    while True:
+        line.send(None)  # that it is done
+        try:
+            arguments = line.recv()
+        except EOFError:
+            return
+        measure(_parser().parse_args(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -161,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--with-parent", action="store_true", help=argparse.SUPPRESS)  # end when it ends
     add("--share", metavar="R/N", help=argparse.SUPPRESS)  # a rank's part, written to --output
+    add("--line", type=int, help=argparse.SUPPRESS)  # a descriptor: there is more to measure
     return parser
 
 

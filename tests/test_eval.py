@@ -1,14 +1,17 @@
 """The held-out loss: right, repeatable to the bit, the same for every number of shares."""
 
 import json
+import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from eval.measure.evaluator import Evaluator
 from eval.measure.lm import evaluate_share, losses_of, merge_shares
 from launch.evaluate import main
 from pipeline.data.heldout import load_heldout, prepare_heldout
@@ -223,3 +226,31 @@ def test_a_checkpoint_is_measured_in_the_recipes_precision(tmp_path, monkeypatch
         with pytest.raises(UserError, match="could not be measured"):
             main()
     assert measured == ["bf16", "fp32"]
+
+
+def test_a_process_measures_one_checkpoint_after_another(prepared, tmp_path):
+    folder, environment = prepared[0], dict(os.environ)
+    train_tokenizer([TEXT] * 3, 300).save_pretrained(folder / "checkpoint")
+
+    def asked(output: Path) -> list[str]:
+        output.mkdir()
+        options = f"--checkpoint {folder / 'checkpoint'} --heldout {folder / 'heldout'} --share 0/1"
+        return [*options.split(), "--tasks", "heldout", "--no-overlap", "--output", str(output)]
+
+    def done(evaluator: Evaluator) -> int:
+        while (code := evaluator.wait(60)) is None:
+            pass
+        return code
+
+    evaluator = Evaluator(asked(tmp_path / "first"), environment)
+    assert done(evaluator) == 0
+    assert evaluator.waits(environment)
+    assert not evaluator.waits({**environment, "OMP_NUM_THREADS": "7"})
+    evaluator.ask(asked(tmp_path / "second"))
+    assert done(evaluator) == 0
+    found = [(tmp_path / n / "share-0.heldout.npz").read_bytes() for n in ("first", "second")]
+    assert found[0] == found[1]
+    evaluator.ask(["--checkpoint", "none", "--heldout", str(tmp_path), "--share", "0/1"])
+    assert done(evaluator) == 2
+    assert not evaluator.waits(environment)
+    evaluator.end()

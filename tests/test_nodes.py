@@ -136,7 +136,7 @@ def test_a_silent_rank_is_named_by_all_that_wait(three):
 
 def fail_elsewhere(folder: Path) -> str:
     """An evaluation process of rank 1 is killed; on rank 0 it ends without a result."""
-    from eval.measure import process
+    from eval.measure import evaluator, process
     from pipeline.recipe import Data, Model, Recipe
     from pipeline.run.evaluation import Evaluation
 
@@ -147,7 +147,7 @@ def fail_elsewhere(folder: Path) -> str:
             encoding="utf-8",
         )
     ranks.meet()
-    process.SCRIPT = script
+    evaluator.SCRIPT = script
     recipe = Recipe("tiny", Model(path="unused"), Data(), [])
     task = Evaluation(folder, 1, "a", "unused")
     with pytest.raises(RuntimeError) as failed:

@@ -5,15 +5,14 @@ measured reaches rank 0 through the process group, so no file has to be seen by 
 """
 
 import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from eval.measure.checkpoint import failure, merge, part
-from eval.measure.command import SCRIPT, arguments, ended
+from eval.measure.command import arguments, ended
+from eval.measure.evaluator import Evaluator
 from pipeline import heartbeat, signals
 from pipeline.nodes import first_beside
 from pipeline.ranks import gather, meet, on_rank0, rank
@@ -24,6 +23,8 @@ from pipeline.run.evaluation import Evaluation
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 Files = dict[str, bytes]  # by name
+
+_waiting: Evaluator | None = None
 
 
 def evaluate_in_processes(task: Evaluation, recipe: Recipe, kinds: list[str]) -> None:
@@ -63,23 +64,20 @@ def _measure(task: Evaluation, recipe: Recipe, kinds: list[str], share: int, sha
         TrainingStopped: another rank is gone meanwhile.
         Interrupted: the run is to end, which every rank notices here or when they meet.
     """
-    command = [sys.executable, str(SCRIPT), *_arguments(task, recipe, kinds, share, shares)]
-    if torch.cuda.is_available():
-        command += ["--device", f"cuda:{torch.cuda.current_device()}"]
-    environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
-    process = subprocess.Popen(command, env=environment)  # what it could not do, it writes down
+    asked = _arguments(task, recipe, kinds, share, shares)
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        asked += ["--device", f"cuda:{torch.cuda.current_device()}"]
+    evaluator, code = _asked(asked), None  # what it could not do, it writes down
     heart = heartbeat.mine()
     try:
-        while True:
-            try:
-                code = process.wait(timeout=1)
-                break
-            except subprocess.TimeoutExpired:
-                signals.check()
-                if heart:
-                    heart.check()
+        while (code := evaluator.wait(1)) is None:
+            signals.check()
+            if heart:
+                heart.check()
     finally:
-        process.kill()  # where it has not ended
+        if code is None or on_gpu:  # there it would keep memory
+            evaluator.end()
     for kind in kinds:
         if not part(task.folder, kind, share).is_file():
             reason = failure(task.folder, kind, share)
@@ -91,6 +89,19 @@ def _measure(task: Evaluation, recipe: Recipe, kinds: list[str], share: int, sha
     for path in found:
         path.unlink()
     return content
+
+
+def _asked(arguments: list[str]) -> Evaluator:
+    """The evaluator that waits since the last measurement, or a new one; it is at it."""
+    global _waiting
+    environment = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES}
+    if _waiting is not None and _waiting.waits(environment):
+        _waiting.ask(arguments)
+        return _waiting
+    if _waiting is not None:
+        _waiting.end()
+    _waiting = Evaluator(arguments, environment)
+    return _waiting
 
 
 def _arguments(
