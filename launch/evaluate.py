@@ -18,6 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import argparse
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,12 @@ def measure(args: argparse.Namespace) -> None:
             "--tasks: benchmarks and HumanEval need a causal model: a masked LM such as RoBERTa "
             "gives text no likelihood, and its scores would mean nothing"
         )
-    if "tasks" in kinds and (args.heldout is None or not load_tasks(args.heldout)):
+    known = list(load_tasks(args.heldout)) if "tasks" in kinds and args.heldout else []
+    if "tasks" in kinds and not known:
         raise UserError("--tasks tasks: give --heldout of a run that has tasks")
+    asked = args.answer or known
+    if missing := [n for n in asked if n not in known]:
+        raise UserError(f"--answer {' '.join(missing)}: the tasks are {', '.join(known)}")
     checkpoint = Checkpoint(
         args.checkpoint,
         args.revision,
@@ -76,27 +81,31 @@ def measure(args: argparse.Namespace) -> None:
         recipe.model.lora if recipe else None,
         recipe.model.overrides if recipe else None,
     )
-    share = tuple(int(x) for x in args.share.split("/")) if args.share else None
-    seed = recipe.seed if recipe else 0
-    if share:
-        folder, shared = args.output, (share[0], share[1])
-        failed = measure_share(
-            checkpoint, kinds, settings, args.heldout, folder, shared, seed, args.end_tasks
-        )
+    measured = partial(
+        measure_share,
+        checkpoint,
+        kinds,
+        settings,
+        args.heldout,
+        seed=recipe.seed if recipe else 0,
+        end_tasks_now=args.end_tasks,
+        asked=asked,
+    )
+    if args.share:
+        place, _, shares = args.share.partition("/")
+        failed = measured(args.output, (int(place), int(shares)))
     else:
         check(settings)
         with tempfile.TemporaryDirectory() as temporary:
             folder = args.output or Path(temporary)
             folder.mkdir(parents=True, exist_ok=True)
             info = {"checkpoint": args.checkpoint}
-            measure_share(
-                checkpoint, kinds, settings, args.heldout, folder, (0, 1), seed, args.end_tasks
-            )
+            measured(folder, (0, 1))
             threshold = Mask.threshold if args.threshold is None else args.threshold
             failed = merge(folder, kinds, 1, settings, args.heldout, threshold, info)
-            measured = [k for k in kinds if not any(f.startswith(k) for f in failed)]
-            if measured:
-                _print(folder, measured)
+            there = [k for k in kinds if not any(f.startswith(k) for f in failed)]
+            if there:
+                _print(folder, there)
     if failed:
         raise UserError("could not be measured:\n  " + "\n  ".join(failed))
 
@@ -152,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         help="fine-tune on these alone: of the recipe, or restaurant, phone, camera, acl_arc, "
         "scierc, chemprot",
     )
+    add("--answer", nargs="+", metavar="NAME", help="of the held-out folder's tasks, these alone")
     add("--end-task-files", metavar="DIR", help="folder with <name>/{train,dev,test}.jsonl[.gz]")
     add("--seeds", type=int, nargs="+", metavar="N", help="of the end tasks (default: five)")
     add("--samples", type=int, metavar="N", help="HumanEval completions beside the greedy one")
@@ -275,6 +285,7 @@ READ_BY = {
     "samples": ("humaneval",),
     "max_new_tokens": ("humaneval", "tasks"),
     "sandbox": ("humaneval",),
+    "answer": ("tasks",),
     "no_overlap": ("heldout",),
     "threshold": ("heldout",),
     "end_tasks": ("end_tasks",),

@@ -364,6 +364,8 @@ class Answers:
     constrained: bool = False  # to the task's labels
     batch_size: int = 32  # prompts
     limit: int | None = None  # rows of each task
+    # seen: of the tasks that no later stage trains on first; without FWT
+    asked: Literal["all", "seen"] = "all"
 
 
 @dataclass
@@ -451,6 +453,11 @@ class Recipe:
     def tasks(self) -> list[str]:
         """The domains whose answers are measured."""
         return [n for n in self.heldout_domains() if self.data.domains[n].task]
+
+    def tasks_after(self, stage: int) -> list[str]:
+        """Those that the checkpoint of a stage answers (0: before training)."""
+        every = self.evaluate.answers.asked == "all"
+        return [n for n in self.tasks() if every or self.stage_of(n) <= stage]
 
     def to_yaml(self) -> str:
         """As a file, without passwords and tokens."""

@@ -1,17 +1,20 @@
 """A whole run over tasks: trained, answered after every stage, and on the page."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from eval.analysis.load import load_run
 from eval.measure.checkpoint import Checkpoint, measure_share, merge
+from eval.measure.command import arguments
 from eval.measure.lm import measure_in_engine
 from eval.report.page import write_report
 from eval.report.summary import accuracy_lines
 from pipeline.engine.config import resolve_engine_config
 from pipeline.ranks import on_rank0, world_size
+from pipeline.run.evaluation import Evaluation
 from pipeline.run.recipe_file import load_recipe
 from pipeline.run.run import run_recipe
 from tests.spawn import run_ranks
@@ -45,8 +48,8 @@ def answer(task, recipe, kinds):
     def measure():
         heldout = task.run / "heldout"
         checkpoint = Checkpoint(task.checkpoint, None, None, "seq2seq", "fp32", "sdpa", "cpu")
-        share = (0, 1)
-        measure_share(checkpoint, kinds, recipe.evaluate, heldout, task.folder, share)
+        asked = recipe.tasks_after(task.stage)
+        measure_share(checkpoint, kinds, recipe.evaluate, heldout, task.folder, (0, 1), asked=asked)
         failed = merge(task.folder, kinds, 1, recipe.evaluate, heldout, 0.7, task.describe())
         assert failed == []
 
@@ -96,3 +99,18 @@ def test_a_run_of_tasks_has_the_matrix_of_its_answers(tmp_path):
     ]
     for domain in losses[0]:  # the same training, however it is sharded
         torch.testing.assert_close(losses[0][domain]["loss"], losses[1][domain]["loss"])
+
+
+def test_tasks_are_asked_when_they_have_been_seen(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    recipe = load_recipe(path, ["evaluate.answers.asked=seen", "stages[1].domain=subject"])
+    assert [recipe.tasks_after(stage) for stage in (0, 1)] == [["mood"], ["subject", "mood"]]
+    recipe = load_recipe(path, ["evaluate.answers.asked=seen"])
+    run = Path("run")
+    pending = [Evaluation(run, stage, "x", "checkpoint").pending(recipe) for stage in (0, 1, 2)]
+    assert pending == [["heldout"], ["heldout", "tasks"], ["heldout", "tasks"]]
+    asked = [recipe.tasks_after(stage) for stage in (0, 1, 2)]
+    assert asked == [[], ["subject"], ["subject", "mood"]]
+    given = arguments(Evaluation(run, 1, "subject", "checkpoint"), recipe, ["tasks"], run)
+    assert given[given.index("--answer") + 1 : given.index("--tasks")] == ["subject"]

@@ -406,6 +406,7 @@ KEYS: dict[str, str | Change] = {
     "Answers.max_new_tokens": ("test_answers_are_greedy_however_they_are_batched"),
     "Answers.constrained": ("test_answers_are_greedy_however_they_are_batched"),
     "Answers.batch_size": ("test_answers_are_greedy_however_they_are_batched"),
+    "Answers.asked": "test_tasks_are_asked_when_they_have_been_seen",
     "Answers.limit": "test_a_run_of_tasks_has_the_matrix_of_its_answers",
     "Benchmark.task": "test_the_numbers_are_those_of_the_lm_eval_command",
     "Benchmark.shots": "test_the_numbers_are_those_of_the_lm_eval_command",

@@ -122,10 +122,11 @@ def measure_share(
     share: tuple[int, int],
     seed: int = 0,
     end_tasks_now: list[str] | None = None,
+    asked: list[str] | None = None,
 ) -> list[str]:
     """Measure a share of each kind and write it into `folder`; the reasons of those that failed.
 
-    end_tasks_now: of the settings' end tasks; default: all.
+    end_tasks_now: of the settings' end tasks; asked: of the held-out folder's tasks; default: all.
     """
     disable_progress_bar()
     failed = []
@@ -181,6 +182,7 @@ def measure_share(
                     output,
                     share,
                     checkpoint.experts,
+                    asked,
                 )
             else:
                 from eval.measure import humaneval

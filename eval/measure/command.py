@@ -25,6 +25,8 @@ def arguments(task: "Evaluation", recipe: "Recipe", kinds: list[str], output: Pa
     given = [word for name, value in settings.items() if value for word in (name, value)]
     if "end_tasks" in kinds:
         given += ["--end-tasks", *recipe.end_tasks_after(task.stage)]
+    if "tasks" in kinds:
+        given += ["--answer", *recipe.tasks_after(task.stage)]
     return [*given, "--tasks", *kinds]
 
 

@@ -41,14 +41,16 @@ def evaluate_share(
     output: Path,
     share: tuple[int, int] = (0, 1),
     experts: Experts | None = None,
+    names: list[str] | None = None,
 ) -> None:
     """Answer the rows i of each task with i % share[1] == share[0]; one line a row in `output`.
 
     experts: of the model's checkpoint; each row is answered by the one that it finds.
+    names: of the folder's tasks; default: all.
     """
     manifest = json.loads((heldout / "manifest.json").read_text(encoding="utf-8"))
     encoder = Encoder.of(tokenizer, manifest["objective"], manifest["template"])
-    tasks = load_tasks(heldout)
+    tasks = {name: t for name, t in load_tasks(heldout).items() if names is None or name in names}
     lines = []
     bar = tqdm(total=len(tasks), desc="tasks", disable=None if share[0] == 0 else True, leave=False)
     for name, (options, examples) in tasks.items():
