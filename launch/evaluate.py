@@ -67,7 +67,7 @@ def measure(args: argparse.Namespace) -> None:
     known = list(load_tasks(args.heldout)) if "tasks" in kinds and args.heldout else []
     if "tasks" in kinds and not known:
         raise UserError("--tasks tasks: give --heldout of a run that has tasks")
-    asked = args.answer or known
+    asked = known if args.answer is None else args.answer
     if missing := [n for n in asked if n not in known]:
         raise UserError(f"--answer {' '.join(missing)}: the tasks are {', '.join(known)}")
     checkpoint = Checkpoint(
@@ -161,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         help="fine-tune on these alone: of the recipe, or restaurant, phone, camera, acl_arc, "
         "scierc, chemprot",
     )
-    add("--answer", nargs="+", metavar="NAME", help="of the held-out folder's tasks, these alone")
+    add("--answer", nargs="*", metavar="NAME", help="of the held-out folder's tasks, these alone")
     add("--end-task-files", metavar="DIR", help="folder with <name>/{train,dev,test}.jsonl[.gz]")
     add("--seeds", type=int, nargs="+", metavar="N", help="of the end tasks (default: five)")
     add("--samples", type=int, metavar="N", help="HumanEval completions beside the greedy one")

@@ -107,10 +107,8 @@ def test_tasks_are_asked_when_they_have_been_seen(tmp_path):
     recipe = load_recipe(path, ["evaluate.answers.asked=seen", "stages[1].domain=subject"])
     assert [recipe.tasks_after(stage) for stage in (0, 1)] == [["mood"], ["subject", "mood"]]
     recipe = load_recipe(path, ["evaluate.answers.asked=seen"])
-    run = Path("run")
-    pending = [Evaluation(run, stage, "x", "checkpoint").pending(recipe) for stage in (0, 1, 2)]
-    assert pending == [["heldout"], ["heldout", "tasks"], ["heldout", "tasks"]]
     asked = [recipe.tasks_after(stage) for stage in (0, 1, 2)]
     assert asked == [[], ["subject"], ["subject", "mood"]]
-    given = arguments(Evaluation(run, 1, "subject", "checkpoint"), recipe, ["tasks"], run)
+    task = Evaluation(Path("run"), 1, "subject", "checkpoint")
+    given = arguments(task, recipe, ["tasks"], task.run)
     assert given[given.index("--answer") + 1 : given.index("--tasks")] == ["subject"]

@@ -56,7 +56,7 @@ class Evaluation:
             "benchmarks": bool(recipe.evaluate.benchmarks),
             "humaneval": recipe.evaluate.humaneval is not None,
             "end_tasks": self.step is None and bool(recipe.end_tasks_after(self.stage)),
-            "tasks": bool(recipe.tasks_after(self.stage)),
+            "tasks": bool(recipe.tasks()),
         }
         return [k for k, yes in wanted.items() if yes and not (self.folder / RESULTS[k]).is_file()]
 
