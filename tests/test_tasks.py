@@ -19,7 +19,8 @@ from pipeline.data.toy_tasks import TOY_TASKS, toy_examples
 from pipeline.engine.config import resolve_ds_config
 from pipeline.errors import UserError
 from pipeline.model.attention import start_token
-from pipeline.recipe import Answers, Domain, Task
+from pipeline.recipe import Answers, Data, Domain, Model, Recipe, Stage, Task, Train
+from pipeline.run import dry_run
 from pipeline.run.dry_run import describe_run
 from pipeline.run.recipe_file import load_recipe
 from tests.corpora import write_cl_benchmark
@@ -284,6 +285,21 @@ def test_the_papers_orders_resolve_and_show_rows_labels_and_prompts(tmp_path, mo
         assert text.count("Answer: -> ") == 3 * tasks
     assert sequences[0] == ["dbpedia", "amazon", "yahoo", "agnews"]
     assert len({tuple(s) for s in sequences}) == 6
+
+
+@pytest.mark.parametrize(
+    ("packing", "rows", "steps"),
+    [
+        (False, {"a": 500}, ", about 63 steps"),
+        (False, {}, "prepared)"),
+        (True, {"a": 9}, "prepared)"),
+    ],
+)
+def test_the_steps_of_a_task_are_those_of_its_rows(packing, rows, steps):
+    task = Domain(files=["rows.json"], task=Task("Which?", labels=["yes", "no"]))
+    data = Data(domains={"a": task}, packing=packing, sequence_length=64)
+    recipe = Recipe("r", Model(path="m"), data, [Stage("a", epochs=2)], train=Train(batch_size=16))
+    assert dry_run._about(recipe, 1, object(), rows).endswith(steps)
 
 
 def test_a_recipe_that_is_its_own_base_is_refused(tmp_path):

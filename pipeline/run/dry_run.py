@@ -1,10 +1,12 @@
 """`--dry-run`: what a recipe would do and take, without loading weights or training."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.batches import frame_of
 from pipeline.data.encode import Frame
+from pipeline.data.instruct import Example
 from pipeline.data.mixture import Corpus
 from pipeline.data.prepare import describe as describe_domain
 from pipeline.data.prepare import estimated_tokens, prepared_before
@@ -53,8 +55,9 @@ def describe_run(recipe: Recipe, engine_config: dict[str, Any], ranks: int) -> s
         lines += [f"prompt     {m.prompt.tokens} vectors, {count:,} parameters; the rest is frozen"]
     lines += _mask_lines(recipe, model)
     lines += _data_lines(recipe, tokenizer)
-    lines += _task_lines(recipe)
-    lines += _stage_lines(recipe, tokenizer)
+    examples = _task_examples(recipe)
+    lines += _task_lines(recipe, examples)
+    lines += _stage_lines(recipe, tokenizer, {n: len(e["train"]) for n, e in examples.items()})
     split_as_in_training(model, recipe)
     lines += memory_lines(model, recipe, engine_config, ranks)
     return "\n".join(lines)
@@ -95,26 +98,32 @@ def _data_lines(recipe: Recipe, tokenizer: Any) -> list[str]:
     return ["data", *(f"  {describe_domain(recipe, name, tokenizer)}" for name in every)]
 
 
-def _task_lines(recipe: Recipe) -> list[str]:
+def _task_examples(recipe: Recipe) -> dict[str, dict[str, list[Example]]]:
+    """Of each task but those of the hub, from which nothing is fetched."""
+    domains = recipe.data.domains.items()
+    return {n: task_examples(d, recipe.data.bad_lines) for n, d in domains if d.task and not d.hub}
+
+
+def _task_lines(recipe: Recipe, examples: dict[str, dict[str, list[Example]]]) -> list[str]:
     """Of each task its rows, its labels, and three prompts."""
     lines = []
     for name, domain in recipe.data.domains.items():
-        if domain.task and domain.hub:  # nothing is fetched for it
+        if domain.task and domain.hub:
             lines.append(f"  {name}: of {domain.hub}, labels {', '.join(options_of(domain.task))}")
         elif domain.task:
-            examples = task_examples(domain, recipe.data.bad_lines)
-            lines += [f"  {line}" for line in described(name, domain.task, examples)]
+            lines += [f"  {line}" for line in described(name, domain.task, examples[name])]
     return ["tasks", *lines] if lines else []
 
 
-def _stage_lines(recipe: Recipe, tokenizer: Any) -> list[str]:
+def _stage_lines(recipe: Recipe, tokenizer: Any, rows: dict[str, int]) -> list[str]:
+    """rows: of the tasks that are known."""
     lines = ["stages"]
     per_step = recipe.train.batch_size * recipe.data.sequence_length
     for i, stage in enumerate(recipe.stages, start=1):
         lr = stage.lr or recipe.optimizer.lr
         plan = _plan(recipe, i, tokenizer)
         if plan is None:
-            about = _about(recipe, i, tokenizer)
+            about = _about(recipe, i, tokenizer, rows)
             lines.append(f"  {i} {stage.name}: {stage.epochs:g} epochs{about}, lr {lr:g}")
             continue
         steps = plan.steps
@@ -153,12 +162,18 @@ def planned_steps(recipe: Recipe, stage: int, tokenizer: Any) -> int | None:
     return None if plan is None else plan.steps
 
 
-def _about(recipe: Recipe, stage: int, tokenizer: Any) -> str:
+def _about(recipe: Recipe, stage: int, tokenizer: Any, rows: dict[str, int]) -> str:
+    """How many steps an epoch of text, or of rows that are not packed, comes to."""
     if tokenizer is None:
         return " (steps are known once the tokenizer is trained)"
-    s = recipe.stages[stage - 1]
-    tokens = [estimated_tokens(recipe, name, tokenizer) for name in s.domains]
-    if None in tokens:
+    s, packing = recipe.stages[stage - 1], recipe.data.packing
+    parts: list[int | float | None]
+    if packing and not any(recipe.data.domains[name].task for name in s.domains):
+        parts = [estimated_tokens(recipe, name, tokenizer) for name in s.domains]
+    else:
+        parts = [None if packing else rows.get(name) for name in s.domains]
+    if None in parts:
         return " (steps are known once the data is prepared)"
-    own = sum(n or 0 for n in tokens) * (s.epochs or 0) / shares_of(recipe, stage)[0].share
-    return f", about {own / recipe.train.batch_size / recipe.data.sequence_length:,.0f} steps"
+    own = sum(n or 0 for n in parts) * (s.epochs or 0) / shares_of(recipe, stage)[0].share
+    each = recipe.train.batch_size * (recipe.data.sequence_length if packing else 1)
+    return f", about {math.ceil(own / each):,} steps"
