@@ -39,6 +39,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace) -> None:
+    """What the arguments ask for."""
     import tempfile
 
     import torch
@@ -112,10 +113,12 @@ def measure(args: argparse.Namespace) -> None:
 
 def _measure_more(descriptor: int) -> None:
     """What the other end of a line asks for, until it is gone (`eval/measure/evaluator.py`)."""
+    import gc
     from multiprocessing.connection import Connection
 
     line = Connection(descriptor)
     while True:
+        gc.collect()  # the model, while nothing is asked
         line.send(None)  # that it is done
         try:
             arguments = line.recv()
