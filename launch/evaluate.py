@@ -33,6 +33,7 @@ def main() -> None:
         die_with_parent(os.getppid())  # before the slow imports, during which the run may end
     if args.line is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run ends, and says so
+        os.set_inheritable(args.line, False)  # it is of no one else, generated programs above all
     measure(args)
     if args.line is not None:
         _measure_more(args.line)
