@@ -23,9 +23,11 @@ from pipeline.data.instruct import Example
 from pipeline.data.prepare import describe, prepare
 from pipeline.data.prepared import SIDES
 from pipeline.data.tokenizer import train_tokenizer
+from pipeline.engine.config import resolve_ds_config
 from pipeline.errors import UserError
 from pipeline.recipe import Benchmark, Data, Domain, Evaluation, Instruction, Model, Recipe, Stage
 from pipeline.run.corpora import open_corpora
+from pipeline.run.folder import open_run
 from pipeline.run.prepare_recipe import prepare_recipe
 from pipeline.run.recipe_file import load_recipe
 
@@ -290,6 +292,28 @@ def test_a_changed_corpus_is_prepared_again_but_not_in_the_middle_of_a_run(
     (corpus / "b.jsonl.gz").unlink()
     with pytest.raises(UserError, match=r"changed since this run began: \S+b\.jsonl\.gz\."):
         open_corpora(recipe_of(corpus), tokenizer, run)
+
+
+def test_a_run_goes_on_where_its_corpus_has_moved_to(corpus, tokenizer, tmp_path):
+    run, recipe = tmp_path / "run", recipe_of(corpus)
+    config = resolve_ds_config({"zero_optimization": {"stage": 2}}, recipe, 1, "cpu")
+    with open_run(run, recipe, config):
+        before = open_corpora(recipe, tokenizer, run)["a"]
+    (run / "stages").mkdir()
+    moved = recipe_of(shutil.move(corpus, tmp_path / "elsewhere"))
+    with open_run(run, moved, config):
+        after = open_corpora(moved, tokenizer, run)["a"]
+    assert decoded(after.train, tokenizer) == decoded(before.train, tokenizer)
+    (tmp_path / "elsewhere/a.jsonl").write_text('{"text": "other words"}\n')
+    with pytest.raises(UserError, match=r"changed since this run began: \S+elsewhere/a\.jsonl\."):
+        open_corpora(moved, tokenizer, run)
+    moved.data.prepare = recipe.data.prepare = False  # nothing says what a stream has read
+    (run / "recipe.yaml").write_text(recipe.to_yaml())
+    with (
+        pytest.raises(UserError, match=r"another recipe .*data\.domains\.a\.files"),
+        open_run(run, moved, config),
+    ):
+        pass
 
 
 def test_a_file_that_changes_while_it_is_read_is_named(corpus, tokenizer, monkeypatch):

@@ -14,8 +14,7 @@ from pipeline.data.stage import domains_of
 from pipeline.errors import UserError
 from pipeline.ranks import rank
 from pipeline.recipe import Recipe
-
-FILE = "corpora.json"
+from pipeline.run.folder import CORPORA
 
 
 def open_corpora(
@@ -24,6 +23,8 @@ def open_corpora(
     """Every domain that the run reads, measures or keeps by a method, prepared where it is not yet.
 
     All ranks call it. What was read is written into the run folder (`corpora.json`).
+
+    Files may lie elsewhere than when the run began: what counts are their bytes, and the tokens.
 
     Raises:
         UserError: a domain's files changed since the run began, by name; what `prepare` refuses.
@@ -49,26 +50,33 @@ def open_corpora(
         if name in known and known[name]["content"] != now[name]["content"]:
             raise _changed(name, _touched(known[name]["sources"], now[name]["sources"]))
     if rank() == 0:
-        temporary = folder / f".{FILE}.tmp"
+        temporary = folder / f".{CORPORA}.tmp"
         temporary.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / FILE)
+        os.replace(temporary, folder / CORPORA)
     return found
 
 
 def _known(folder: Path) -> dict[str, Any]:
     """What the run has read so far; nothing before its first stage."""
-    if not (folder / "stages").is_dir() or not (folder / FILE).is_file():
+    if not (folder / "stages").is_dir() or not (folder / CORPORA).is_file():
         return {}
-    return json.loads((folder / FILE).read_text(encoding="utf-8"))
+    return json.loads((folder / CORPORA).read_text(encoding="utf-8"))
 
 
 def _refuse_changed(name: str, before: list[dict], now: list[dict]) -> None:
-    def without_time(sources: list[dict]) -> dict[str, Any]:
-        return {s["name"]: {k: v for k, v in s.items() if k != "changed"} for s in sources}
+    def without_place(source: dict) -> dict[str, Any]:
+        left_out = ("name", "changed") if "sample" in source else ("changed",)
+        return {k: v for k, v in source.items() if k not in left_out}
 
-    old, new = without_time(before), without_time(now)
-    if changed := [n for n in {**old, **new} if old.get(n) != new.get(n)]:
-        raise _changed(name, changed)
+    old, new = [without_place(s) for s in before], [without_place(s) for s in now]
+    if old == new:
+        return
+    if len(old) == len(new):
+        changed = [s["name"] for s, a, b in zip(now, old, new, strict=True) if a != b]
+    else:
+        names = [{s["name"] for s in sources} for sources in (before, now)]
+        changed = sorted(names[0] ^ names[1])
+    raise _changed(name, changed)
 
 
 def _touched(before: list[dict], now: list[dict]) -> list[str]:

@@ -32,6 +32,7 @@ from pipeline.run.lock import FolderLock
 from pipeline.run.recipe_defaults import with_defaults
 
 RESUME = "resume"  # in a stage's folder, while it trains: checkpoints behind a step
+CORPORA = "corpora.json"  # what the run has read
 MASTERS = "masters"  # beside the newest checkpoint: its trained weights in fp32
 LONGEST = 120  # letters of a stage's name in its folder's
 PACKAGES = ("migu", "torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy",
@@ -44,8 +45,9 @@ FREE = {
     "evaluate.unreachable", "evaluate.humaneval.batch_size", "evaluate.humaneval.sandbox",
     "evaluate.end_tasks.files", "evaluate.end_tasks.processes",
     "train.compare_replicas", "bad_steps.policy", "bad_steps.budget", "bad_steps.spike",
-    "bad_steps.window",
+    "bad_steps.window", "data.prepared",
 }  # fmt: skip
+PLACES = (".files", ".heldout_files", ".task.labels")  # of a domain, which may have moved
 
 
 def stage_folder(run: Path, stage: int, name: str) -> Path:
@@ -106,7 +108,8 @@ def _fill(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> None:
         before: Any = OmegaConf.load(stored)
         now = OmegaConf.create(recipe.to_yaml())
         base = base_differences(folder, before.get("model") or {}, recipe.model, present)
-        if different := (base + _differences(before, now))[:5]:
+        known = recipe.data.prepare and (folder / CORPORA).is_file()  # `open_corpora` compares them
+        if different := (base + _differences(before, now, PLACES if known else ()))[:5]:
             raise UserError(
                 f"{folder} holds a run of another recipe ({'; '.join(different)}). Give this run a "
                 "name of its own (name=...), or delete the old one with --restart."
@@ -150,9 +153,9 @@ def restart(runs: Path, recipe: Recipe) -> None:
         lock.release()
 
 
-def _differences(old: Any, new: Any) -> list[str]:
-    """Keys whose values differ, but for FREE ones, the engine, and the base: `base_differences`.
-    A key that the version of `old` did not know has its default."""
+def _differences(old: Any, new: Any, places: tuple[str, ...]) -> list[str]:
+    """Keys whose values differ, but for FREE ones, the engine, the base (`base_differences`), and
+    domains' `places`. A key that the version of `old` did not know has its default."""
 
     def flat(node: Any, path: str = "") -> dict[str, Any]:
         if isinstance(node, dict) and node:  # an empty one is a setting too: `hft: {}`
@@ -165,6 +168,7 @@ def _differences(old: Any, new: Any) -> list[str]:
         f"{key}: {a.get(key)!r} there, {b.get(key)!r} now"
         for key in sorted({*a, *b} - FREE - {f"model.{k}" for k in KEYS})
         if a.get(key) != b.get(key) and not key.startswith(("engine.", "resume"))
+        if not (key.startswith("data.domains.") and key.endswith(places))
     ]
 
 
