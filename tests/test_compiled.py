@@ -115,6 +115,30 @@ def test_a_hook_that_comes_later_is_not_left_out():
     assert seen == [1]
 
 
+@pytest.mark.parametrize("name", ["roberta", "llama", "t5"])
+def test_batches_of_other_lengths_are_not_compiled_anew(name):
+    model = MODELS[name]()
+    mask = GradientMask(model, Mask(threshold=0.7), 0)
+    torch._dynamo.utils.counters.clear()
+    graphs, kept = [], []
+    with compiled_blocks(model, "aot_eager"):
+        for length in (12, 11, 10, 9):
+            ids, real = torch.arange(3 * length).view(3, -1), torch.ones(3, length)
+            real[1:, -2:] = 0
+            own = {"labels": ids[:, :4].contiguous()} if name == "t5" else {}
+            with mask.recording(real, own.get("labels")):
+                model(input_ids=ids, attention_mask=real, **own).logits.sum().backward()
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+            mask.apply(ParameterShards(model), 1)
+            kept.append(mask.keep)
+    plain = GradientMask(model, Mask(threshold=0.7), 0)
+    with plain.recording(real, own.get("labels")):
+        model(input_ids=ids, attention_mask=real, **own).logits.sum().backward()
+    plain.apply(ParameterShards(model), 1)
+    assert torch.equal(kept[-1], plain.keep)
+    assert graphs[1] == graphs[3]
+
+
 def test_code_that_is_compiled_again_and_again_is_not_left_to_run_slowly(monkeypatch):
     monkeypatch.setattr(pipeline.model.compiled, "GRAPHS", 1)
     model = MODELS["llama"]()

@@ -52,6 +52,8 @@ def compiled_blocks(net: nn.Module, backend: str = "inductor") -> Iterator[None]
         accumulated_recompile_limit=max(graphs, 256),
         fail_on_recompile_limit_hit=True,
         skip_nnmodule_hook_guards=False,  # or hooks that come later would be left out
+        # What the mask's hooks know of a batch, its padding, has another length in every batch.
+        force_nn_module_property_static_shapes=False,
     ):
         for block in blocks:
             block.forward = torch.compile(block.forward, backend=backend)
