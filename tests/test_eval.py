@@ -209,7 +209,7 @@ def test_a_checkpoint_is_measured_in_the_recipes_precision(tmp_path, monkeypatch
 
     measured = []
 
-    def measure(checkpoint, kinds, *_):
+    def measure(checkpoint, kinds, *_, **__):
         measured.append(checkpoint.precision)
         return ["benchmarks: not here"]
 

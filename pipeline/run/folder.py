@@ -153,7 +153,7 @@ def restart(runs: Path, recipe: Recipe) -> None:
         lock.release()
 
 
-def _differences(old: Any, new: Any, places: tuple[str, ...]) -> list[str]:
+def _differences(old: Any, new: Any, places: tuple[str, ...] = ()) -> list[str]:
     """Keys whose values differ, but for FREE ones, the engine, the base (`base_differences`), and
     domains' `places`. A key that the version of `old` did not know has its default."""
 
