@@ -17,7 +17,7 @@ class Evaluator:
 
     def __init__(self, arguments: list[str], environment: dict[str, str]):
         """Start with what `arguments` of the script ask for."""
-        self._made_of = (SCRIPT, environment, os.getcwd())
+        self._made_in = (environment, os.getcwd())
         self._line, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
@@ -28,7 +28,7 @@ class Evaluator:
 
     def waits(self, environment: dict[str, str]) -> bool:
         """Whether it could go on, as one that is started now would."""
-        same = self._made_of == (SCRIPT, environment, os.getcwd())
+        same = self._made_in == (environment, os.getcwd())
         return same and self._process.poll() is None
 
     def ask(self, arguments: list[str]) -> None:

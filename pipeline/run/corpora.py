@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.checkpoint import replace_file
 from pipeline.data.prepare import prepare, sources_of
 from pipeline.data.prepared import Prepared
 from pipeline.data.stage import domains_of
@@ -50,9 +50,7 @@ def open_corpora(
         if name in known and known[name]["content"] != now[name]["content"]:
             raise _changed(name, _touched(known[name]["sources"], now[name]["sources"]))
     if rank() == 0:
-        temporary = folder / f".{CORPORA}.tmp"
-        temporary.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / CORPORA)
+        replace_file(folder / CORPORA, json.dumps(now, indent=1) + "\n")
     return found
 
 

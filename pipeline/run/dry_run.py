@@ -108,10 +108,10 @@ def _task_lines(recipe: Recipe, examples: dict[str, dict[str, list[Example]]]) -
     """Of each task its rows, its labels, and three prompts."""
     lines = []
     for name, domain in recipe.data.domains.items():
-        if domain.task and domain.hub:
-            lines.append(f"  {name}: of {domain.hub}, labels {', '.join(options_of(domain.task))}")
-        elif domain.task:
+        if domain.task and name in examples:
             lines += [f"  {line}" for line in described(name, domain.task, examples[name])]
+        elif domain.task:
+            lines.append(f"  {name}: of {domain.hub}, labels {', '.join(options_of(domain.task))}")
     return ["tasks", *lines] if lines else []
 
 
@@ -168,10 +168,12 @@ def _about(recipe: Recipe, stage: int, tokenizer: Any, rows: dict[str, int]) -> 
         return " (steps are known once the tokenizer is trained)"
     s, packing = recipe.stages[stage - 1], recipe.data.packing
     parts: list[int | float | None]
-    if packing and not any(recipe.data.domains[name].task for name in s.domains):
-        parts = [estimated_tokens(recipe, name, tokenizer) for name in s.domains]
+    if not packing:
+        parts = [rows.get(name) for name in s.domains]
+    elif any(recipe.data.domains[name].task for name in s.domains):
+        parts = [None]  # of the files of a task only some rows are taken
     else:
-        parts = [None if packing else rows.get(name) for name in s.domains]
+        parts = [estimated_tokens(recipe, name, tokenizer) for name in s.domains]
     if None in parts:
         return " (steps are known once the data is prepared)"
     own = sum(n or 0 for n in parts) * (s.epochs or 0) / shares_of(recipe, stage)[0].share
