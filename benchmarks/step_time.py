@@ -72,7 +72,8 @@ SHAPES = {
     "smollm2-135m": (SMOLLM2, 30, 2, 512),
     "llama-7b": (LLAMA_7B, 32, 1, 2048),
 }
-MODES = ("trainer", "ft", "exact", "row_sparse", "rows_per_stage", "authors", "compiled")
+MODES = ("trainer", "ft", "exact", "row_sparse", "rows_per_stage", "authors", "compiled",
+         "compiled_ft")  # fmt: skip
 RATIOS = {  # name in the result: (of, to)
     "ft_vs_trainer": ("ft", "trainer"),
     "exact_vs_ft": ("exact", "ft"),
@@ -80,6 +81,8 @@ RATIOS = {  # name in the result: (of, to)
     "rows_per_stage_vs_ft": ("rows_per_stage", "ft"),
     "authors_vs_ft": ("authors", "ft"),
     "compiled_vs_exact": ("compiled", "exact"),
+    "compiled_ft_vs_ft": ("compiled_ft", "ft"),
+    "compiled_vs_compiled_ft": ("compiled", "compiled_ft"),
 }
 LR = 1e-5
 
@@ -112,7 +115,7 @@ class Ours(Turns):
         )
         self.engine = engine
         self._mask: Any = None
-        self._compiled = mode == "compiled"
+        self._compiled = mode in ("compiled", "compiled_ft")
         if mode in ("exact", "row_sparse", "compiled"):
             self._mask = GradientMask(engine.module, self._recipe.mask, seed=0)
         elif mode == "authors":
@@ -276,14 +279,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     start_distributed()
     warm = 2
-    steps = steps_of(args, args.pairs + warm)
+    steps = steps_of(args, args.pairs + warm + args.profile)
     modes: dict[str, Turns] = {}
     shared = None
     for mode in args.modes:
         if mode == "trainer":
             modes[mode] = Trainers(args, steps, device)
             continue
-        if mode in ("rows_per_stage", "compiled"):
+        if mode in ("rows_per_stage", "compiled", "compiled_ft"):
             engine = engine_of(args, device, split=mode == "rows_per_stage")
         else:
             engine = shared = shared or engine_of(args, device)
@@ -291,7 +294,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for i in range(args.pairs + warm):  # every second round the other way round
         for mode in args.modes if i % 2 == 0 else reversed(args.modes):
             modes[mode].step()
-    seconds = {mode: turns.seconds[warm:] for mode, turns in modes.items()}
+    if args.profile:
+        for mode, turns in modes.items():
+            print(f"{mode}:\n{profile(turns)}")
+    seconds = {mode: turns.seconds[warm : warm + args.pairs] for mode, turns in modes.items()}
     result: dict[str, Any] = {
         "shape": args.shape, "layers": args.layers or SHAPES[args.shape][1],
         "tokens": _tokens(args),
@@ -319,6 +325,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             if isinstance(turns, Ours)
         }
     return result
+
+
+def profile(turns: Turns) -> str:
+    """The kernels of a GPU that take the most of one more step: ms, calls, name."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        turns.step()
+    kernels = sorted(profiler.key_averages(), key=lambda k: -k.self_device_time_total)
+    return "\n".join(
+        f"{k.self_device_time_total / 1000:10.2f} ms {k.count:6}  {k.key[:120]}"
+        for k in kernels[:40]
+    )
 
 
 def _mfu(args: argparse.Namespace, engine: Any, seconds: float) -> float:
@@ -365,7 +382,7 @@ def main() -> None:
     parser.add_argument("--shape", default="roberta-base", choices=SHAPES)
     parser.add_argument("--layers", type=int, help="fewer blocks than the shape has")
     parser.add_argument("--sequences", type=int, help="of a micro-batch, others than the shape's")
-    parser.add_argument("--modes", nargs="+", default=list(MODES[:-1]), choices=MODES)
+    parser.add_argument("--modes", nargs="+", default=list(MODES[:-2]), choices=MODES)
     parser.add_argument("--pairs", type=int, default=20, help="timed rounds of one step each")
     parser.add_argument("--threshold", type=float, default=0.7)
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
@@ -375,6 +392,9 @@ def main() -> None:
         "--keep-large", action="store_true", help="CPU: keep freed blocks over 64 MB too"
     )
     parser.add_argument("--memory", action="store_true", help="also the peak of every mode")
+    parser.add_argument(
+        "--profile", action="store_true", help="GPU: also the kernels of one more step of each mode"
+    )
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument(
         "--engine", default="zero2", choices=["zero0", "zero1", "zero2", "zero3", "fsdp"]
@@ -386,6 +406,8 @@ def main() -> None:
         parser.error("--pairs: at least 2")
     if args.engine == "fsdp" and args.trainer == "deepspeed" and "trainer" in args.modes:
         parser.error("--engine fsdp: set --trainer plain, or leave the trainer out of --modes")
+    if args.profile and not torch.cuda.is_available():
+        parser.error("--profile: without a GPU there are no kernels to tell apart")
     if args.memory and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         parser.error("--memory: of one rank; on several, the log of a run has its peak")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
