@@ -28,6 +28,7 @@ from transformers import (
 
 from pipeline.attachment import attach
 from pipeline.errors import UserError
+from pipeline.migu import magnitude
 from pipeline.migu.gradient_mask import GradientMask, NonFiniteMagnitude
 from pipeline.migu.magnitude import MagnitudeRecorder
 from pipeline.migu.mask import kept_count, select_rows
@@ -438,8 +439,10 @@ def test_a_module_called_twice_adds_up_and_a_recompute_does_not():
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("name", ["roberta", "llama"])
-def test_a_compiled_model_records_the_same_magnitudes_without_a_graph_break(name):
+@pytest.mark.parametrize(("name", "gpu"), [("roberta", False), ("llama", False), ("llama", True)])
+def test_a_compiled_model_records_the_same_magnitudes_without_a_graph_break(name, gpu, monkeypatch):
+    if gpu:
+        monkeypatch.setattr(magnitude, "_absolute_sums", magnitude.compiled_as_is)
     model, ids = MODELS[name](), torch.randint(5, 53, (2, 7))
     recorder = MagnitudeRecorder(find_targets(model))
     real = torch.arange(7) < torch.tensor([[7], [4]])

@@ -13,7 +13,7 @@ from pipeline.checkpoint import publish
 from pipeline.engine.config import resolve_engine_config
 from pipeline.errors import UserError
 from pipeline.migu.gradient_mask import GradientMask
-from pipeline.model.split_linear import merge_weights, split_linears
+from pipeline.model.split_linear import merge_rows, merge_weights, split_linears
 from pipeline.ranks import rank, world_size
 from pipeline.recipe import Mask
 from pipeline.run.memory import activations, memory_lines
@@ -87,6 +87,17 @@ def compare_engines():
             moved += int((change & ~keep).sum())
         found[kind] = worst, moved
     return found
+
+
+@pytest.mark.parametrize("width", [7, 8])
+@pytest.mark.parametrize("start", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_is_put_together_of_its_rows(dtype, start, width):
+    """Copied in numbers of 8 bytes where rows and their places in a flat buffer are multiples."""
+    flat, index = torch.randn(start + 8 * width).to(dtype), torch.randperm(8)
+    kept, rest = flat[start:].view(8, width).split([3, 5])
+    whole = merge_rows(kept, rest, index)
+    assert torch.equal(whole[index], torch.cat([kept, rest]))
 
 
 def test_a_split_model_trains_as_with_a_mask_that_never_changes():

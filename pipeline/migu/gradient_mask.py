@@ -69,6 +69,7 @@ class GradientMask:
             self.recorder = FisherRecorder(self.targets)
         self.keep: Tensor | None = None  # bool [sum of rows], the last step's rows
         self._kept = 0.0  # their fraction
+        self._counts: list[int] | None = None  # of each target, with a row-sparse backward
         self._coming: tuple[Tensor, float] | None = None  # `backward: previous`: the next step's
         self._age = 0  # steps since the last selection
         self._shown = False  # that the backwards leave the other rows out
@@ -117,7 +118,7 @@ class GradientMask:
         self.keep, self._kept = self._select(shards, step)
         self._age = 0
         if self.sparse:
-            self.sparse.keep(self.keep)
+            self.sparse.keep(self.keep, self._counts)
 
     @torch.no_grad()
     def apply(self, shards: ShardedModel, step: int, edited: bool = False) -> float:
@@ -158,7 +159,7 @@ class GradientMask:
         self._opened = True
         self.sparse.keep(None)
         yield
-        self.sparse.keep(self.keep)
+        self.sparse.keep(self.keep, self._counts)
 
     def _apply_previous(self, shards: ShardedModel, step: int) -> None:
         """The rows of this step are those that the last one selected; the first step has its own,
@@ -172,7 +173,7 @@ class GradientMask:
         self.keep, self._kept = known
         if selected is not None:
             self._coming = selected
-            self.sparse.keep(selected[0])
+            self.sparse.keep(selected[0], self._counts)
 
     def _select(self, shards: ShardedModel, step: int) -> tuple[Tensor, float]:
         """(keep, the fraction that it keeps). The host waits for the device once."""
@@ -182,8 +183,10 @@ class GradientMask:
         keep = select_rows(scores, self.parts, self.settings.threshold, self.settings.rule)
         seen = self.recorder.observed if self.recorder else torch.ones_like(keep)
         differs = self._differs(keep)
-        facts = (scores.any(), scores.isfinite().all(), seen.all(), differs.any(), keep.sum())
-        some, finite, all_seen, differ, kept = torch.stack([f.double() for f in facts]).tolist()
+        facts = [scores.any(), scores.isfinite().all(), seen.all(), differs.any(), keep.sum()]
+        counts = self.sparse.counts(keep) if self.sparse else keep.new_zeros(0, dtype=torch.int64)
+        known = torch.cat([torch.stack([f.long() for f in facts]), counts]).tolist()
+        (some, finite, all_seen, differ, kept), self._counts = known[:5], known[5:]
         if not some:
             raise RuntimeError("the mask recorded no forward of this step: nothing to rank rows by")
         if not finite:
@@ -197,6 +200,7 @@ class GradientMask:
             for name in self._unobserved(shards):
                 kept -= int(rows[name][0].sum())
                 rows[name][0].fill_(False)
+            self._counts = None  # to be counted anew
         return keep, kept / keep.numel()
 
     @contextmanager

@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from fractions import Fraction
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -38,20 +39,26 @@ def select_rows(
         wins under "exact", so that the count is exact; under "quantile" all of them are kept.
     """
     keep = torch.zeros_like(scores, dtype=torch.bool)
-    starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + size)
-    layers_of: dict[int, list[int]] = defaultdict(list)
-    for start, size in zip(starts, sizes, strict=False):
-        layers_of[size].append(start)
-    for size, layer_starts in layers_of.items():  # all layers of a width at once
-        index = torch.tensor(layer_starts, device=scores.device)[:, None]
-        index = index + torch.arange(size, device=scores.device)  # [layers, size]
+    for index in _layers_by_width(tuple(sizes), scores.device):
         values = scores[index]
         if rule == "exact":
             order = values.argsort(dim=1, descending=True, stable=True)
-            best = order[:, : kept_count(size, threshold)]
+            best = order[:, : kept_count(index.shape[1], threshold)]
             keep[index.gather(1, best)] = True
         else:
             keep[index] = values >= values.quantile(threshold, dim=1, keepdim=True)
     return keep
+
+
+@lru_cache(maxsize=8)  # or the host would wait in every step for the numbers to reach a GPU
+def _layers_by_width(sizes: tuple[int, ...], device: torch.device) -> list[Tensor]:
+    """int64 [layers, width] for each width: where the rows of its layers are."""
+    starts_of: dict[int, list[int]] = defaultdict(list)
+    start = 0
+    for size in sizes:
+        starts_of[size].append(start)
+        start += size
+    return [
+        torch.tensor(starts, device=device)[:, None] + torch.arange(size, device=device)
+        for size, starts in starts_of.items()
+    ]

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import UserError
 from pipeline.migu.targets import Target
-from pipeline.model.aligned import padded
+from pipeline.model.aligned import aligned
 from pipeline.model.blocks import is_adapted
 from pipeline.model.split_linear import autocast_dtype
 
@@ -48,21 +48,37 @@ class RowSparseLinears:
         for target, rows in zip(self._targets, self._rows, strict=True):
             target.observed.forward = _forward(target.observed, rows, target.output_dim)  # type: ignore[assignment]
 
-    def keep(self, keep: Tensor | None) -> None:
-        """keep: bool [sum of rows], the targets one after the other; None: every row."""
+    def counts(self, keep: Tensor) -> Tensor:
+        """int64 [targets]: how many rows of each are kept."""
+        owners = self._owners(keep.device)[1]
+        return torch.zeros_like(keep, dtype=torch.int64)[: len(self._rows)].index_add_(
+            0, owners, keep.long()
+        )
+
+    def keep(self, keep: Tensor | None, counts: list[int] | None = None) -> None:
+        """keep: bool [sum of rows], the targets one after the other; None: every row.
+        counts: as `counts` says; without them the host waits for a GPU."""
         if keep is None:
             for rows in self._rows:
                 rows.index = None
             return
-        # Of all targets at once: the host waits for a GPU twice, and not at every layer.
-        self._places = self._places.to(keep.device)
-        numbers, owners = self._places
-        counts = torch.stack([part.sum() for part in keep.split(self._sizes)])
-        within = keep.cumsum(0) - 1 - (counts.cumsum(0) - counts)[owners]
-        sources = torch.where(keep, within, counts[owners]).split(self._sizes)
-        kept = numbers[keep].split(counts.tolist())
-        for rows, index, source in zip(self._rows, kept, sources, strict=True):
-            rows.kept, rows.index, rows.source = len(index), padded(index), source
+        numbers, owners = self._owners(keep.device)
+        each = self.counts(keep)
+        counts = each.tolist() if counts is None else counts
+        within = keep.cumsum(0) - 1 - (each.cumsum(0) - each)[owners]
+        sources = torch.where(keep, within, each[owners]).split(self._sizes)
+        # The kept rows' numbers, each target's at its place, behind them the others'.
+        widths = [aligned(count, keep.device) for count in counts]
+        width = aligned(each, keep.device)
+        places = torch.where(keep, within + (width.cumsum(0) - width)[owners], sum(widths))
+        kept = numbers.new_zeros(sum(widths) + 1).scatter_(0, places, numbers)
+        parts = kept[:-1].split(widths)
+        for rows, index, source, count in zip(self._rows, parts, sources, counts, strict=True):
+            rows.index, rows.source, rows.kept = index, source, count
+
+    def _owners(self, device: torch.device) -> Tensor:
+        self._places = self._places.to(device)
+        return self._places
 
     def close(self) -> None:
         """The linears compute as before."""
@@ -71,7 +87,7 @@ class RowSparseLinears:
 
 
 class _Rows:
-    """index: int64 [kept rows], ascending, on a GPU `padded`; None: every row. source: int64
+    """index: int64 [kept rows], ascending, on a GPU `aligned`; None: every row. source: int64
     [rows], which of the kept rows a row is, and `kept` where it is none. Read when the backward
     runs, which may be after several forwards."""
 

@@ -4,6 +4,8 @@ cuBLAS takes three times as long for a half-precision matrix whose rows are not 
 bytes (H100, CUDA 13: 3,302 of 11,008 columns), which the number of kept rows rarely is.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,7 +16,12 @@ MULTIPLE = 64  # of columns
 def padded(index: Tensor) -> Tensor:
     """index (int64 [rows]), on a GPU with zeros behind it up to a multiple: rows of a product to
     be left off again."""
-    return F.pad(index, (0, -len(index) % MULTIPLE)) if pads(index.device) else index
+    return F.pad(index, (0, aligned(len(index), index.device) - len(index)))
+
+
+def aligned(count: int | Tensor, device: torch.device) -> Any:
+    """How many rows `padded` makes of so many."""
+    return count + -count % MULTIPLE if pads(device) else count
 
 
 def pads(device: torch.device) -> bool:
