@@ -50,5 +50,5 @@ class AuthorsMask:
             shard.mask(keep[shard.name])
         return 1 - self._threshold
 
-    def hold(self, _shards: Any) -> Any:
+    def hold(self, *_: Any) -> Any:
         return nullcontext()

@@ -32,7 +32,7 @@ def state_bytes(args: argparse.Namespace, split: bool) -> tuple[int, int]:
     found = 0
 
     @contextmanager
-    def counted() -> Iterator[None]:  # ZeRO updates one group of weights after the other
+    def counted(_names: Any) -> Iterator[None]:  # ZeRO updates one group of weights after the other
         nonlocal found
         yield
         for p in chain.from_iterable(group["params"] for group in adam.param_groups):

@@ -1,10 +1,11 @@
-"""AdamW with 8-bit moments (bitsandbytes) under the mask."""
+"""AdamW's groups, and its 8-bit moments (bitsandbytes) under the mask."""
 
 import pytest
 import torch
 from transformers import RobertaConfig, RobertaForMaskedLM
 
 from pipeline.engine.config import memory_per_rank, resolve_ds_config
+from pipeline.engine.optimizer import weight_groups
 from pipeline.errors import UserError
 from pipeline.run.recipe_file import load_recipe
 from pipeline.run.train import train_stage
@@ -27,6 +28,21 @@ def small_roberta() -> RobertaForMaskedLM:
             type_vocab_size=1,
         )
     )
+
+
+@pytest.mark.parametrize("largest", [None, 1, 5000, 10**6])
+def test_groups_have_every_weight_once_and_no_more_than_the_largest(largest):
+    model = small_roberta()
+    groups = weight_groups(model, 0.1, largest)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    for decay, parameters in ((0.1, matrices), (0.0, vectors)):
+        parts = [g["params"] for g in groups if g["weight_decay"] == decay]
+        assert [id(p) for part in parts for p in part] == [id(p) for p in parameters]
+        if largest is None:
+            assert len(parts) == 1
+        else:
+            assert all(len(p) == 1 or sum(w.numel() for w in p) <= largest for p in parts)
 
 
 def two_strict_steps(engine, precision):

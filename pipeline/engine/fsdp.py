@@ -1,7 +1,7 @@
 """The FSDP2 engine: PyTorch's own `fully_shard`, with HSDP as replicas of the sharded model."""
 
 from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from pipeline.engine.config import precision_of
 from pipeline.engine.distributed import start_distributed
-from pipeline.engine.optimizer import weight_groups
+from pipeline.engine.optimizer import Hold, weight_groups
 from pipeline.errors import BadGradient
 from pipeline.model.blocks import find_blocks
 from pipeline.shard import MOMENTS, ParameterShards, StateShard
@@ -96,12 +96,10 @@ class FsdpEngine:
         (loss / self.micro_batches).backward()
 
     @torch.no_grad()
-    def step(
-        self, lr: float, hold: Callable[[], AbstractContextManager[None]] = nullcontext
-    ) -> bool:
+    def step(self, lr: float, hold: Hold = nullcontext) -> bool:
         """Clip and step with learning rate `lr`; True, as no step is skipped without loss scaling.
 
-        hold: makes a context that is entered around the update of the weights.
+        hold: entered around the update.
 
         Raises:
             BadGradient: the gradient's norm is not finite; on every rank, before the update.
@@ -118,7 +116,7 @@ class FsdpEngine:
             torch._foreach_mul_(gradients, (self._clip / (norm + 1e-6)).clamp(max=1.0))
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        with hold():
+        with hold(None):
             self._optimizer.step()
         self._optimizer.zero_grad()
         return True

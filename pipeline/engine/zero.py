@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -15,13 +15,11 @@ from torch import Tensor, nn
 
 from pipeline.engine.config import DTYPES, offloads, precision_of, zero_stage
 from pipeline.engine.distributed import start_distributed
-from pipeline.engine.optimizer import weight_groups
+from pipeline.engine.optimizer import Hold, largest_group, weight_groups
 from pipeline.engine.zero_shards import ZeroShards
 from pipeline.errors import BadGradient, TrainingStopped
 from pipeline.model.blocks import find_blocks
 from pipeline.shard import StateShard
-
-Hold = Callable[[], AbstractContextManager[None]]
 
 
 class ZeroEngine:
@@ -40,7 +38,10 @@ class ZeroEngine:
         start_distributed()
         self.config = ds_config
         self.stage = zero_stage(ds_config)
-        groups = weight_groups(model, optimizer.weight_decay)  # by shapes that shards do not have
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        groups = weight_groups(  # by shapes that shards do not have
+            model, optimizer.weight_decay, largest_group(trained, self.stage)
+        )
         if self.stage == 3:
             _shard(model, ds_config)
         adam = self._optimizer_class(optimizer.name)
@@ -152,14 +153,13 @@ class ZeroEngine:
             return None
         if self._dropping:
             return None
-        with self._hold():
+        with self._hold(self.shards.names_in(self._adam.param_groups)):
             return update(*args)
 
     def step(self, lr: float, hold: Hold = nullcontext) -> bool:
         """Clip and step with learning rate `lr`; False where fp16 loss scaling skipped the step.
 
-        hold: makes a context that is entered around the update of the fp32 weights (ZeRO-3 updates
-            them in several goes).
+        hold: entered around the update; several times, since ZeRO updates its groups one by one.
 
         Raises:
             BadGradient: the gradient's norm is not finite; on every rank, before the update.

@@ -111,6 +111,15 @@ class ZeroShards:
                 flat = self._stepped()[mapped.param_group_index]
                 yield Shard(name, piece, start, tuple(p.shape)), flat, offset
 
+    def names_in(self, groups: list[dict[str, Any]]) -> list[str] | None:
+        """The weights with a piece in what these of AdamW's groups step on, under ZeRO-1 and 2;
+        None: where it is not told which."""
+        if self.stage not in (1, 2):
+            return None
+        flat, stepped = {id(p) for group in groups for p in group["params"]}, self._stepped()
+        mapped = ((n, getattr(p, "_hp_mapping", None)) for n, p in self._parameters.items())
+        return [n for n, m in mapped if m and id(stepped[m.param_group_index]) in flat]
+
     def _stepped(self) -> list[Tensor]:
         """What AdamW steps on: flat local partitions, or, at stage 0, the weights in fp32."""
         opt = self._engine.optimizer

@@ -1,7 +1,7 @@
 """The mask of a training run: record, select, apply."""
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -205,16 +205,19 @@ class GradientMask:
 
     @contextmanager
     @torch.no_grad()
-    def hold(self, shards: ShardedModel) -> Iterator[None]:
+    def hold(self, shards: ShardedModel, names: Collection[str] | None = None) -> Iterator[None]:
         """To be entered around the optimizer's update. Under `update: strict` the masked rows come
         out of it as they went in: neither momentum nor weight decay moves them. Their moments decay
         as under a zero gradient.
+
+        names: of the weights that are updated within it; None: of all.
         """
         if self.settings.update == "gradient" or self.keep is None:
             yield
             return
         rows = self.rows_by_name(self.keep)
-        held = list(shards.master_shards([t.name for t in self.targets]))
+        updated = [n for n in rows if names is None or n in names]
+        held = list(shards.master_shards(updated))
         before = [shard.tensor.clone() for shard in held]
         yield
         for shard, old in zip(held, before, strict=True):

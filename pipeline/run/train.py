@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.data.objective import targets_of
+from pipeline.engine.optimizer import Hold
 from pipeline.errors import BadGradient, TrainingStopped
 from pipeline.methods.method import Method
 from pipeline.migu.gradient_mask import GradientMask, NonFiniteMagnitude
@@ -211,7 +212,7 @@ def _step(
     bad: BadStepRule,
     step: int,
     lr: float,
-    hold: Callable[[], AbstractContextManager[None]],
+    hold: Hold,
     loss: float,
     problem: str | None,
 ) -> bool:
