@@ -10,13 +10,14 @@ from safetensors.torch import load_file
 
 import pipeline.run.memory
 from pipeline.checkpoint import publish
+from pipeline.engine import optimizer
 from pipeline.engine.config import resolve_engine_config
 from pipeline.errors import UserError
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.model.split_linear import merge_rows, merge_weights, split_linears
 from pipeline.ranks import rank, world_size
 from pipeline.recipe import Mask
-from pipeline.run.memory import activations, memory_lines
+from pipeline.run.memory import activations, estimate, memory_lines
 from pipeline.run.recipe_file import load_recipe
 from pipeline.run.run import run_recipe
 from pipeline.run.stage_rows import FrozenRows
@@ -225,6 +226,21 @@ def test_the_activations_are_what_a_forward_keeps():
         head = 12 * logits.numel() * (1 if recipe.model.objective == "causal" else 0.15)
         guess = activations(empty, recipe, "fp32") - head
         assert abs(guess - real) < 0.15 * real, name
+
+
+def test_the_update_counts_where_it_takes_more_than_the_activations(monkeypatch):
+    recipe = recipe_for("llama", 1)
+    recipe.data.sequence_length, recipe.train.micro_batch_size = 1, 1
+    model = MODELS["llama"]()
+    config = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
+    config |= {"gradient_accumulation_steps": 1, "train_micro_batch_size_per_gpu": 1}
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    for smallest, group in ((10**9, matrices), (1, max(p.numel() for p in model.parameters()))):
+        monkeypatch.setattr(optimizer, "SMALLEST", smallest)
+        sizes = {k: sum(v) for k, v in estimate(model, recipe, config, 2).items()}
+        assert sizes["update"] + sizes["activations"] == group // 2 * 6
+    config["zero_optimization"]["stage"] = 3
+    assert "update" not in estimate(model, recipe, config, 2)
 
 
 def test_what_does_not_fit_comes_with_what_to_change(monkeypatch):

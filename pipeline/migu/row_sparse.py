@@ -51,9 +51,8 @@ class RowSparseLinears:
     def counts(self, keep: Tensor) -> Tensor:
         """int64 [targets]: how many rows of each are kept."""
         owners = self._owners(keep.device)[1]
-        return torch.zeros_like(keep, dtype=torch.int64)[: len(self._rows)].index_add_(
-            0, owners, keep.long()
-        )
+        counts = keep.new_zeros(len(self._rows), dtype=torch.int64)
+        return counts.index_add_(0, owners, keep.long())
 
     def keep(self, keep: Tensor | None, counts: list[int] | None = None) -> None:
         """keep: bool [sum of rows], the targets one after the other; None: every row.

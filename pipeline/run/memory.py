@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.engine.config import DTYPES, memory_per_rank, precision_of, zero_stage
+from pipeline.engine.config import DTYPES, memory_per_rank, offloads, precision_of, zero_stage
+from pipeline.engine.optimizer import largest_group, weight_groups
 from pipeline.migu.mask import kept_count
 from pipeline.migu.targets import find_targets
 from pipeline.model.blocks import block_linears, find_blocks
@@ -53,6 +54,10 @@ def estimate(model: nn.Module, recipe: Recipe, engine_config: dict[str, Any], ra
     count = activations(model, recipe, precision_of(engine_config), deferred)
     if count is not None:
         sizes["activations"] = (count, 0) if on_device else (0, count)
+    # The weights are updated when the activations are gone.
+    count = _update(model, engine_config, size, ranks) - (count or 0)
+    if count > 0:
+        sizes["update"] = (count, 0) if on_device else (0, count)
     count = _buffers(model, engine_config, size)
     sizes["buffers"] = (count, 0) if on_device else (0, count)
     return sizes
@@ -81,6 +86,17 @@ def _buffers(model: nn.Module, config: dict[str, Any], size: int) -> int:
     bucket = int(zero.get("reduce_bucket_size", BUCKET)) if stage else 0
     twice = 2 if zero.get("overlap_comm", stage == 3) else 1
     return bucket * size * twice + (2 * largest * size if stage == 3 else 0)
+
+
+def _update(model: nn.Module, config: dict[str, Any], size: int, ranks: int) -> int:
+    """Under ZeRO-1 and 2: the gradient of a group of weights in one piece, and in fp32 beside half
+    precision."""
+    if "fsdp" in config or zero_stage(config) not in (1, 2) or offloads(config, "optimizer"):
+        return 0
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    groups = weight_groups(model, 0.0, largest_group(trained, zero_stage(config)))
+    largest = max((sum(p.numel() for p in g["params"]) for g in groups), default=0)
+    return -(-largest // ranks) * (size if size == 4 else size + 4)
 
 
 def activations(model: nn.Module, recipe: Recipe, precision: str, deferred: int = 1) -> int | None:
