@@ -2,13 +2,18 @@
 
 import json
 import os
+import threading
 
 import pytest
 import yaml
 
-from pipeline.run.evaluation import Evaluation, take_base
+from pipeline import signals
+from pipeline.errors import Interrupted
+from pipeline.run.evaluation import Evaluation, one_measures, take_base
 from pipeline.run.recipe_file import load_recipe
 from tests.test_run import tiny_recipe
+
+OTHER = {"base.json": {"path": {"model.safetensors": "x"}}}
 
 
 def write_run(runs, name, recipe, **changes):
@@ -68,6 +73,32 @@ def test_it_is_measured_once(recipe, tmp_path):
     assert take_base(stage, recipe) is None
 
 
+def test_who_comes_while_it_is_measured_waits(recipe, tmp_path, monkeypatch):
+    runs, found = tmp_path / "runs", []
+    first, second = (write_run(runs, name, recipe) for name in ("first", "second"))
+    another = write_run(runs, "another", recipe, settings={"mask.threshold": 0.5})
+
+    def wait(base):
+        with one_measures(base, recipe):
+            found.append(take_base(base, recipe))
+
+    with one_measures(first, recipe):
+        waiting = threading.Thread(target=wait, args=[second])
+        waiting.start()
+        wait(another)  # has to measure something else
+        assert found == [None]
+        assert waiting.is_alive()
+        measured(first)
+    waiting.join(20)
+    assert found == [None, "first"]
+    assert not list(runs.glob(".base-*"))
+
+    third, fourth = (write_run(runs, name, recipe, **OTHER) for name in ("third", "fourth"))
+    monkeypatch.setattr(signals._wish, "reason", "SIGTERM")
+    with one_measures(third, recipe), pytest.raises(Interrupted):
+        wait(fourth)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -79,7 +110,7 @@ def test_it_is_measured_once(recipe, tmp_path):
         {"environment": {"hardware": {"device": "cuda"}}},
         {"heldout/manifest.json": {"files": {"a": "2"}}},
         {"ds_config.json": {"train_batch_size": 4}},
-        {"base.json": {"path": {"model.safetensors": "x"}}},
+        OTHER,
     ],
 )
 def test_another_base_or_another_measurement_is_not_taken(recipe, tmp_path, changes):

@@ -1,16 +1,22 @@
 """What is measured of a checkpoint, and where its results lie."""
 
 import glob
+import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
+from pipeline import signals
 from pipeline.checkpoint import is_published, read_manifest, replace_file
 from pipeline.errors import UserError
+from pipeline.progress import say
 from pipeline.recipe import Recipe
 from pipeline.run.base_files import FILE as BASE
 from pipeline.run.folder import stage_folder, step_folder
@@ -107,6 +113,49 @@ def take_base(base: Evaluation, recipe: Recipe) -> str | None:
             _take(place, base, there, {"measured_by": other.name})
             return other.name
     return None
+
+
+@contextmanager
+def one_measures(base: Evaluation, recipe: Recipe) -> Iterator[None]:
+    """While a run measures its base, those beside it that have the same one wait here, for what it
+    finds (`take_base`). Only rank 0 enters it.
+
+    Raises:
+        Interrupted: while it waits.
+    """
+    lock = _base_lock(base, recipe)
+    try:
+        if lock is not None:
+            _wait_for(lock, f"{base.folder.name}: a run beside it is measuring the same base")
+    except (OSError, NotImplementedError):  # a file system without locks: each measures it
+        lock = None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            Path(lock.lock_file).unlink(missing_ok=True)  # who has it open goes on, one by one
+            lock.release()
+
+
+def _base_lock(base: Evaluation, recipe: Recipe) -> FileLock | None:
+    if base.stage or not any(kind in SHARED for kind in base.pending(recipe)):
+        return None
+    if (what := _what_measures(base.run)) is None:
+        return None
+    text = json.dumps({k: v for k, v in what.items() if k != "seed"}, sort_keys=True)
+    name = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return FileLock(base.run.parent / f".base-{name}.lock")
+
+
+def _wait_for(lock: FileLock, why: str) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(why)
+        while not lock.is_locked:
+            signals.check()
+            with suppress(Timeout):
+                lock.acquire(timeout=1, poll_interval=0.2)
 
 
 def _what_measures(run: Path) -> dict[str, Any] | None:

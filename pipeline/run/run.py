@@ -6,6 +6,7 @@ so a run that was interrupted and continued is the same run (docs/runs.md).
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from pipeline.progress import EventLog
 from pipeline.ranks import end_if_asked, on_rank0, rank, world_size
 from pipeline.recipe import Recipe
 from pipeline.run.data import open_data
-from pipeline.run.evaluation import Evaluation, take_base, take_measured
+from pipeline.run.evaluation import Evaluation, one_measures, take_base, take_measured
 from pipeline.run.folder import describe_model, open_run, stage_folder
 from pipeline.run.methods import methods_of, run_start
 from pipeline.run.published import remove
@@ -82,30 +83,35 @@ def run_recipe(
             end_if_asked()
             start = time.perf_counter()
             if on_rank0(partial(task.pending, recipe)):
-                if step := on_rank0(partial(take_measured, task)):
-                    tell(f"{place_of(task)}: its weights are those of step {step}, as measured")
-                if other := on_rank0(partial(take_base, task, recipe)):
-                    tell(f"{place_of(task)}: the run {other} has measured the same base")
-                pending = on_rank0(partial(task.pending, recipe))
-                if pending:
-                    tell(f"{place_of(task)}: measuring {', '.join(pending)}")
-                if "heldout" in pending:
-                    by_rows_of = _split_by(recipe, task)
-                    engine = engine_with(run, task.checkpoint, by_rows_of, train=False)
-                    assert run.separation is not None  # known with the engine
-                    measure_heldout(engine, run.separation, task, recipe)
-                    pending.remove("heldout")
-                try:
-                    if pending:
-                        free_memory()  # room for the evaluation's own copy of the model
-                        evaluate(task, recipe, pending)
-                except RuntimeError as error:
-                    failed.append(f"{task.folder}: {error}")
-                    tell(f"{place_of(task)}: evaluation failed ({error}); training goes on")
+                with ExitStack() as held:
+                    on_rank0(lambda: held.enter_context(one_measures(task, recipe)))
+                    measure_pending(task)
                 on_rank0(partial(report, folder))
                 if run.log is not None and task.step is None:
                     run.log.evaluated(task.stage, task.folder)
             return time.perf_counter() - start
+
+        def measure_pending(task: Evaluation) -> None:
+            if step := on_rank0(partial(take_measured, task)):
+                tell(f"{place_of(task)}: its weights are those of step {step}, as measured")
+            if other := on_rank0(partial(take_base, task, recipe)):
+                tell(f"{place_of(task)}: the run {other} has measured the same base")
+            pending = on_rank0(partial(task.pending, recipe))
+            if pending:
+                tell(f"{place_of(task)}: measuring {', '.join(pending)}")
+            if "heldout" in pending:
+                by_rows_of = _split_by(recipe, task)
+                engine = engine_with(run, task.checkpoint, by_rows_of, train=False)
+                assert run.separation is not None  # known with the engine
+                measure_heldout(engine, run.separation, task, recipe)
+                pending.remove("heldout")
+            try:
+                if pending:
+                    free_memory()  # room for the evaluation's own copy of the model
+                    evaluate(task, recipe, pending)
+            except RuntimeError as error:
+                failed.append(f"{task.folder}: {error}")
+                tell(f"{place_of(task)}: evaluation failed ({error}); training goes on")
 
         base = base_checkpoint(run)
         run.begun = run_start(recipe, run.tokenizer, run.data, folder, base)
