@@ -126,7 +126,7 @@ def one_measures(base: Evaluation, recipe: Recipe) -> Iterator[None]:
     lock = _base_lock(base, recipe)
     try:
         if lock is not None:
-            _wait_for(lock, f"stage 0 {base.name}: waits for a run beside it to measure the same base")
+            _wait_for(lock, "stage 0 base: waits for a run beside it, which measures the same one")
     except (OSError, NotImplementedError):  # a file system without locks: each measures it
         lock = None
     try:
