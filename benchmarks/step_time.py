@@ -115,7 +115,7 @@ class Ours(Turns):
         )
         self.engine = engine
         self._mask: Any = None
-        self._compiled = mode in ("compiled", "compiled_ft")
+        self._compiled = mode.startswith("compiled")
         if mode in ("exact", "row_sparse", "compiled"):
             self._mask = GradientMask(engine.module, self._recipe.mask, seed=0)
         elif mode == "authors":
@@ -286,7 +286,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if mode == "trainer":
             modes[mode] = Trainers(args, steps, device)
             continue
-        if mode in ("rows_per_stage", "compiled", "compiled_ft"):
+        if mode == "rows_per_stage" or mode.startswith("compiled"):
             engine = engine_of(args, device, split=mode == "rows_per_stage")
         else:
             engine = shared = shared or engine_of(args, device)

@@ -42,10 +42,12 @@ def _parts(parameters: list[nn.Parameter], largest: int | None) -> list[list[nn.
     return parts
 
 
-def largest_group(elements: int, stage: int) -> int | None:
-    """Of so many trained elements under ZeRO; None: as large as they come.
+def zero_groups(model: nn.Module, weight_decay: float, stage: int) -> list[dict[str, Any]]:
+    """Those of a ZeRO stage: under 1 and 2 of a sixteenth of the weights each.
 
-    ZeRO-1 and 2 update one group after the other, and meanwhile have its gradient twice more, in
+    These stages update one group after the other, and meanwhile have its gradient twice more, in
     one piece and in fp32. Of a single group that was 13 GB of 58 for 2.2 billion weights in bf16.
     """
-    return max(SMALLEST, elements // 16) if stage in (1, 2) else None
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    largest = max(SMALLEST, trained // 16) if stage in (1, 2) else None
+    return weight_groups(model, weight_decay, largest)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.engine.config import DTYPES, offloads, precision_of, zero_stage
 from pipeline.engine.distributed import start_distributed
-from pipeline.engine.optimizer import Hold, largest_group, weight_groups
+from pipeline.engine.optimizer import Hold, zero_groups
 from pipeline.engine.zero_shards import ZeroShards
 from pipeline.errors import BadGradient, TrainingStopped
 from pipeline.model.blocks import find_blocks
@@ -38,10 +38,8 @@ class ZeroEngine:
         start_distributed()
         self.config = ds_config
         self.stage = zero_stage(ds_config)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        groups = weight_groups(  # by shapes that shards do not have
-            model, optimizer.weight_decay, largest_group(trained, self.stage)
-        )
+        # By shapes that shards do not have.
+        groups = zero_groups(model, optimizer.weight_decay, self.stage)
         if self.stage == 3:
             _shard(model, ds_config)
         adam = self._optimizer_class(optimizer.name)

@@ -5,6 +5,7 @@ docs/engines.md says which version that is, tests/test_parity.py fails if it mov
 """
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 import deepspeed
@@ -116,9 +117,18 @@ class ZeroShards:
         None: where it is not told which."""
         if self.stage not in (1, 2):
             return None
-        flat, stepped = {id(p) for group in groups for p in group["params"]}, self._stepped()
-        mapped = ((n, getattr(p, "_hp_mapping", None)) for n, p in self._parameters.items())
-        return [n for n, m in mapped if m and id(stepped[m.param_group_index]) in flat]
+        now = {id(flat) for group in groups for flat in group["params"]}
+        stepped = zip(self._stepped(), self._names_by_group, strict=True)
+        return [name for flat, names in stepped if id(flat) in now for name in names]
+
+    @cached_property
+    def _names_by_group(self) -> list[list[str]]:
+        """Under ZeRO-1 and 2: the weights with a piece in each of what AdamW steps on."""
+        names: list[list[str]] = [[] for _ in self._stepped()]
+        for name, p in self._parameters.items():
+            if (mapped := getattr(p, "_hp_mapping", None)) is not None:
+                names[mapped.param_group_index].append(name)
+        return names
 
     def _stepped(self) -> list[Tensor]:
         """What AdamW steps on: flat local partitions, or, at stage 0, the weights in fp32."""

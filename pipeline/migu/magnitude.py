@@ -136,7 +136,7 @@ def _in_one_pass(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, ord=1, dim=0, dtype=torch.float32)
 
 
-# What a compiler makes of it takes half as long again on a GPU: docs/performance.md.
+# With what a compiler makes of abs and sum the mask costs half as much again: docs/performance.md.
 compiled_as_is = torch.library.custom_op("migu::absolute_sums", _in_one_pass, mutates_args=())
 
 

@@ -50,7 +50,7 @@ class RowSparseLinears:
 
     def counts(self, keep: Tensor) -> Tensor:
         """int64 [targets]: how many rows of each are kept."""
-        owners = self._owners(keep.device)[1]
+        _, owners = self._places_on(keep.device)
         counts = keep.new_zeros(len(self._rows), dtype=torch.int64)
         return counts.index_add_(0, owners, keep.long())
 
@@ -61,7 +61,7 @@ class RowSparseLinears:
             for rows in self._rows:
                 rows.index = None
             return
-        numbers, owners = self._owners(keep.device)
+        numbers, owners = self._places_on(keep.device)
         each = self.counts(keep)
         counts = each.tolist() if counts is None else counts
         within = keep.cumsum(0) - 1 - (each.cumsum(0) - each)[owners]
@@ -75,7 +75,7 @@ class RowSparseLinears:
         for rows, index, source, count in zip(self._rows, parts, sources, counts, strict=True):
             rows.index, rows.source, rows.kept = index, source, count
 
-    def _owners(self, device: torch.device) -> Tensor:
+    def _places_on(self, device: torch.device) -> Tensor:
         self._places = self._places.to(device)
         return self._places
 

@@ -16,7 +16,8 @@ MULTIPLE = 64  # of columns
 def padded(index: Tensor) -> Tensor:
     """index (int64 [rows]), on a GPU with zeros behind it up to a multiple: rows of a product to
     be left off again."""
-    return F.pad(index, (0, aligned(len(index), index.device) - len(index)))
+    more = aligned(len(index), index.device) - len(index)
+    return F.pad(index, (0, more)) if more else index
 
 
 def aligned(count: int | Tensor, device: torch.device) -> Any:

@@ -127,7 +127,7 @@ def one_measures(base: Evaluation, recipe: Recipe) -> Iterator[None]:
     try:
         if lock is not None:
             _wait_for(lock, "stage 0 base: waits for a run beside it, which measures the same one")
-    except (OSError, NotImplementedError):  # a file system without locks: each measures it
+    except (OSError, NotImplementedError):  # no file to be locked here: each measures it itself
         lock = None
     try:
         yield

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.engine.config import DTYPES, memory_per_rank, offloads, precision_of, zero_stage
-from pipeline.engine.optimizer import largest_group, weight_groups
+from pipeline.engine.optimizer import zero_groups
 from pipeline.migu.mask import kept_count
 from pipeline.migu.targets import find_targets
 from pipeline.model.blocks import block_linears, find_blocks
@@ -93,8 +93,7 @@ def _update(model: nn.Module, config: dict[str, Any], size: int, ranks: int) -> 
     precision."""
     if "fsdp" in config or zero_stage(config) not in (1, 2) or offloads(config, "optimizer"):
         return 0
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    groups = weight_groups(model, 0.0, largest_group(trained, zero_stage(config)))
+    groups = zero_groups(model, 0.0, zero_stage(config))
     largest = max((sum(p.numel() for p in g["params"]) for g in groups), default=0)
     return -(-largest // ranks) * (size if size == 4 else size + 4)
 
