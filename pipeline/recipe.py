@@ -95,6 +95,7 @@ class Task:
     text: str | list[str] = "sentence"  # the field of a row; of several, each a line "field: text"
     label: str = "label"  # the field of a label, or of its number in `labels` from 0
     leave_out: list[str] = field(default_factory=list)  # labels whose rows are left out
+    list_options: bool = True  # in the prompt; else the model has to learn what it may answer
     max_words: int | None = None  # of a text; the rest is cut off
     train_rows: int | None = None  # to train on, drawn by hash; the paper's: 1000
     test_rows: int | None = None  # of each label, drawn by hash; the paper's: 500

@@ -287,5 +287,5 @@ class HeldOut(MemoryCorpus):
 
 def test_a_corpus_without_a_held_out_document_is_one_message():
     recipe = recipe_of([{"domain": "a", "steps": 1}], ["a"])
-    with pytest.raises(UserError, match="the corpus has no held-out document"):
-        heldout_sequences(recipe, HeldOut([]), Frame([], [], 0))
+    with pytest.raises(UserError, match="law: no held-out document"):
+        heldout_sequences(recipe, "law", HeldOut([]), Frame([], [], 0))

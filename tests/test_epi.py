@@ -89,7 +89,7 @@ def test_every_text_is_answered_by_the_adapter_that_it_finds(tmp_path):
         stage = int(found["stages"][distances.argmin()])
         assert line["expert"] == stage
         assert line["found"] == (line["task"] == ("subject", "mood")[stage - 1])
-        said = answers(nets[stage], encoder, [example], options, Answers(max_new_tokens=3))
+        said = answers(nets[stage], encoder, [example], options, Answers(max_new_tokens=9))
         assert said == [line["said"]]
         chosen.add(stage)
     assert chosen == {1, 2}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import T5ForConditionalGeneration
 
 from eval.analysis.load import load_run
 from eval.measure.checkpoint import Checkpoint, measure_share, merge
@@ -13,6 +14,7 @@ from eval.measure.lm import measure_in_engine
 from eval.report.page import write_report
 from eval.report.summary import accuracy_lines
 from pipeline.engine.config import resolve_engine_config
+from pipeline.errors import UserError
 from pipeline.ranks import on_rank0, world_size
 from pipeline.run.evaluation import Evaluation
 from pipeline.run.recipe_file import load_recipe
@@ -38,7 +40,7 @@ data:
   heldout_sequences: 4
 stages: [{domain: subject, steps: 2}, {domain: mood, steps: 2}]
 train: {batch_size: 4}
-evaluate: {answers: {limit: 6, max_new_tokens: 3}}
+evaluate: {answers: {limit: 6, max_new_tokens: 9}}
 """
 
 
@@ -93,12 +95,24 @@ def test_a_run_of_tasks_has_the_matrix_of_its_answers(tmp_path):
             pytest.approx(row, abs=1e-3) for row in numbers["accuracy"]
         ]
         assert all(name in metrics for name in ("ACC", "BWT", "FWT"))
+        net = T5ForConditionalGeneration.from_pretrained(run / "stages/02_mood/checkpoint")
+        ids = torch.tensor([[5, 6, 1]])
+        assert net(input_ids=ids, labels=ids).loss.isfinite()  # outside of this project too
     losses = [
         json.loads((tmp_path / name / "stages/02_mood/eval.json").read_text())["domains"]
         for name in ("zero", "fsdp")
     ]
     for domain in losses[0]:  # the same training, however it is sharded
         torch.testing.assert_close(losses[0][domain]["loss"], losses[1][domain]["loss"])
+
+
+def test_a_run_whose_answers_are_too_short_for_a_label_does_not_begin(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    recipe = load_recipe(path, ["evaluate.answers.max_new_tokens=1"])
+    config = resolve_engine_config("ds_configs/zero2.json", recipe, 1, "cpu")
+    with pytest.raises(UserError, match=r"max_new_tokens: the label '.*' of (subject|mood) has"):
+        run_recipe(recipe, config, tmp_path, measure_in_engine, answer, write_report)
 
 
 def test_tasks_are_asked_when_they_have_been_seen(tmp_path):

@@ -13,7 +13,7 @@ from eval.measure.tasks import answers, matches, merge_shares, rouge_l
 from pipeline.data.encode import Encoder
 from pipeline.data.instruct import Example
 from pipeline.data.sources import task_examples
-from pipeline.data.tasks import prompt_of
+from pipeline.data.tasks import check_answers_fit, prompt_of
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.data.toy_tasks import TOY_TASKS, toy_examples
 from pipeline.engine.config import resolve_ds_config
@@ -58,6 +58,10 @@ def test_rows_become_prompts_with_the_options_and_are_drawn_by_hash(task_files):
         Example("How was it?\nOption: good, bad, very bad\nrow 4\nAnswer:", "", "bad")
         in (found["train"])
     )
+    domain.task.list_options = False
+    unlisted = Example("How was it?\nrow 4\nAnswer:", "", "bad")
+    assert unlisted in task_examples(domain, 0)["train"]
+    domain.task.list_options = True
     domain.task.train_rows, domain.task.test_rows = 7, 2
     few = task_examples(domain, 0)
     assert len(few["train"]) == 7
@@ -178,6 +182,18 @@ def test_answers_are_greedy_however_they_are_batched(objective):
             assert answers(model, encoder, examples, LABELS, settings) == expected
         settings = Answers(max_new_tokens=30, constrained=True)
         assert set(answers(model, encoder, examples, LABELS, settings)) <= set(LABELS)
+
+
+def test_an_answer_must_have_room_for_each_label():
+    tokenizer = train_tokenizer([*LABELS] * 3, 330)
+    for objective, said in (("seq2seq", "very bad"), ("causal", " very bad")):
+        encoder = Encoder.of(tokenizer, objective, "plain")
+        longest = len(tokenizer.encode(said, add_special_tokens=False))
+        assert longest > 1
+        check_answers_fit("mood", LABELS, encoder, longest)
+        message = f"max_new_tokens: the label 'very bad' of mood has {longest} tokens"
+        with pytest.raises(UserError, match=message):
+            check_answers_fit("mood", LABELS, encoder, longest - 1)
 
 
 def test_the_scores_are_those_of_every_answer(tmp_path):

@@ -19,6 +19,7 @@ from eval.measure.results import replace_file, write_json
 from pipeline.data.encode import Encoder
 from pipeline.data.heldout import load_tasks
 from pipeline.data.instruct import Example
+from pipeline.data.tasks import check_answers_fit
 from pipeline.errors import UserError
 from pipeline.model.experts import Experts
 from pipeline.model.generate import written
@@ -51,6 +52,8 @@ def evaluate_share(
     manifest = json.loads((heldout / "manifest.json").read_text(encoding="utf-8"))
     encoder = Encoder.of(tokenizer, manifest["objective"], manifest["template"])
     tasks = {name: t for name, t in load_tasks(heldout).items() if names is None or name in names}
+    for name, (options, _) in tasks.items():
+        check_answers_fit(name, options, encoder, settings.max_new_tokens)
     lines = []
     bar = tqdm(total=len(tasks), desc="tasks", disable=None if share[0] == 0 else True, leave=False)
     for name, (options, examples) in tasks.items():

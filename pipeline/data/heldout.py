@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.checkpoint import publish
 from pipeline.data.batches import frame_of
-from pipeline.data.encode import Frame, Tokens
+from pipeline.data.encode import Encoder, Frame, Tokens
 from pipeline.data.instruct import Example
 from pipeline.data.mixture import Corpus, Mixture, Part, Source
 from pipeline.data.mlm import collate
@@ -26,7 +26,7 @@ from pipeline.data.objective import OBJECTIVES
 from pipeline.data.packing import POOL, Packer, Shape
 from pipeline.data.sequences import Sequence, read_rows
 from pipeline.data.sources import task_examples
-from pipeline.data.tasks import options_of
+from pipeline.data.tasks import check_answers_fit, options_of
 from pipeline.data.tokenizer import vocabulary_size
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
@@ -86,7 +86,7 @@ def prepare_heldout(
 
     def write(target: Path) -> None:
         for name in recipe.heldout_domains():
-            sequences = heldout_sequences(recipe, corpora[name].heldout, frame)
+            sequences = heldout_sequences(recipe, name, corpora[name].heldout, frame)
             rows = [
                 objective.row(
                     sequence,
@@ -132,6 +132,16 @@ def prepare_heldout(
     publish(folder, write, info)
 
 
+def check_answers(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raises UserError where the answers of a run are too short for a label of its tasks."""
+    encoder = Encoder.of(tokenizer, recipe.model.objective, recipe.data.template)
+    for name in recipe.tasks():
+        task = recipe.data.domains[name].task
+        assert task is not None
+        limit = recipe.evaluate.answers.max_new_tokens
+        check_answers_fit(name, options_of(task), encoder, limit)
+
+
 def load_heldout(folder: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
     """(manifest, tensors of each domain)."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -171,7 +181,9 @@ def load_tasks(folder: Path) -> dict[str, tuple[list[str], list[Example]]]:
     return found
 
 
-def heldout_sequences(recipe: Recipe, corpus: HeldoutCorpus, frame: Frame) -> list[Sequence]:
+def heldout_sequences(
+    recipe: Recipe, name: str, corpus: HeldoutCorpus, frame: Frame
+) -> list[Sequence]:
     """The first `data.heldout_sequences` sequences of a corpus, fewer if it ends before; the last
     one may be padded. The documents are taken in the order of their hashes, so that a corpus that
     grows keeps most of those that are measured.
@@ -183,7 +195,7 @@ def heldout_sequences(recipe: Recipe, corpus: HeldoutCorpus, frame: Frame) -> li
     found = _first_sequences(recipe, part, None, frame, recipe.data.heldout_sequences)
     if not found:
         raise UserError(
-            "the corpus has no held-out document, or only examples that are longer than a sequence "
+            f"{name}: no held-out document, or only examples that are longer than a sequence "
             f"({recipe.data.sequence_length} tokens, data.sequence_length)"
         )
     return found

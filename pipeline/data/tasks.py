@@ -8,14 +8,18 @@ labels, from 0.
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.data.instruct import Example
 from pipeline.errors import UserError
 from pipeline.recipe import Domain, Task
 
-PROMPT = "{instruction}\nOption: {options}\n{text}\nAnswer:"
+if TYPE_CHECKING:
+    from pipeline.data.encode import Encoder
+
+ANSWER = "Answer:"
 
 
 def options_of(task: Task) -> list[str]:
@@ -74,8 +78,23 @@ def prompt_of(text: str, task: Task, options: list[str]) -> str:
     if task.max_words is not None:
         words = text.split()
         text = text if len(words) <= task.max_words else " ".join(words[: task.max_words])
-    listed = ", ".join(options)
-    return PROMPT.format(instruction=task.instruction, options=listed, text=text.strip())
+    listed = ["Option: " + ", ".join(options)] if task.list_options else []
+    return "\n".join([task.instruction, *listed, text.strip(), ANSWER])
+
+
+def check_answers_fit(name: str, options: list[str], encoder: "Encoder", limit: int) -> None:
+    """Raises UserError where an answer of `limit` tokens is too short for one of a task's labels:
+    every such row would count as wrong, whatever the model says."""
+    tokens = encoder.encode([Example(ANSWER, "", option) for option in options])
+    ends = set(encoder.tokenizer.all_special_ids)  # which need not be said
+    for option, row in zip(options, tokens, strict=True):
+        assert row.predicted is not None
+        needed = sum(1 for _ in takewhile(lambda i: i not in ends, row.ids[row.predicted].tolist()))
+        if needed > limit:
+            raise UserError(
+                f"evaluate.answers.max_new_tokens: the label {option!r} of {name} has {needed} "
+                f"tokens, and an answer may have {limit}; raise it"
+            )
 
 
 def drawn(examples: Iterable[tuple[str, int, Example]], task: Task, where: str) -> list[Example]:

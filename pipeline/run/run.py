@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline import signals
 from pipeline.checkpoint import is_published, read_manifest, verify
-from pipeline.data.heldout import prepare_heldout
+from pipeline.data.heldout import check_answers, prepare_heldout
 from pipeline.data.tokenizer import vocabulary_size
 from pipeline.engine.config import check_compiled, check_quantized
 from pipeline.errors import TrainingStopped, UserError
@@ -161,6 +161,7 @@ def _prepare(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Run
     check_quantized(recipe.model.lora, engine_config)
     check_compiled(recipe.train.compile, engine_config)
     check_replicas(recipe, engine_config, world_size())
+    check_answers(recipe, tokenizer)
     on_rank0(partial(describe_model, folder, recipe, config))
     on_rank0(partial(check_pretrained, recipe.model, config))
     data = open_data(recipe, tokenizer, folder)
