@@ -19,7 +19,7 @@ from transformers import (
 from pipeline.data.objective import targets_of
 from pipeline.errors import UserError
 from pipeline.hub_name import from_hub
-from pipeline.model.attention import Separation, arrange
+from pipeline.model.attention import Separation, arrange, start_token
 from pipeline.model.gguf import local_weights
 from pipeline.model.lora import (
     TASK_TYPES,
@@ -70,6 +70,8 @@ def load_config(
         for key in values:
             if not hasattr(known, key):  # transformers would keep it and ignore it
                 raise UserError(f"model.config.{key}: {model_type} has no such attribute")
+        if config.is_encoder_decoder:  # transformers computes no loss of a checkpoint without it
+            config.decoder_start_token_id = start_token(config)
     else:
         if is_adapter(model.path):
             raise UserError(
