@@ -383,7 +383,10 @@ def test_a_run_that_cannot_be_read_says_why(tmp_path):
 def test_runs_that_do_not_compare_are_warned_about(tmp_path):
     ft, migu = fake_run(tmp_path / "ft", enabled=False), fake_run(tmp_path / "migu", seed=5)
     assert compare([ft, migu]).warnings == []
-    change_recipe(migu, data={"sequence_length": 64})
+    stages = yaml.safe_load((migu / "recipe.yaml").read_text())["stages"]
+    assert len(stages) > 1
+    limited = [{**stage, "max_repetitions": 2} for stage in stages]
+    change_recipe(migu, data={"sequence_length": 64}, stages=limited)
     path = migu / "stages" / "00_base" / "eval.json"
     path.write_text(path.read_text().replace("4.02", "4.12"))
     for run in (ft, migu):
@@ -392,6 +395,8 @@ def test_runs_that_do_not_compare_are_warned_about(tmp_path):
         (run / "heldout" / "manifest.json").write_text(json.dumps(manifest))
     warnings = " ".join(compare([ft, migu]).warnings)
     assert "differ in data.sequence_length (ft: 128; migu: 64)" in warnings
+    every = ", ".join(str(i + 1) for i in range(len(stages)))  # said once for all of them
+    assert f"differ in max_repetitions of stage {every} (ft: not set; migu: 2)" in warnings
     assert "different held-out text" in warnings
     assert "do not start from the same loss on prose (4.120 and 4.020)" in warnings
 

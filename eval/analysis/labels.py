@@ -1,5 +1,6 @@
 """What tells compared runs apart: a label for each, and where their recipes should not differ."""
 
+import re
 from typing import get_args, get_type_hints
 
 from eval.analysis.load import Run
@@ -159,22 +160,32 @@ def differences(runs: list[Run]) -> list[str]:
         each = _by_value(runs, [str(n) for n in stages])
         found.append(f"The runs differ in the number of their stages ({each}).")
         recipes = [{k: v for k, v in r.items() if not k.startswith("stages.")} for r in recipes]
+    differing: dict[tuple[str, str], list[str]] = {}  # (key, who has what): the stages that it is of
     for key in dict.fromkeys(key for recipe in recipes for key in recipe):
         if not _is_free(key) and len({repr(recipe.get(key)) for recipe in recipes}) > 1:
             each = _by_value(runs, [_plain(recipe.get(key)) for recipe in recipes])
-            found.append(f"The runs differ in {key} ({each}), so a difference may come from that.")
+            of = re.fullmatch(r"stages\.(\d+)\.(.+)", key)
+            name, stage = (of[2], [str(int(of[1]) + 1)]) if of else (key, [])
+            differing.setdefault((name, each), []).extend(stage)
+    for (name, each), of_stages in differing.items():
+        where = f" of stage {', '.join(of_stages)}" if of_stages else ""
+        found.append(
+            f"The runs differ in {name}{where} ({each}), so a difference may come from that."
+        )
     return found
 
 
 def _by_value(runs: list[Run], values: list[str]) -> str:
-    """Which runs have which value; of more than two with the same, the first and how many more."""
+    """Which runs have which value."""
     names: dict[str, list[str]] = {}
     for run, value in zip(runs, values, strict=True):
         names.setdefault(value, []).append(run.name)
-    return "; ".join(
-        f"{', '.join(of) if len(of) < 3 else f'{of[0]} and {len(of) - 1} more'}: {value}"
-        for value, of in names.items()
-    )
+    return "; ".join(f"{some(of)}: {value}" for value, of in names.items())
+
+
+def some(names: list[str]) -> str:
+    """Two names; of more the first, and how many more."""
+    return ", ".join(names) if len(names) < 3 else f"{names[0]} and {len(names) - 1} more"
 
 
 def flat(value: object, prefix: str = "") -> dict:
@@ -208,4 +219,6 @@ def _how_evaluated(key: str) -> bool:
 def _plain(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(_plain(item) for item in value)
+    if value is None:
+        return "not set"
     return short_float(value) if isinstance(value, float) and 0 < value < 1e-2 else str(value)

@@ -309,7 +309,7 @@ def _warnings(runs: list[Run]) -> list[str]:
     said = {run.name: [*tasks.warnings(run), *tuning.too_long(run)] for run in runs}
     for text in dict.fromkeys(text for texts in said.values() for text in texts):
         names = [name for name, texts in said.items() if text in texts]
-        found.append(f"{'All runs' if len(names) == len(runs) else ', '.join(names)}: {text}")
+        found.append(f"{'All runs' if len(names) == len(runs) else labels.some(names)}: {text}")
     return found
 
 

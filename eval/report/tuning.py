@@ -25,12 +25,13 @@ def has_points(run: Run) -> bool:
 
 def too_long(run: Run) -> list[str]:
     """Instruction examples that did not fit into a sequence."""
-    return [
-        f"{data['too_long']:,} example(s) of stage {stage} ({run.matrix.stages[stage]}) are longer "
-        f"than a sequence and left out; the other {data.get('examples', 0):,} of its domains fit."
+    found = [
+        f"{data['too_long']:,} of {data['too_long'] + data.get('examples', 0):,} of stage {stage} "
+        f"({run.matrix.stages[stage]})"
         for stage, data in run.examples.items()
         if data.get("too_long")
     ]
+    return [f"Examples longer than a sequence, left out: {', '.join(found)}."] if found else []
 
 
 def sentences(run: Run) -> list[str]:
