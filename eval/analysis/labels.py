@@ -160,7 +160,7 @@ def differences(runs: list[Run]) -> list[str]:
         each = _by_value(runs, [str(n) for n in stages])
         found.append(f"The runs differ in the number of their stages ({each}).")
         recipes = [{k: v for k, v in r.items() if not k.startswith("stages.")} for r in recipes]
-    differing: dict[tuple[str, str], list[str]] = {}  # (key, who has what): the stages that it is of
+    differing: dict[tuple[str, str], list[str]] = {}  # the stages of a key and who has what
     for key in dict.fromkeys(key for recipe in recipes for key in recipe):
         if not _is_free(key) and len({repr(recipe.get(key)) for recipe in recipes}) > 1:
             each = _by_value(runs, [_plain(recipe.get(key)) for recipe in recipes])
