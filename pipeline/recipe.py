@@ -97,6 +97,7 @@ class Task:
     leave_out: list[str] = field(default_factory=list)  # labels whose rows are left out
     list_options: bool = True  # in the prompt; else the model has to learn what it may answer
     max_words: int | None = None  # of a text; the rest is cut off
+    keep: Literal["first", "last"] = "first"  # which of its words; the question may be at the end
     train_rows: int | None = None  # to train on, drawn by hash; the paper's: 1000
     test_rows: int | None = None  # of each label, drawn by hash; the paper's: 500
 

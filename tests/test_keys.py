@@ -218,6 +218,7 @@ KEYS: dict[str, str | Change] = {
     "Task.label": "test_a_mistake_is_one_message_with_the_place_and_the_fix",
     "Task.leave_out": "test_long_texts_and_rows_without_a_label_are_cut_and_left_out",
     "Task.list_options": "test_rows_become_prompts_with_the_options_and_are_drawn_by_hash",
+    "Task.keep": "test_long_texts_and_rows_without_a_label_are_cut_and_left_out",
     "Task.max_words": "test_long_texts_and_rows_without_a_label_are_cut_and_left_out",
     "Task.train_rows": "test_rows_become_prompts_with_the_options_and_are_drawn_by_hash",
     "Task.test_rows": "test_rows_become_prompts_with_the_options_and_are_drawn_by_hash",

@@ -86,6 +86,8 @@ def test_long_texts_and_rows_without_a_label_are_cut_and_left_out(task_files):
     assert any("\nsentence: row 4\nmore: no. 4\n" in prompt for prompt in prompts)
     domain.task.max_words = 2
     assert prompt_of("one two three", domain.task, LABELS).splitlines()[-2] == "one two"
+    domain.task.keep = "last"
+    assert prompt_of("one two three", domain.task, LABELS).splitlines()[-2] == "two three"
 
 
 def broken(tmp_path, override):
@@ -133,6 +135,7 @@ stages: [{{domain: a, steps: 2}}]
         ("evaluate.benchmarks={piqa: {}}", "an encoder-decoder continues no text"),
         ("data.cross_document=true", "no effect on an encoder-decoder"),
         ("data.domains.a.task.train_rows=0", "train_rows: must be at least 1"),
+        ("data.domains.a.task.keep=last", "task.keep: has no effect without `max_words`"),
         ("evaluate.answers.limit=0", "evaluate.answers.limit: must be at least 1"),
     ],
 )

@@ -74,10 +74,11 @@ def example_of(
 
 
 def prompt_of(text: str, task: Task, options: list[str]) -> str:
-    """What the model reads; of a text that is longer than `max_words` the beginning."""
-    if task.max_words is not None:
-        words = text.split()
-        text = text if len(words) <= task.max_words else " ".join(words[: task.max_words])
+    """What the model reads; of a text that is longer than `max_words` its beginning or end."""
+    words = text.split()
+    if task.max_words is not None and len(words) > task.max_words:
+        kept = words[: task.max_words] if task.keep == "first" else words[-task.max_words :]
+        text = " ".join(kept)
     listed = ["Option: " + ", ".join(options)] if task.list_options else []
     return "\n".join([task.instruction, *listed, text.strip(), ANSWER])
 
@@ -149,6 +150,11 @@ def task_problems(name: str, domain: Domain) -> list[str]:
         need(
             value is None or value >= 1, f".task.{key}", "must be at least 1; leave it out for all"
         )
+    need(
+        task.max_words is not None or task.keep == "first",
+        ".task.keep",
+        "has no effect without `max_words`",
+    )
     need(
         not (domain.instruction or domain.chat_field),
         ".task",
