@@ -138,6 +138,20 @@ def test_a_damaged_record_and_a_busy_folder_are_said(tmp_path):
         run_sweep(points, command(), tmp_path, jobs=1)
 
 
+def test_a_sweep_lies_over_its_base(tmp_path):
+    rates = {"recipe": "demo", "methods": {"ft": {"mask.enabled": False}, "migu": {}}}
+    (tmp_path / "rates.yaml").write_text(json.dumps({**rates, "grid": {"optimizer.lr": [1, 2]}}))
+    more = {"base": "rates.yaml", "grid": {"seed": [1, 2]}, "grids": {"ft": {"optimizer.lr": [2]}}}
+    (tmp_path / "seeds.yaml").write_text(json.dumps(more))
+    sweep = load_sweep(str(tmp_path / "seeds.yaml"))
+    assert sweep.recipe == "demo"
+    assert [p.name for p in sweep_points(sweep)] == [
+        "ft-seed_1", "ft-seed_2",
+        *(f"migu-lr_{lr}-seed_{seed}" for lr in (1, 2) for seed in (1, 2)),
+    ]  # fmt: skip
+    assert sweep_points(sweep)[0].overrides == ("mask.enabled=false", "optimizer.lr=2", "seed=1")
+
+
 def test_sweeps_are_checked(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(
@@ -149,6 +163,8 @@ def test_sweeps_are_checked(tmp_path):
     with pytest.raises(UserError, match="seed"):
         load_sweep(str(file))
     file.write_text("name: a recipe\n")
+    assert load_sweep(str(file)) is None
+    file.write_text("base: demo\nname: a recipe over another\n")
     assert load_sweep(str(file)) is None
     with pytest.raises(UserError, match="empty"):
         sweep_points(Sweep("demo", grid={"optimizer.lr": []}))

@@ -4,7 +4,7 @@ All problems are found before anything is loaded, and reported together in one `
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -31,8 +31,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: one message that lists every problem with its key, file and a suggestion.
     """
-    path = _find_recipe(path)
-    config = _read(path)
+    path = find_recipe(path)
+    config = read_over_base(path)
     problems: list[str] = []
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -67,13 +67,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def _read(path: Path, over: tuple[Path, ...] = ()) -> Any:
-    """The content of a recipe file, laid over that of the recipe that its `base` names.
+def read_over_base(
+    path: Path, find: Callable[[str], Path] | None = None, over: tuple[Path, ...] = ()
+) -> Any:
+    """The content of a recipe or a sweep, laid over that of the file that its `base` names.
 
-    over: the recipes that are laid over this one.
+    find: the file of a base that is not beside this one; default: a recipe.
+    over: the files that are laid over this one.
     """
     if path in over:
-        raise UserError(f"{path}: `base` leads back to this recipe; name another one")
+        raise UserError(f"{path}: `base` leads back to this file; name another one")
     try:
         config: Any = OmegaConf.create(read_yaml(path))
     except UserError:
@@ -88,11 +91,11 @@ def _read(path: Path, over: tuple[Path, ...] = ()) -> Any:
         return config
     base = content["base"]
     if not isinstance(base, str):
-        raise UserError(f"{path}: base: name one recipe, a file or one of launch/recipes")
+        raise UserError(f"{path}: base: name one file, or one of launch/recipes")
     beside = path.parent / base
-    found = beside if beside.is_file() else _find_recipe(base)
+    found = beside if beside.is_file() else (find or find_recipe)(base)
     del config["base"]
-    return OmegaConf.merge(_read(found, (*over, path)), config)
+    return OmegaConf.merge(read_over_base(found, find, (*over, path)), config)
 
 
 def _switch_off(data: dict[Any, Any], given: set[str]) -> None:
@@ -114,7 +117,7 @@ def _switch_off(data: dict[Any, Any], given: set[str]) -> None:
                 evaluate.pop(key, None)
 
 
-def _find_recipe(path: str | Path) -> Path:
+def find_recipe(path: str | Path) -> Path:
     for candidate in (Path(path), RECIPES / path, RECIPES / f"{path}.yaml"):
         if candidate.is_file():
             return candidate

@@ -32,8 +32,7 @@ from pipeline.engine.config import memory_per_rank, resolve_engine_config
 from pipeline.errors import UserError, near
 from pipeline.model.load import empty_model, load_config
 from pipeline.progress import say
-from pipeline.run.recipe_file import RECIPES, load_recipe
-from pipeline.yaml_file import read_yaml
+from pipeline.run.recipe_file import RECIPES, find_recipe, load_recipe, read_over_base
 
 SWEEPS = RECIPES / "sweeps"
 OVERHEAD = 2_000_000_000  # bytes of a process beside its model: libraries, evaluation
@@ -41,7 +40,8 @@ OVERHEAD = 2_000_000_000  # bytes of a process beside its model: libraries, eval
 
 @dataclass
 class Sweep:
-    """A YAML file of launch/recipes/sweeps, or what the command line says.
+    """A YAML file of launch/recipes/sweeps, or what the command line says. A file may be laid over
+    another, its `base`, as recipes may.
 
     Every method is a set of overrides of the recipe; it runs over the product of `grid`, its own
     entry in `grids` (which goes before `grid` key by key), and, with several `seeds`, 0..seeds-1.
@@ -90,7 +90,7 @@ def load_sweep(name: str) -> Sweep | None:
     for path in (Path(name), SWEEPS / f"{name}.yaml"):
         if not path.is_file():
             continue
-        content = OmegaConf.to_container(OmegaConf.create(read_yaml(path)))
+        content = OmegaConf.to_container(read_over_base(path, _find_base))
         if not isinstance(content, dict) or "recipe" not in content:
             return None
         try:
@@ -106,6 +106,12 @@ def load_sweep(name: str) -> Sweep | None:
                 raise UserError(f"{path}: grids.{method}: no such method{hint}")
         return sweep
     return None
+
+
+def _find_base(name: str) -> Path:
+    """A sweep's base is a sweep, a recipe's a recipe: what a file is, is known once it is read."""
+    sweep = SWEEPS / f"{name}.yaml"
+    return sweep if sweep.is_file() else find_recipe(name)
 
 
 def sweep_points(sweep: Sweep) -> list[Point]:
