@@ -127,6 +127,8 @@ stages: [{{domain: a, steps: 2}}]
         ("data.domains.a.task.labels=HERE/labels.json", "labels.json: the label 'good' is .*twice"),
         ("data.domains.a.task.labels=HERE/none.json", "none.json: cannot be read"),
         ("data.domains.a.task.labels=[good]", "at least two labels"),
+        ("data.domains.a.task.labels=['1','-1']", "labels: '-1' is counted as '1'"),
+        ("data.domains.a.task.labels=[good,'+']", "'\\+' is counted as an empty answer"),
         ("data.domains.a.task.label=other", "no row has the field 'other'.*`text` and `label`"),
         ("data.domains.a.task.text=other", "no row has the field 'other'"),
         ("stages=[{domain: b, steps: 2}]", "'b' is not in data.domains"),

@@ -5,7 +5,6 @@ prompts of like length. Each process answers its share of the rows.
 """
 
 import json
-import string
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from eval.measure.results import replace_file, write_json
 from pipeline.data.encode import Encoder
 from pipeline.data.heldout import load_tasks
 from pipeline.data.instruct import Example
-from pipeline.data.tasks import check_answers_fit
+from pipeline.data.tasks import check_answers_fit, normalized
 from pipeline.errors import UserError
 from pipeline.model.experts import Experts
 from pipeline.model.generate import written
@@ -169,11 +168,6 @@ def _scores(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "rows": n,
         **({"found": float(np.mean(found))} if found else {}),
     }
-
-
-def normalized(text: str) -> str:
-    """Lower case, no punctuation, single blanks, as Super-NaturalInstructions' scorer has it."""
-    return " ".join("".join(c for c in text.lower() if c not in string.punctuation).split())
 
 
 def matches(said: str, answer: str) -> bool:

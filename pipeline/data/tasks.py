@@ -6,6 +6,7 @@ labels, from 0.
 """
 
 import json
+import string
 from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import takewhile
@@ -45,7 +46,22 @@ def options_of(task: Task) -> list[str]:
         raise UserError(f"{where}: the label {twice[0]!r} is there twice; remove one")
     if len(labels) < 2:
         raise UserError(f"{where}: a task needs at least two labels; it has {len(labels)}")
+    said: dict[str, str] = {}  # label by what is compared of it
+    for label in labels:
+        other = said.setdefault(normalized(label), label)
+        if other != label or not normalized(label):
+            alike = f"as {other!r}" if other != label else "as an empty answer"
+            raise UserError(
+                f"{where}: {label!r} is counted {alike}: case, punctuation and blanks of an answer "
+                "do not count; name it otherwise, in the rows too"
+            )
     return labels
+
+
+def normalized(text: str) -> str:
+    """What counts of an answer: in lower case, without punctuation, with single blanks, as in the
+    scorer of Super-NaturalInstructions."""
+    return " ".join("".join(c for c in text.lower() if c not in string.punctuation).split())
 
 
 def texts_of(task: Task) -> list[str]:
