@@ -7,6 +7,8 @@ python launch/sweep.py --recipe demo_methods
 import argparse
 import os
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,33 +31,51 @@ def main() -> None:
 
     import torch
 
-    from pipeline.errors import UserError
     from pipeline.progress import say
     from pipeline.run import sweep as sweeps
 
     sweep = _sweep(args)
     points = sweeps.sweep_points(sweep)
     extra = [*args.overrides]
-    points = [sweeps.Point(p.name, (*p.overrides, *extra)) for p in points]
+    points = [replace(p, overrides=(*p.overrides, *extra)) for p in points]
     folder = Path(args.runs) / (args.sweep or f"{Path(args.recipe).stem}_sweep")
     gpus = torch.cuda.device_count()
     memory = sweeps.model_bytes(sweep, points)  # reads every point's recipe: mistakes come first
     jobs = args.jobs or sweeps.jobs_at_once(memory, args.threads, gpus)
-    say(f"{len(points)} runs in {folder}, {min(jobs, len(points))} at a time")
+    now = points if sweep.seeds_of == "all" else [p for p in points if p.seed == 0]
+    say(f"{len(now)} runs in {folder}, {min(jobs, len(now))} at a time")
     if args.dry_run:
-        for point in points:
+        for point in now:
             say(f"  {point.name}  {' '.join(point.overrides)}")
+        if len(now) < len(points):
+            say(f"then the seeds 1 to {sweep.seeds - 1} of the best setting of each method")
         return
     command = sweeps.program(sweep.program)
     command += ["--recipe", sweep.recipe] + (["--config", sweep.config] if sweep.config else [])
+    shared: dict[str, Any] = {"command": command, "folder": folder, "threads": args.threads}
+    run: Any = partial(sweeps.run_sweep, jobs=jobs, gpus=gpus, **shared)
     if args.cluster:
-        outcomes = sweeps.submit_sweep(
-            points, command, folder, args.cluster, args.threads, dict(_pair(o) for o in args.option)
-        )
-    else:
-        outcomes = sweeps.run_sweep(points, command, folder, jobs, args.threads, gpus)
+        options = dict(_pair(o) for o in args.option)
+        run = partial(sweeps.submit_sweep, cluster=args.cluster, options=options, **shared)
+    outcomes = run(now)
+    if len(now) < len(points) and all(o.finished for o in outcomes.values()):
+        from eval.analysis.load import load_run
+        from eval.analysis.score import score
 
+        scores = {p.name: score(load_run(folder / p.name)) for p in now}
+        best = sweeps.of_the_best(points, scores)
+        for point in best:
+            if point.seed == 0:
+                say(f"best of {point.method or 'the grid'}: {point.name}")
+        outcomes |= run([p for p in best if p.seed])
+    _report(folder, outcomes)
+
+
+def _report(folder: Path, outcomes: dict[str, Any]) -> None:
+    """The page of what has finished; raises UserError where a run has not."""
     from eval.report.compare import compare, terminal_summary, write_comparison
+    from pipeline.errors import UserError
+    from pipeline.progress import say
 
     failed = {name: o for name, o in outcomes.items() if not o.finished}
     finished = [folder / name for name in outcomes if name not in failed]
@@ -84,6 +104,11 @@ def _parser() -> argparse.ArgumentParser:
         help="values of a recipe key; several --grid multiply",
     )
     add("--seeds", type=int, metavar="N", help="run every setting with the seeds 0 to N-1")
+    add(
+        "--seeds-of",
+        choices=("all", "best"),
+        help="best: the grid with seed 0, the other seeds of each method's best setting only",
+    )
     add("--config", metavar="JSON", help="DeepSpeed configuration of every run")
     add(
         "--program",
@@ -117,7 +142,7 @@ def _sweep(args: argparse.Namespace) -> Any:
         sweep.grid[key] = _values(values)
     if args.option and not args.cluster:
         raise UserError("--option has no effect without --cluster")
-    for name in ("seeds", "config", "program"):
+    for name in ("seeds", "seeds_of", "config", "program"):
         if getattr(args, name) is not None:
             setattr(sweep, name, getattr(args, name))
     return sweep

@@ -6,16 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
+from launch.sweep import main
 from pipeline.errors import UserError
 from pipeline.run.sweep import (
     Sweep,
     jobs_at_once,
     load_sweep,
+    of_the_best,
     run_sweep,
     submit_sweep,
     sweep_points,
@@ -136,6 +139,52 @@ def test_a_damaged_record_and_a_busy_folder_are_said(tmp_path):
     (tmp_path / "sweep.json").write_text('{"run": ')
     with pytest.raises(UserError, match=r"sweep\.json: damaged"):
         run_sweep(points, command(), tmp_path, jobs=1)
+
+
+def test_the_other_seeds_may_be_of_the_best_settings_alone():
+    points = sweep_points(replace(SWEEP, seeds=3, seeds_of="best"))
+    first = [p.name for p in points if p.seed == 0]
+    assert first == ["ft-lr_0.001-seed_0", "ft-lr_0.002-seed_0", "migu-seed_0"]
+    best = of_the_best(points, dict(zip(first, (0.5, 0.7, 0.1), strict=True)))
+    assert [p.name for p in best] == [
+        f"{setting}-seed_{seed}" for seed in range(3) for setting in ("ft-lr_0.002", "migu")
+    ]
+    with pytest.raises(UserError, match="without several seeds"):
+        sweep_points(replace(SWEEP, seeds=1, seeds_of="best"))
+
+
+MEASURED = """
+import pathlib, sys
+from tests.fake_runs import fake_run
+runs = pathlib.Path(sys.argv[sys.argv.index("--runs") + 1])
+given = dict(x.split("=") for x in sys.argv if "=" in x)
+fake_run(
+    runs / given["name"], enabled="mask.enabled" not in given,
+    lr=float(given["optimizer.lr"]), seed=int(given["seed"]), steps=3,
+)
+"""
+
+
+def test_the_command_chooses_by_what_was_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("pipeline.run.sweep.program", lambda _: [sys.executable, "-c", MEASURED])
+    file = tmp_path / "rates.yaml"
+    file.write_text(json.dumps({"recipe": "demo", "methods": SWEEP.methods, "seeds": 2}))
+    given = ["sweep.py", "--recipe", str(file), "--grid", "optimizer.lr=1e-6,1e-3"]
+    given += ["--seeds-of", "best", "--runs", str(tmp_path), "--jobs", "2"]
+    monkeypatch.setattr(sys, "argv", [*given, "--dry-run"])
+    main()
+    assert "then the seeds 1 to 1 of the best setting of each method" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", given)
+    main()
+    said = capsys.readouterr().out
+    assert "best of ft: ft-lr_0.001-seed_0" in said
+    assert "best of migu: migu-lr_0.001-seed_0" in said
+    folder = tmp_path / "rates_sweep"
+    assert sorted(p.name for p in folder.glob("*seed*")) == [
+        f"{method}-{setting}" for method in ("ft", "migu")
+        for setting in ("lr_0.001-seed_0", "lr_0.001-seed_1", "lr_1e-06-seed_0")
+    ]  # fmt: skip
+    assert (folder / "comparison/index.html").is_file()
 
 
 def test_a_sweep_lies_over_its_base(tmp_path):

@@ -13,12 +13,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -44,7 +44,8 @@ class Sweep:
     another, its `base`, as recipes may.
 
     Every method is a set of overrides of the recipe; it runs over the product of `grid`, its own
-    entry in `grids` (which goes before `grid` key by key), and, with several `seeds`, 0..seeds-1.
+    entry in `grids` (which goes before `grid` key by key), and, with several `seeds`, 0..seeds-1;
+    with `seeds_of: best` all of it with seed 0, and the other seeds of each method's best setting.
     """
 
     recipe: str
@@ -52,6 +53,7 @@ class Sweep:
     grid: dict[str, list[Any]] = field(default_factory=dict)
     grids: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     seeds: int = 1
+    seeds_of: Literal["all", "best"] = "all"
     program: str = "cpt"
     config: str | None = None  # DeepSpeed's JSON
 
@@ -60,10 +62,13 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Point:
-    """One run: its name and the overrides that make it."""
+    """One run: its name and the overrides that make it. setting: its name without the seed."""
 
     name: str
     overrides: tuple[str, ...]
+    method: str = ""
+    setting: str = ""
+    seed: int = 0
 
 
 @dataclass
@@ -123,6 +128,8 @@ def sweep_points(sweep: Sweep) -> list[Point]:
     """
     if sweep.seeds < 1:
         raise UserError(f"--seeds {sweep.seeds}: must be at least 1")
+    if sweep.seeds_of == "best" and sweep.seeds < 2:
+        raise UserError("seeds_of: best: has no effect without several seeds; give --seeds")
     points = []
     for seed, (method, settings) in itertools.product(range(sweep.seeds), sweep.methods.items()):
         grid = {**sweep.grid, **sweep.grids.get(method, {})}
@@ -134,17 +141,27 @@ def sweep_points(sweep: Sweep) -> list[Point]:
         seeds = {"seed": seed} if sweep.seeds > 1 else {}  # one seed is the recipe's own
         for combination in itertools.product(*grid.values()):
             chosen = dict(zip(grid, combination, strict=True))
-            overrides = {**settings, **chosen, **seeds}
-            varied = {k: v for k, v in chosen.items() if len(grid[k]) > 1} | seeds
-            points.append(
-                Point(
-                    _name(method, varied), tuple(f"{k}={_written(v)}" for k, v in overrides.items())
-                )
+            written = tuple(
+                f"{k}={_written(v)}" for k, v in {**settings, **chosen, **seeds}.items()
             )
+            varied = {k: v for k, v in chosen.items() if len(grid[k]) > 1}
+            name, setting = _name(method, varied | seeds), _name(method, varied)
+            points.append(Point(name, written, method, setting, seed))
     doubled = {p.name for p in points if sum(q.name == p.name for q in points) > 1}
     if doubled:
         raise UserError(f"the sweep has two runs named {sorted(doubled)[0]!r}; vary their values")
     return points
+
+
+def of_the_best(points: Sequence[Point], scores: Mapping[str, float]) -> list[Point]:
+    """Those of each method's best setting: the one whose run with seed 0 has the highest score."""
+    first = [p for p in points if p.seed == 0]
+    methods = dict.fromkeys(p.method for p in points)
+    best = {
+        max((p for p in first if p.method == m), key=lambda p: scores[p.name]).setting
+        for m in methods
+    }
+    return [p for p in points if p.setting in best]
 
 
 def _name(method: str, varied: dict[str, Any]) -> str:
