@@ -7,8 +7,6 @@ python launch/sweep.py --recipe demo_methods
 import argparse
 import os
 import sys
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,9 @@ does what is left: finished runs are not started, failed ones are tried again. O
 
 def main() -> None:
     args = _parser().parse_intermixed_args()
+
+    from dataclasses import replace
+    from functools import partial
 
     import torch
 

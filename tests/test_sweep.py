@@ -171,9 +171,9 @@ def test_the_command_chooses_by_what_was_measured(tmp_path, monkeypatch, capsys)
     file.write_text(json.dumps({"recipe": "demo", "methods": SWEEP.methods, "seeds": 2}))
     given = ["sweep.py", "--recipe", str(file), "--grid", "optimizer.lr=1e-6,1e-3"]
     given += ["--seeds-of", "best", "--runs", str(tmp_path), "--jobs", "2"]
-    monkeypatch.setattr(sys, "argv", [*given, "--dry-run"])
-    main()
-    assert "then the seeds 1 to 1 of the best setting of each method" in capsys.readouterr().out
+    dry = [sys.executable, ROOT / "launch/sweep.py", *given[1:], "--dry-run"]
+    listed = subprocess.run(dry, capture_output=True, text=True, check=True).stdout
+    assert "then the seeds 1 to 1 of the best setting of each method" in listed
     monkeypatch.setattr(sys, "argv", given)
     main()
     said = capsys.readouterr().out
