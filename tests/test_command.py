@@ -1,5 +1,6 @@
 """`migu`: the same programs under one name, recipes of one's own, completion, the wheel."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from pipeline.run.recipe_file import RECIPES, load_recipe
 from pipeline.run.recipe_keys import markdown, recipe_keys
 
 ROOT = Path(__file__).resolve().parents[1]
+IMPORTS = (ast.Import, ast.ImportFrom)
 EVERYTHING = bool(os.environ.get("RUN_EVERYTHING"))
 TEXT = "\n\n".join(f"Document {i} has a few words." for i in range(30))
 
@@ -39,6 +41,23 @@ def test_every_program_is_listed_and_is_the_same_program():
         [sys.executable, "launch/prepare.py", "--help"], cwd=ROOT, capture_output=True, text=True
     )
     assert migu("prepare", "--help").stdout == direct.stdout != ""
+
+
+def test_what_a_program_imports_first_is_no_file_of_its_own_folder():
+    first = set()  # before it takes its folder off the path: launch/inspect.py hides `inspect`
+    for path in (ROOT / "launch").glob("*.py"):
+        above, fixed, _ = path.read_text().partition("\nsys.path[:]")
+        if fixed:
+            first |= {ast.unparse(n) for n in ast.parse(above).body if isinstance(n, IMPORTS)}
+    assert "import sys" in first
+    code = "\n".join([*sorted(first), "print([m.__file__ for m in sys.modules.values()"])
+    code += " if getattr(m, '__file__', None)])"
+    run = [sys.executable, "-c", code]
+    launch = str(ROOT / "launch")
+    loaded = subprocess.run(
+        run, env={**os.environ, "PYTHONPATH": launch}, capture_output=True, text=True, check=True
+    )
+    assert launch not in loaded.stdout
 
 
 def test_a_wrong_command_is_one_line_with_a_suggestion():
