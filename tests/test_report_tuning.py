@@ -65,7 +65,7 @@ def test_page_shows_what_the_files_say(tmp_path):
     for said in (
         "first 20 problems", "first 100 documents", "0 shots", "lm-eval 0.4.13",
         "sandbox: landlock (landlock ABI 6, seccomp, rlimits)", "10 samples a problem",
-        "Examples longer than a sequence, left out: 12 of ",
+        "Examples longer than a sequence, left out: 12 of 4,012 of stage 1 (code)",
     ):  # fmt: skip
         assert said in text
     assert figures(page) == {"tasks", "benchmarks", "pareto_tasks", "pareto_loss"}

@@ -46,11 +46,11 @@ def options_of(task: Task) -> list[str]:
         raise UserError(f"{where}: the label {twice[0]!r} is there twice; remove one")
     if len(labels) < 2:
         raise UserError(f"{where}: a task needs at least two labels; it has {len(labels)}")
-    said: dict[str, str] = {}  # label by what is compared of it
+    by_answer: dict[str, str] = {"": ""}  # the label that an answer counts as
     for label in labels:
-        other = said.setdefault(normalized(label), label)
-        if other != label or not normalized(label):
-            alike = f"as {other!r}" if other != label else "as an empty answer"
+        other = by_answer.setdefault(normalized(label), label)
+        if other != label:
+            alike = f"as {other!r}" if other else "as an empty answer"
             raise UserError(
                 f"{where}: {label!r} is counted {alike}: case, punctuation and blanks of an answer "
                 "do not count; name it otherwise, in the rows too"

@@ -67,12 +67,22 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
+def find_recipe(path: str | Path) -> Path:
+    for candidate in (Path(path), RECIPES / path, RECIPES / f"{path}.yaml"):
+        if candidate.is_file():
+            return candidate
+    names = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+    raise UserError(
+        f"{path}: no such recipe. Give a YAML file, or one of the recipes here: {', '.join(names)}"
+    )
+
+
 def read_over_base(
-    path: Path, find: Callable[[str], Path] | None = None, over: tuple[Path, ...] = ()
+    path: Path, find: Callable[[str], Path] = find_recipe, over: tuple[Path, ...] = ()
 ) -> Any:
     """The content of a recipe or a sweep, laid over that of the file that its `base` names.
 
-    find: the file of a base that is not beside this one; default: a recipe.
+    find: the file of a base that is not beside this one.
     over: the files that are laid over this one.
     """
     if path in over:
@@ -93,7 +103,7 @@ def read_over_base(
     if not isinstance(base, str):
         raise UserError(f"{path}: base: name one file, or one of launch/recipes")
     beside = path.parent / base
-    found = beside if beside.is_file() else (find or find_recipe)(base)
+    found = beside if beside.is_file() else find(base)
     del config["base"]
     return OmegaConf.merge(read_over_base(found, find, (*over, path)), config)
 
@@ -115,16 +125,6 @@ def _switch_off(data: dict[Any, Any], given: set[str]) -> None:
         for key in ("benchmark_files", "unreachable"):
             if not evaluate["benchmarks"] and f"evaluate.{key}" not in given:
                 evaluate.pop(key, None)
-
-
-def find_recipe(path: str | Path) -> Path:
-    for candidate in (Path(path), RECIPES / path, RECIPES / f"{path}.yaml"):
-        if candidate.is_file():
-            return candidate
-    names = sorted(p.stem for p in RECIPES.glob("*.yaml"))
-    raise UserError(
-        f"{path}: no such recipe. Give a YAML file, or one of the recipes here: {', '.join(names)}"
-    )
 
 
 def _beside(model: Model, folder: Path) -> None:

@@ -66,9 +66,9 @@ class Point:
 
     name: str
     overrides: tuple[str, ...]
-    method: str = ""
-    setting: str = ""
-    seed: int = 0
+    method: str
+    setting: str
+    seed: int
 
 
 @dataclass
