@@ -118,10 +118,9 @@ def prepare_heldout(
             (target / f"{name}.tasks.jsonl").write_text(text, encoding="utf-8")
         info["tokens"] = _tokens(tokenizer, used)
 
-    tasks = {n: options_of(t) for n in recipe.tasks() if (t := recipe.data.domains[n].task)}
     info: dict[str, Any] = {
         "unigram_loss": {},
-        "tasks": tasks,
+        "tasks": _options(recipe),
         "template": recipe.data.template,
         "domains": recipe.heldout_domains(),
         "objective": recipe.model.objective,
@@ -135,11 +134,12 @@ def prepare_heldout(
 def check_answers(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> None:
     """Raises UserError where the answers of a run are too short for a label of its tasks."""
     encoder = Encoder.of(tokenizer, recipe.model.objective, recipe.data.template)
-    for name in recipe.tasks():
-        task = recipe.data.domains[name].task
-        assert task is not None
-        limit = recipe.evaluate.answers.max_new_tokens
-        check_answers_fit(name, options_of(task), encoder, limit)
+    for name, options in _options(recipe).items():
+        check_answers_fit(name, options, encoder, recipe.evaluate.answers.max_new_tokens)
+
+
+def _options(recipe: Recipe) -> dict[str, list[str]]:
+    return {n: options_of(t) for n in recipe.tasks() if (t := recipe.data.domains[n].task)}
 
 
 def load_heldout(folder: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
