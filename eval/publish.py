@@ -132,14 +132,21 @@ def _merge(recipe: dict[str, Any], adapter: Path, target: Path) -> None:
     import torch
     from peft import PeftModel
 
+    from pipeline.model.composed_lora import is_composed
     from pipeline.model.load import AUTO, load_pretrained
     from pipeline.model.lora import base_of
     from pipeline.model.moe_lora import is_moe_lora
     from pipeline.model.prompt import is_prompt
 
-    if is_prompt(adapter) or is_moe_lora(adapter):
-        kind = "a prompt" if is_prompt(adapter) else "experts with a router"
-        raise UserError(f"{adapter}: {kind} cannot be merged into the model; publish it as it is")
+    for is_kind, kind in (
+        (is_prompt, "a prompt"),
+        (is_moe_lora, "experts with a router"),
+        (is_composed, "adapters that each text takes in other shares"),
+    ):
+        if is_kind(adapter):
+            raise UserError(
+                f"{adapter}: {kind} cannot be merged into the model; publish it as it is"
+            )
     base, revision = base_of(adapter)
     objective = (recipe.get("model") or {}).get("objective") or "masked"
     net: Any = load_pretrained(AUTO[objective], base, dtype=torch.float32, revision=revision)

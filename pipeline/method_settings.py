@@ -32,6 +32,13 @@ class OLora:
 
 
 @dataclass
+class Mocl:
+    """Draw a stage's key toward its texts (MoCL); with model.lora.composed."""
+
+    weight: float = 1.0  # of 1 - cosine, beside the loss
+
+
+@dataclass
 class L2ToStart:
     """Decay toward the weights that were there at the start (L2-SP)."""
 

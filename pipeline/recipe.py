@@ -25,6 +25,7 @@ from pipeline.method_settings import (
     Half,
     HatAdapter,
     L2ToStart,
+    Mocl,
     Mofo,
     OLora,
     PseudoReplay,
@@ -45,6 +46,7 @@ class Lora:
     targets: list[str] | None = None  # module name suffixes; default: every linear of the blocks
     quantize: Literal["none", "4bit", "8bit"] = "none"  # the frozen weights (QLoRA)
     incremental: bool = False  # a new adapter a stage, beside the frozen earlier ones (IncLoRA)
+    composed: bool = False  # each counts by how near a text is to its stage's key (MoCL)
     experts: int = 1  # parts of the ranks, between which a router decides by token (MoELoRA)
 
 
@@ -395,6 +397,7 @@ class Recipe:
     mask: Mask = field(default_factory=Mask)
     anchor: Anchor | None = None  # {}: with the defaults; so are the ones below
     olora: OLora | None = None
+    mocl: Mocl | None = None
     l2_to_start: L2ToStart | None = None
     hft: Half | None = None
     ssu: SourceColumns | None = None

@@ -23,6 +23,7 @@ OVERRIDES = {
     "entropy_gate": ("entropy_gate={tokens: 5}",),
     "anchor": ("anchor={text: self, tokens: 2k, cache: 8, fraction: 0.5}",),
     "olora": (*LORA, "model.lora={incremental: true}", "olora={}"),
+    "mocl": (*LORA, "model.lora={incremental: true, composed: true}", "mocl={}"),
     "pseudo_replay": ("pseudo_replay={sequences: 6, fraction: 0.5}",),
     "epi": (*LORA, "model.lora={}", "start_from=base", "epi={sequences: 20}"),
     "kd": ("kd={}",),

@@ -38,8 +38,8 @@ LOSSES_OF = "evaluate.domains"
 ADAPTERS = ("model.lora", "model.prompt")
 NAMED = (
     "mask.enabled", "mask.threshold", "mask.criterion", "optimizer.lr", "seed", "name",
-    "model.lora", "model.lora.quantize", "model.lora.incremental", "model.prompt",
-    "model.prompt.progressive", "start_from",
+    "model.lora", "model.lora.quantize", "model.lora.incremental",
+    "model.lora.composed", "model.prompt", "model.prompt.progressive", "start_from",
 )  # fmt: skip
 """What is in the label, or beside it, anyway."""
 

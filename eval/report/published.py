@@ -1,6 +1,6 @@
 """Published numbers of systems that are not here, for runs over the paper's own orders of tasks.
 
-They are MIGU's (Table 8, and Table 2 for SAPT): T5-large, accuracy over all tasks at the end, in %.
+They are MIGU's (Table 2): T5-large, accuracy over all tasks at the end, in %.
 None was measured by this project, and the page shows them apart from what was.
 """
 
@@ -20,7 +20,6 @@ ORDERS = {
 """Table 7, by the names of the domains of `t5_order1` to `t5_order6`."""
 # name: (of orders 1, 2, 3, ...; the mean where an order is not told alone, and of which orders)
 SYSTEMS: dict[str, tuple[dict[int, float], str]] = {
-    "MoCL": ({1: 75.6, 2: 75.4, 3: 76.7}, "Table 8, from Wang et al. 2024"),
     "SAPT-LoRA": (
         {4: 82.0, 5: 82.0, 6: 82.0},
         "Table 2, from Zhao et al. 2024: the mean of orders 4, 5 and 6",

@@ -20,6 +20,7 @@ from pipeline.data.objective import targets_of
 from pipeline.errors import UserError
 from pipeline.hub_name import from_hub
 from pipeline.model.attention import Separation, arrange, start_token
+from pipeline.model.composed_lora import add_composed, is_composed, load_composed
 from pipeline.model.gguf import local_weights
 from pipeline.model.lora import (
     TASK_TYPES,
@@ -188,15 +189,15 @@ def build_model(
             kwargs |= {"config": config, "revision": revision}
             net = load_pretrained(auto, source, initialize, **kwargs)
             kind = TASK_TYPES.get(model.objective)
-            if adapter is not None and model.lora is not None and model.lora.incremental:
+            if adapter is not None and is_composed(adapter):
+                load_composed(net, adapter, model.lora, kind, seed, torch.float32)
+            elif adapter is not None and model.lora is not None and model.lora.incremental:
                 add_beside(net, adapter, model.lora, kind, seed)
             elif adapter is not None:
                 # In fp32, of which the engine makes its masters, whatever dtype the base has.
                 _load_published(net, adapter, kind, model.prompt, seed, torch.float32)
-            elif model.lora is not None and model.lora.experts > 1:
-                add_moe_lora(net, model.lora, str(source), revision, kind, seed)
             elif model.lora is not None:
-                add_adapter(net, model.lora, str(source), revision, kind, seed)
+                _add_adapter(net, model.lora, str(source), revision, kind, seed)
             elif model.prompt is not None:
                 add_prompt(net, model.prompt, str(source), revision, seed)
             compute_in_input_dtype(net)
@@ -287,19 +288,26 @@ def _load_published(
     dtype: as of `load_adapter`."""
     if is_prompt(adapter):
         load_prompt(net, adapter, prompt, seed)
+    elif is_composed(adapter):
+        load_composed(net, adapter, None, task_type, dtype=dtype)
     elif is_moe_lora(adapter):
         load_moe_lora(net, adapter, task_type, dtype)
     else:
         load_adapter(net, adapter, dtype=dtype)
 
 
+def _add_adapter(net: nn.Module, lora: Lora, *of: Any) -> None:
+    """A new one, of the kind that the recipe's `lora` is. of: as of `add_adapter`."""
+    add = add_composed if lora.composed else add_moe_lora if lora.experts > 1 else add_adapter
+    add(net, lora, *of)
+
+
 def empty_model(model: Model, config: PretrainedConfig) -> nn.Module:
     """The model, with its adapter, without memory for its weights: for a dry run."""
     net = _without_weights(model, config)
     if model.lora is not None:
-        add = add_moe_lora if model.lora.experts > 1 else add_adapter
         with torch.device("meta"):
-            add(net, model.lora, model.path, None, TASK_TYPES.get(model.objective), 0)
+            _add_adapter(net, model.lora, model.path, None, TASK_TYPES.get(model.objective), 0)
     if model.prompt is not None:
         with torch.device("meta"):
             add_prompt(net, model.prompt, model.path, None, 0)

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
@@ -114,6 +116,7 @@ def add_adapter(
     revision: str | None,
     task_type: str | None,
     seed: int,
+    name: str = "default",
 ) -> None:
     """Freeze `net` and give it a new adapter: A random from `seed`, B zero (so it changes nothing).
 
@@ -133,7 +136,7 @@ def add_adapter(
     )
     with torch.random.fork_rng(devices=[]):  # the same A on every rank
         torch.manual_seed(seed)
-        net.add_adapter(settings)  # type: ignore[operator]
+        net.add_adapter(settings, name)  # type: ignore[operator]
     settings.base_model_name_or_path = as_recorded(base)
     # PEFT keeps a set; sorted, the published file is the same in every run.
     settings.target_modules = sorted(settings.target_modules)  # type: ignore[arg-type]
@@ -143,6 +146,11 @@ def add_beside(net: Any, adapter: str | Path, lora: Lora, task_type: str | None,
     """Load what the stages before have published, frozen, and add a new adapter to be trained
     beside it: the layer's output is the sum of both (IncLoRA)."""
     load_adapter(net, adapter, EARLIER)
+    train_beside(net, lora, task_type, seed)
+
+
+def train_beside(net: Any, lora: Lora, task_type: str | None, seed: int) -> None:
+    """Add a new adapter to be trained beside `EARLIER`, which is frozen."""
     earlier = net.peft_config[EARLIER]
     base, revision = earlier.base_model_name_or_path, earlier.revision
     with warnings.catch_warnings():  # that there is an adapter already
@@ -210,6 +218,63 @@ def load_adapter(
     settings = net.peft_config[name]
     settings.base_model_name_or_path, settings.revision = base, revision
     settings.target_modules = sorted(settings.target_modules)
+
+
+def write_adapter(
+    folder: Path,
+    settings: Any,
+    content: dict[str, Any],
+    weights: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+) -> None:
+    """Write an adapter that PEFT has not: `content`, with a `peft_type` that it refuses, and what
+    PEFT's `settings` say; the weights by the names of the model's parameters."""
+    content = {
+        **content,
+        "base_model_name_or_path": settings.base_model_name_or_path,
+        "revision": settings.revision,
+        "r": settings.r,
+        "alpha": settings.lora_alpha,
+        "dropout": settings.lora_dropout,
+        "targets": sorted(settings.target_modules),
+    }
+    (folder / ADAPTER).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    named = {n: w.to("cpu", dtype).contiguous() for n, w in weights}
+    save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def read_adapter(adapter: str | Path) -> dict[str, Tensor]:
+    """The weights that `write_adapter` wrote.
+
+    Raises:
+        UserError: they are gone or damaged.
+    """
+    try:
+        return load_file(Path(adapter) / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{Path(adapter) / WEIGHTS}: cannot be read ({error})") from None
+
+
+def fill_adapter(
+    net: nn.Module,
+    found: dict[str, Tensor],
+    adapter: str | Path,
+    dtype: torch.dtype | None,
+    name: str = "default",
+) -> None:
+    """Put what `read_adapter` found into the adapter `name`. dtype: as of `load_adapter`.
+
+    Raises:
+        UserError: it is of another model.
+    """
+    own = {n: p for n, p in net.named_parameters() if ".lora_" in n and f".{name}." in n}
+    found = {n.replace(".default.", f".{name}."): w for n, w in found.items()}
+    if own.keys() != found.keys() or any(own[n].shape != w.shape for n, w in found.items()):
+        raise UserError(
+            f"{adapter}: its weights are not those of an adapter of {base_of(adapter)[0]}"
+        )
+    for key, weight in found.items():
+        own[key].data = weight.to(own[key].device, dtype or own[key].dtype)
 
 
 def quantized_loading(lora: Lora | None, device: str | None = None) -> dict[str, Any]:

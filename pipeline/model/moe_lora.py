@@ -7,18 +7,21 @@ that the layer begins as plain LoRA. PEFT has no such adapter: what is published
 PEFT refuses, and is read here.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
-from pipeline.model.lora import ADAPTER, WEIGHTS, add_adapter, base_of, recorded
+from pipeline.model.lora import (
+    add_adapter,
+    base_of,
+    fill_adapter,
+    read_adapter,
+    recorded,
+    write_adapter,
+)
 from pipeline.recipe import Lora
 
 KIND = "MIGU_MIXTURE"  # where PEFT has its own names
@@ -61,21 +64,10 @@ def save_moe_lora(
     net: Any, weights: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype
 ) -> None:
     """weights: of the adapter and its routers, by the names of the model's parameters."""
-    named = {n: w.to("cpu", dtype).contiguous() for n, w in weights}
-    settings = net.peft_config["default"]
+    named = dict(weights)
     experts = next(len(w) for n, w in named.items() if n.endswith(".router.weight"))
-    content = {
-        "peft_type": KIND,
-        "base_model_name_or_path": settings.base_model_name_or_path,
-        "revision": settings.revision,
-        "experts": experts,
-        "r": settings.r,
-        "alpha": settings.lora_alpha,
-        "dropout": settings.lora_dropout,
-        "targets": sorted(settings.target_modules),
-    }
-    (folder / ADAPTER).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    save_file(named, folder / WEIGHTS, metadata={"format": "pt"})
+    content = {"peft_type": KIND, "experts": experts}
+    write_adapter(folder, net.peft_config["default"], content, named.items(), dtype)
 
 
 def load_moe_lora(
@@ -90,12 +82,4 @@ def load_moe_lora(
     settings = recorded(adapter)
     lora = Lora(**{k: settings[k] for k in ("experts", "r", "alpha", "dropout", "targets")})
     add_moe_lora(net, lora, base, revision, task_type, 0)
-    try:
-        found = load_file(Path(adapter) / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{Path(adapter) / WEIGHTS}: cannot be read ({error})") from None
-    own = {n: p for n, p in net.named_parameters() if p.requires_grad}
-    if own.keys() != found.keys() or any(own[n].shape != w.shape for n, w in found.items()):
-        raise UserError(f"{adapter}: its weights are not those of an adapter of {base}")
-    for name, weight in found.items():
-        own[name].data = weight.to(own[name].device, dtype or own[name].dtype)
+    fill_adapter(net, read_adapter(adapter), adapter, dtype)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from pipeline.model.blocks import find_blocks
+from pipeline.model.composed_lora import composition_names, composition_of, save_composed
 from pipeline.model.lora import EARLIER, WEIGHTS, one_adapter
 from pipeline.model.moe_lora import has_routers, save_moe_lora
 from pipeline.model.prompt import prompt_names, prompt_of, save_prompt
@@ -47,6 +48,9 @@ def save_model(
     if has_routers(module):
         save_moe_lora(module, weights, folder, dtype)
         return
+    if composition_of(module) is not None:
+        save_composed(module, weights, folder, dtype)
+        return
     if has_adapter(module) and EARLIER in module.peft_config:
         settings, joined = one_adapter(module, weights)
         settings.inference_mode = True
@@ -68,7 +72,8 @@ def save_model(
 
 def adapter_names(module: Any) -> list[str]:
     """The parameters of a model's adapters or prompt, also of those that are frozen."""
-    return prompt_names(module) or [n for n, _ in module.named_parameters() if ".lora_" in n]
+    adapters = [n for n, _ in module.named_parameters() if ".lora_" in n]
+    return prompt_names(module) or [*adapters, *composition_names(module)]
 
 
 def has_adapter(module: Any) -> bool:

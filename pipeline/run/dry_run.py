@@ -67,9 +67,10 @@ def _lora_lines(lora: Lora, model: Any) -> list[str]:
     trained = [p for p in model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trained)
     share = count / sum(p.numel() for p in model.parameters())
+    linears = sum(hasattr(m, "lora_A") for m in model.modules())
     base = "frozen" if lora.quantize == "none" else f"frozen in {lora.quantize}"
     return [
-        f"adapter    LoRA of rank {lora.r} on {len(trained) // 2} linears, alpha {lora.alpha}, "
+        f"adapter    LoRA of rank {lora.r} on {linears} linears, alpha {lora.alpha}, "
         f"dropout {lora.dropout:g}: trains {count:,} parameters ({share:.2%}); the rest is {base}"
     ]
 

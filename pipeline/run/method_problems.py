@@ -122,6 +122,38 @@ def method_problems(r: Recipe) -> list[str]:
     return found
 
 
+def mocl_problems(r: Recipe) -> list[str]:
+    """What is wrong with composed adapters and the recipe's `mocl`, and what does not go beside."""
+    lora, m = r.model.lora, r.mocl
+    if lora is None or not lora.composed:
+        return [] if m is None else [
+            "mocl: draws the keys of composed adapters; set model.lora={incremental: true, "
+            "composed: true}"
+        ]  # fmt: skip
+    where = "model.lora.composed"
+    wrong = {
+        "a key belongs to a stage's own adapter; set model.lora.incremental=true": (
+            not lora.incremental
+        ),
+        "nothing draws the keys toward their texts; set mocl={}": m is None,
+        "a text finds its adapters where an encoder reads it; set model.objective=seq2seq, of a "
+        "model that has one": r.model.objective != "seq2seq",
+        "takes a text's adapters from its prompt, one a row; set data.packing=false": (
+            r.data.packing
+        ),
+        f"model.lora.quantize={lora.quantize} has not been tried with it; set it to none": (
+            lora.quantize != "none"
+        ),
+        "evaluate.end_tasks trains on plain adapters; remove one of the two": bool(
+            r.evaluate.end_tasks
+        ),
+    }
+    found = [f"{where}: {problem}" for problem, so in wrong.items() if so]
+    if m is not None and not m.weight > 0:
+        found.append("mocl.weight: must be positive")
+    return found
+
+
 def companion_problems(r: Recipe) -> list[str]:
     """What is wrong with averages of weights and gates of the loss."""
     found: list[str] = []

@@ -27,6 +27,7 @@ from pipeline.methods.half import Half
 from pipeline.methods.hat_adapter import HatAdapter
 from pipeline.methods.l2_to_start import L2ToStart
 from pipeline.methods.method import Method, Start, Teacher
+from pipeline.methods.mocl import Mocl
 from pipeline.methods.mofo import Mofo
 from pipeline.methods.olora import OLora
 from pipeline.methods.pseudo_replay import PseudoReplay
@@ -40,6 +41,7 @@ from pipeline.run.data import RunData
 # In the order in which they act on a step; a name is the recipe's key.
 METHODS = (
     EntropyGate,
+    Mocl,
     Anchor,
     OLora,
     Distill,

@@ -22,6 +22,7 @@ from pipeline.run.method_problems import (
     companion_problems,
     hat_problems,
     method_problems,
+    mocl_problems,
     stop_problems,
 )
 from pipeline.run.prompt_problems import prompt_problems
@@ -189,6 +190,7 @@ def recipe_problems(r: Recipe) -> list[str]:
         )
     found += seq2seq_problems(r) + prompt_problems(r) + anchor_problems(r)
     found += method_problems(r) + baseline_problems(r) + companion_problems(r) + hat_problems(r)
+    found += mocl_problems(r)
     tasks = r.evaluate.end_tasks
     for name, task in tasks.tasks.items() if tasks else ():
         where = f"evaluate.end_tasks.tasks.{name}.domain"
