@@ -280,6 +280,29 @@ def test_epochs_of_examples_are_counted_not_estimated():
         plan_stage(recipe, 1, corpora, frame_of(recipe, TOKENIZER))
 
 
+def test_padding_is_no_text_that_was_read():
+    """Rows of one example each, a third full, and a source with examples that never fit."""
+    corpora = {"a": MemoryCorpus([8] * 120, whole=True),
+               "b": MemoryCorpus([8] * 120 + [500] * 3, 5000, whole=True)}  # fmt: skip
+    domains = {n: text(instruction=Instruction()) for n in corpora}
+
+    def plan(stage):
+        stages = [Stage(domain="a", epochs=1), stage]
+        recipe = recipe_of(stages, domains, packing=False)
+        return plan_stage(recipe, 2, corpora, frame_of(recipe, TOKENIZER))
+
+    replayed = plan(Stage(domain="b", epochs=1, replay=0.2))
+    assert replayed.repetitions == pytest.approx({"b": 1, "a": 0.25}, abs=0.02)
+    mixed = {"a": 0.5, "b": 0.5}
+    half = plan(Stage(domain=mixed, steps=10, max_repetitions=1))
+    assert half.repetitions == pytest.approx({"a": 0.5, "b": 0.5}, rel=0.02)
+    with pytest.raises(
+        UserError, match=r"b has 960 tokens, and the stage wants 1,920 of it, 2 times"
+    ):
+        plan(Stage(domain="b", steps=20, max_repetitions=1))
+    assert plan(Stage(domain="b", tokens=960)).steps == 10
+
+
 class HeldOut(MemoryCorpus):
     def digests(self):
         return np.arange(self.documents, dtype=np.uint64)

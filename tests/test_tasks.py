@@ -19,6 +19,7 @@ from pipeline.data.toy_tasks import TOY_TASKS, toy_examples
 from pipeline.engine.config import resolve_ds_config
 from pipeline.errors import UserError
 from pipeline.model.attention import start_token
+from pipeline.model.generate import written
 from pipeline.recipe import Answers, Data, Domain, Model, Recipe, Stage, Task, Train
 from pipeline.run import dry_run
 from pipeline.run.dry_run import describe_run
@@ -187,6 +188,27 @@ def test_answers_are_greedy_however_they_are_batched(objective):
             assert answers(model, encoder, examples, LABELS, settings) == expected
         settings = Answers(max_new_tokens=30, constrained=True)
         assert set(answers(model, encoder, examples, LABELS, settings)) <= set(LABELS)
+
+
+def test_an_answer_in_a_chat_ends_with_its_turn():
+    tokenizer = train_tokenizer([*LABELS, "is it good"] * 3, 330)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '> ' if m.role == 'assistant' }}{{ m.content }}<turn>\n"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}> {% endif %}"
+    )
+    turn, end = tokenizer.convert_tokens_to_ids("<turn>"), tokenizer.eos_token_id
+    labels = [Example("is it good", "", label) for label in LABELS]
+    assert Encoder.of(tokenizer, "causal", "plain").ends_of(labels) == [end]
+    encoder = Encoder.of(tokenizer, "causal", "chat")
+    assert set(encoder.ends_of(labels)) == {turn, end}
+    (said,) = encoder.encode(labels[:1])  # more is learnt behind the turn
+    assert said.ids[said.predicted].tolist()[-1] != turn
+    model = model_of("causal", tokenizer)
+    prompts = encoder.prompts(labels[:1])
+    (row,) = written(model, prompts, [end], encoder.pad, 5)
+    assert written(model, prompts, [row[-1], end], encoder.pad, 5) == [row[: row.index(row[-1])]]
 
 
 def test_an_answer_must_have_room_for_each_label():

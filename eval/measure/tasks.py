@@ -92,16 +92,17 @@ def answers(
             f"a prompt has {longest} tokens, the model takes {limit}: lower the task's max_words"
         )
     allowed = None
+    labels = [Example(e.prompt, "", option) for e in examples[:1] for option in options]
+    ends = encoder.ends_of(labels)
     if settings.constrained and examples:
-        each = encoder.encode([Example(examples[0].prompt, "", option) for option in options])
+        each = encoder.encode(labels)
         allowed = Trie([t.ids[t.predicted].tolist() for t in each if t.predicted is not None])
     said = [""] * len(prompts)
-    (end,) = encoder.after
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for start in range(0, len(order), settings.batch_size):
         block = order[start : start + settings.batch_size]
         texts = written(
-            model, [prompts[i] for i in block], end, encoder.pad, settings.max_new_tokens,
+            model, [prompts[i] for i in block], ends, encoder.pad, settings.max_new_tokens,
             allowed.after if allowed else None,
         )  # fmt: skip
         for i, ids in zip(block, texts, strict=True):

@@ -147,6 +147,21 @@ class Encoder:
         }
         return [next(encoded[type(d)]) for d in documents]
 
+    @property
+    def special_ids(self) -> set[int]:
+        """Of tokens that are no text."""
+        added = self.backend.get_added_tokens_decoder().items()
+        return {*self.tokenizer.all_special_ids, *(i for i, token in added if token.special)}
+
+    def ends_of(self, answers: Items[Example]) -> list[int]:
+        """The ids with which what is learnt of these may end: the text's own end, and in a chat the
+        special token behind an answer, which need not be it."""
+        special, found = self.special_ids, set(self.after)
+        for tokens in self.encode(answers) if self.template == "chat" else ():
+            learnt = tokens.ids[tokens.predicted].tolist()
+            found |= {next((i for i in learnt if i in special), self.after[0])}
+        return sorted(found)
+
     def prompts(self, examples: Items[Example]) -> list[np.ndarray]:
         """Of each example the ids that are read, int32 [n]: without what is to be written."""
         tokens = self.encode(examples)

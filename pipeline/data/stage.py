@@ -1,7 +1,7 @@
 """What a stage draws from and how long it is: domains, weights, repetitions, steps."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, islice, takewhile
 
@@ -103,7 +103,8 @@ class StagePlan:
 def plan_stage(
     recipe: Recipe, stage: int, corpora: Mapping[str, Corpus] | None, frame: Frame
 ) -> StagePlan:
-    """Optimizer steps of stage 1...; those of epochs are counted by packing their lengths.
+    """Optimizer steps of stage 1...; those of epochs are counted by packing their lengths, those of
+    tokens where rows have padding by how full the first ones are.
 
     corpora: by domain; None where they are streamed, so that nothing is known of them.
 
@@ -124,27 +125,52 @@ def plan_stage(
     packer, parts, sources = stage_packer(recipe, stage, corpora, frame)
     plan.examples = examples = _statistics([p for p in parts if p.corpus.whole], length)
     used = steps = 0
-    if s.epochs is not None or examples:
+    if s.epochs is not None or examples or not recipe.data.packing:
         for rows in islice(packer, None if s.epochs is not None else min(plan.steps, SAMPLED)):
             steps += 1
             used += sum(p.stop - p.start + frame.ends for row in rows for p in row)
         plan.padding = 1 - used / max(1, steps * per_step)
     if s.epochs is not None:
         plan.steps, plan.steps_per_unit = steps, steps / s.epochs
-    capacity = plan.steps * per_step
-    read = {"+".join(x.names): x.weight * capacity / x.tokens for x in sources}
+    elif s.tokens is not None and used:
+        plan.steps, plan.steps_per_unit = math.ceil(s.tokens * steps / used), steps / used
+    filled = plan.steps * per_step * (1 - plan.padding)
+    known = {"+".join(x.names): (x, _readable(x, length)) for x in sources}
+    read = {name: x.weight * filled / tokens for name, (x, tokens) in known.items()}
+    if s.epochs is not None:  # all that is drawn is packed by now
+        drawn = zip(read, packer.mixture.drawn, sources, strict=True)
+        read = {name: count / x.documents for name, count, x in drawn}
     if len(sources) > 1:
         plan.repetitions = read
     for i, (name, times) in enumerate(read.items()):
         bounded = i == 0 and s.epochs is not None
+        source, tokens = known[name]
         if s.max_repetitions is not None and times > s.max_repetitions and not bounded:
             raise UserError(
-                f"stages[{stage - 1}].max_repetitions: {name} has {sources[i].tokens:,} tokens, "
-                f"and the stage wants {sources[i].weight * capacity:,.0f} of it, {times:.3g} times "
+                f"stages[{stage - 1}].max_repetitions: {name} has {tokens:,} tokens, "
+                f"and the stage wants {source.weight * filled:,.0f} of it, {times:.3g} times "
                 f"as many; at most {s.max_repetitions:g} are allowed. Lower its weight or the "
                 "length of the stage, or raise max_repetitions"
             )
     return plan
+
+
+def _readable(source: Source, length: int) -> int:
+    """Tokens of a source without examples that are longer than a row, which are left out."""
+    found = 0
+    for corpus in (source.parts[m].corpus for m in source.members):
+        if not corpus.whole:
+            found += corpus.tokens
+            continue
+        for places in _blocks(corpus):
+            lengths = corpus.lengths(places)
+            found += int(lengths[lengths <= length].sum())
+    return found
+
+
+def _blocks(corpus: Corpus) -> Iterator[np.ndarray]:
+    for first in range(0, corpus.documents, BLOCK):
+        yield np.arange(first, min(first + BLOCK, corpus.documents))
 
 
 def _statistics(parts: Sequence[Part], length: int) -> ExampleStatistics | None:
@@ -155,8 +181,7 @@ def _statistics(parts: Sequence[Part], length: int) -> ExampleStatistics | None:
     for part in parts:
         corpus, before = part.corpus, found.examples
         found.response_tokens += corpus.predicted
-        for first in range(0, corpus.documents, BLOCK):
-            places = np.arange(first, min(first + BLOCK, corpus.documents))
+        for places in _blocks(corpus):
             lengths = corpus.lengths(places)
             fits = lengths <= length
             found.examples += int(fits.sum())

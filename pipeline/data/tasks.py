@@ -103,7 +103,7 @@ def check_answers_fit(name: str, options: list[str], encoder: "Encoder", limit: 
     """Raises UserError where an answer of `limit` tokens is too short for one of a task's labels:
     every such row would count as wrong, whatever the model says."""
     tokens = encoder.encode([Example(ANSWER, "", option) for option in options])
-    ends = set(encoder.tokenizer.all_special_ids)  # which need not be said
+    ends = encoder.special_ids  # which need not be said
     for option, row in zip(options, tokens, strict=True):
         assert row.predicted is not None
         needed = sum(1 for _ in takewhile(lambda i: i not in ends, row.ids[row.predicted].tolist()))

@@ -138,13 +138,15 @@ class PseudoReplay(Method):
                     count = min(BLOCK, self.settings.sequences - first)
                     with torch.random.fork_rng(devices=device):
                         torch.manual_seed(self.recipe.stage_seed(start.stage) * 1009 + number)
-                        drawn = written(net, [cue] * count, end, encoder.pad, max(room, 1),
+                        drawn = written(net, [cue] * count, [end], encoder.pad, max(room, 1),
                                         do_sample=True, top_k=0, top_p=TOP_P)  # fmt: skip
                     texts = [t for t in drawn if t]
                     asked = [[*frame["prefix"], *t, *frame["suffix"]] for t in texts]
                     prompts = [np.array(a) for a in asked]
                     said = (
-                        written(net, prompts, end, encoder.pad, frame["answer"]) if prompts else []
+                        written(net, prompts, [end], encoder.pad, frame["answer"])
+                        if prompts
+                        else []
                     )
                     for text, source, answer in zip(texts, asked, said, strict=True):
                         pairs.append((number, (source, [*answer, end])))

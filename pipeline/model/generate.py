@@ -2,6 +2,7 @@
 its target; behind its soft prompt where it has one."""
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -35,13 +36,13 @@ def padded(
 def written(
     model: Any,
     prompts: Sequence[np.ndarray],
-    end: int,
+    ends: Sequence[int],
     pad: int,
     max_new_tokens: int,
     allowed: Callable[[int], Allowed] | None = None,
     **how: Any,
 ) -> list[list[int]]:
-    """The ids behind each prompt, without the `end` of the text.
+    """The ids behind each prompt, without what ends the text, one of `ends`.
 
     Args:
         prompts: int [n] each, with all special tokens.
@@ -53,7 +54,7 @@ def written(
     whole = [np.append(soft.ids, p) for p in prompts] if soft is not None else prompts
     ids, attended = padded(whole, pad, left=not paired)  # a decoder goes on behind the last token
     # The model's own settings (a repetition penalty, say) would fill in what is not given here.
-    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
+    model.generation_config = GenerationConfig(eos_token_id=list(ends), pad_token_id=pad)
     before = 1 if paired else ids.shape[1]
     limit = longest_input(model)
     output = model.generate(
@@ -65,4 +66,4 @@ def written(
         **({"prefix_allowed_tokens_fn": allowed(before)} if allowed else {}),
     )
     rows = output[:, before:].tolist()
-    return [row[: row.index(end)] if end in row else row for row in rows]
+    return [list(takewhile(lambda i: i not in ends, row)) for row in rows]

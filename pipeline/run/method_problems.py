@@ -275,6 +275,11 @@ def baseline_problems(r: Recipe) -> list[str]:
             not r.data.packing,
             "pseudo_replay: writes examples, of which a row has one; set data.packing=false",
         )
+        need(
+            r.data.template != "chat",
+            "pseudo_replay: takes a prompt for what stands before an answer and the text's end for "
+            "the answer's, and a chat's turns have more; set data.template=plain or alpaca",
+        )
     for method in ("pseudo_replay", "epi"):
         for name in dict.fromkeys(n for s in r.stages for n in s.domains):
             domain = r.data.domains.get(name)
