@@ -27,7 +27,6 @@ does what is left: finished runs are not started, failed ones are tried again. O
 def main() -> None:
     args = _parser().parse_intermixed_args()
 
-    from dataclasses import replace
     from functools import partial
 
     import torch
@@ -36,9 +35,7 @@ def main() -> None:
     from pipeline.run import sweep as sweeps
 
     sweep = _sweep(args)
-    points = sweeps.sweep_points(sweep)
-    extra = [*args.overrides]
-    points = [replace(p, overrides=(*p.overrides, *extra)) for p in points]
+    points = sweeps.sweep_points(sweep, args.overrides)
     folder = Path(args.runs) / (args.sweep or f"{Path(args.recipe).stem}_sweep")
     gpus = torch.cuda.device_count()
     memory = sweeps.model_bytes(sweep, points)  # reads every point's recipe: mistakes come first
@@ -56,7 +53,7 @@ def main() -> None:
     shared: dict[str, Any] = {"command": command, "folder": folder, "threads": args.threads}
     run: Any = partial(sweeps.run_sweep, jobs=jobs, gpus=gpus, **shared)
     if args.cluster:
-        options = dict(_pair(o) for o in args.option)
+        options = {key: _value(value) for key, value in map(_pair, args.option)}
         run = partial(sweeps.submit_sweep, cluster=args.cluster, options=options, **shared)
     outcomes = run(now)
     if len(now) < len(points) and all(o.finished for o in outcomes.values()):
@@ -158,11 +155,16 @@ def _pair(text: str, option: str = "--option") -> tuple[str, str]:
     return key, value
 
 
-def _values(text: str) -> list[Any]:
-    """A comma-separated list; commas inside of brackets do not separate."""
+def _value(text: str) -> Any:
+    """As a recipe would have it: a number, true, a text, a list, a mapping."""
     from omegaconf import OmegaConf
 
-    return list(OmegaConf.from_dotlist([f"values=[{text}]"])["values"])
+    return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload,index]
+
+
+def _values(text: str) -> list[Any]:
+    """A comma-separated list; commas inside of brackets do not separate."""
+    return list(_value(f"[{text}]"))
 
 
 if __name__ == "__main__":

@@ -527,3 +527,26 @@ def test_a_measured_run_is_finished_whatever_its_log_lacks(tmp_path):
     assert "under way" not in text_of(write_report(run))
     assert load_run(run).finished
     assert load_run(run).damage == []
+
+
+@pytest.mark.parametrize("asked", [["prose", "math"], ["prose"]])
+def test_a_trained_domain_whose_loss_was_not_asked_for_is_no_damage(tmp_path, asked):
+    runs = []
+    for rate in (5e-4, 1e-3):
+        folder = fake_run(tmp_path / str(rate), lr=rate)
+        path = folder / "recipe.yaml"
+        recipe = yaml.safe_load(path.read_text())
+        recipe.setdefault("evaluate", {})["domains"] = asked
+        path.write_text(yaml.safe_dump(recipe))
+        for found in folder.glob("stages/*/eval.json"):
+            record = json.loads(found.read_text())
+            record["domains"] = {d: r for d, r in record["domains"].items() if d in asked}
+            found.write_text(json.dumps(record))
+        runs.append(folder)
+    run = load_run(runs[0])
+    assert run.damage == []
+    assert run.matrix.domains == asked
+    assert list(run.trained) == ["math", "python", "cpp"]
+    assert any("were not asked for (evaluate.domains)" in w for w in run.warnings)
+    assert write_report(runs[0]).is_file()
+    assert write_comparison(runs, tmp_path / "out").is_file()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.sweep import main
+from launch.sweep import _value, main
 from pipeline.errors import UserError
 from pipeline.run.sweep import (
     Sweep,
@@ -132,6 +133,8 @@ def test_a_sweep_is_a_cluster_s_array_job_too(tmp_path):
     assert started(tmp_path) == ["seed_0", "seed_1"]
     with pytest.raises(UserError, match="--option"):
         submit_sweep(points, command(), tmp_path, "local", 1, {"no_such_option": 1})
+    with pytest.raises(UserError, match=r"--option.*timeout_min"):
+        submit_sweep(points, command(), tmp_path, "local", 1, {"timeout_min": "long"})
 
 
 def test_a_damaged_record_and_a_busy_folder_are_said(tmp_path):
@@ -228,3 +231,28 @@ def test_as_many_runs_at_a_time_as_cores_and_memory_take():
     assert jobs_at_once(0, threads=1, gpus=4) == 4
     assert jobs_at_once(1 << 60, threads=1, gpus=0) == 1
     assert jobs_at_once(0, threads=1, gpus=0) <= len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("optimizer.lr=5", "the grid varies it"),
+        ("optimizer={lr: 5}", "the grid varies it"),
+        ("mask.enabled=false", "the methods differ in it"),
+        ("seed=7", "the seeds are 0 to N-1"),
+        ("name=x", "named by what it varies"),
+    ],
+)
+def test_a_setting_of_all_runs_that_would_make_them_alike_is_refused(setting, reason):
+    methods = {"ft": {"mask.enabled": False}, "migu": {}}
+    sweep = Sweep("demo", methods, grid={"optimizer.lr": [1, 2]}, seeds=2)
+    with pytest.raises(UserError, match=f"{re.escape(setting)}: would make .*{reason}"):
+        sweep_points(sweep, [setting])
+    points = sweep_points(sweep, ["train.batch_size=4"])
+    assert all(p.overrides[-1] == "train.batch_size=4" for p in points)
+
+
+def test_options_are_of_the_type_that_they_look_like():
+    given = {t: _value(t) for t in ("240", "gpu", "true", "[a, b]", "a,b", "04:00:00")}
+    assert given == {"240": 240, "gpu": "gpu", "true": True, "[a, b]": ["a", "b"], "a,b": "a,b",
+                     "04:00:00": "04:00:00"}  # fmt: skip

@@ -49,7 +49,7 @@ def accuracy_matrix(run: Run) -> Matrix | None:
         [s.value if (s := ends.get(t, {}).get(name)) else None for name in tasks]
         for t in range(len(stages))
     ]
-    trained = {name: run.matrix.trained[name] for name in tasks if name in run.matrix.trained}
+    trained = {name: run.trained[name] for name in tasks if name in run.trained}
     order = sorted(tasks, key=lambda name: trained.get(name, 0))
     columns = [tasks.index(name) for name in order]
     values = [[row[i] for i in columns] for row in values]

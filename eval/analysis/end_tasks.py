@@ -97,7 +97,7 @@ def read_end_tasks(run: Run) -> tuple[EndTaskMatrix | None, list[str]]:
                 warnings.append(f"{named(path)} holds no end tasks and is left out.")
     if not stages:
         return None, warnings
-    trained = run.matrix.trained
+    trained = run.trained
     own = {n: trained[t["domain"]] for n, t in about.items() if t.get("domain") in trained}
     metrics = {n: str(t.get("metric") or "") for n, t in about.items()}
     recipe = run.recipe

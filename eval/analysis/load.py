@@ -31,6 +31,7 @@ class Run:
     overlap: dict[int, dict]  # stage -> the "overlap" of its eval.json
     log: Log
     times: list[StageTime]
+    trained: dict[str, int]  # domain -> the stage (from 1) that first trains it, measured or not
     heldout: str | None = None  # digests of the held-out text, as one string
     points: list[Point] = field(default_factory=list)  # all that was evaluated, in order
     warnings: list[str] = field(default_factory=list)
@@ -92,7 +93,11 @@ def load_run(folder: Path) -> Run:
     findings = Findings()
     log = read_log(folder / "log.jsonl", len(sequence), findings)
     evals = _evals(folder, names, log, findings)
-    matrix, stderr = _matrix(recipe, sequence, names, evals)
+    trained: dict[str, int] = {}
+    for stage, mixture in enumerate(sequence, start=1):
+        for domain in mixture:
+            trained.setdefault(domain, stage)
+    matrix, stderr = _matrix(recipe, trained, names, evals)
     for stage, results in evals.items():
         if lacking := [d for d in matrix.domains if d not in results]:
             findings.damaged(f"The evaluation after stage {stage} has no loss on {lacking}.")
@@ -112,6 +117,7 @@ def load_run(folder: Path) -> Run:
         overlap=_overlaps(folder, evals, findings),
         log=log,
         times=[],
+        trained=trained,
         heldout=_heldout(folder, points, findings),
         points=points,
         warnings=findings.warnings,
@@ -119,6 +125,11 @@ def load_run(folder: Path) -> Run:
     )
     run.times = stage_times(names, log, run.evaluated)
     run.warnings += interventions(log, names)
+    if unasked := [d for d in trained if d not in matrix.trained]:
+        run.warnings.append(
+            f"The losses of {', '.join(unasked)} were not asked for (evaluate.domains): what was "
+            "learned there is in no number."
+        )
     if run.stopped:
         run.warnings.insert(0, run.stopped)
     return run
@@ -194,12 +205,11 @@ def _eval_of(folder: Path, stage: int) -> Path | None:
 
 
 def _matrix(
-    recipe: dict, sequence: list[list[str]], names: list[str], evals: dict[int, dict]
+    recipe: dict, trained: dict[str, int], names: list[str], evals: dict[int, dict]
 ) -> tuple[Matrix, list[list[float | None]]]:
-    trained: dict[str, int] = {}
-    for stage, mixture in enumerate(sequence, start=1):
-        for domain in mixture:
-            trained.setdefault(domain, stage)
+    """Of the domains whose losses the recipe asks for."""
+    asked = (recipe.get("evaluate") or {}).get("domains")
+    trained = {d: stage for d, stage in trained.items() if asked is None or d in asked}
     seen = {domain: None for results in evals.values() for domain in results}
     order = [*((recipe.get("data") or {}).get("domains") or {}), *seen]
     base = [d for d in dict.fromkeys(order) if d in seen and d not in trained]

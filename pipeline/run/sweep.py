@@ -119,13 +119,17 @@ def _find_base(name: str) -> Path:
     return sweep if sweep.is_file() else find_recipe(name)
 
 
-def sweep_points(sweep: Sweep) -> list[Point]:
+def sweep_points(sweep: Sweep, more: Sequence[str] = ()) -> list[Point]:
     """Every run of a sweep: all settings with the first seed, then all with the next, so that a
     sweep that is ended early compares them all.
 
+    more: settings of all runs, as the command line has them.
+
     Raises:
-        UserError: an empty list of values, no seed, two runs of one name.
+        UserError: an empty list of values, no seed, two runs of one name; one of `more` that would
+            undo what tells the runs apart.
     """
+    _check_settings_of_all(sweep, more)
     if sweep.seeds < 1:
         raise UserError(f"--seeds {sweep.seeds}: must be at least 1")
     if sweep.seeds_of == "best" and sweep.seeds < 2:
@@ -146,11 +150,29 @@ def sweep_points(sweep: Sweep) -> list[Point]:
             )
             varied = {k: v for k, v in chosen.items() if len(grid[k]) > 1}
             name, setting = _name(method, varied | seeds), _name(method, varied)
-            points.append(Point(name, written, method, setting, seed))
+            points.append(Point(name, (*written, *more), method, setting, seed))
     doubled = {p.name for p in points if sum(q.name == p.name for q in points) > 1}
     if doubled:
         raise UserError(f"the sweep has two runs named {sorted(doubled)[0]!r}; vary their values")
     return points
+
+
+def _check_settings_of_all(sweep: Sweep, more: Sequence[str]) -> None:
+    grids = {key for grid in (sweep.grid, *sweep.grids.values()) for key in grid}
+    methods = {key for settings in sweep.methods.values() for key in settings}
+    for setting in more:
+        key = setting.partition("=")[0]
+        where = ""
+        if any(f"{a}.".startswith(f"{b}.") for g in grids for a, b in ((key, g), (g, key))):
+            where = "the grid varies it"
+        elif key in methods:
+            where = "the methods differ in it"
+        elif key == "seed" and sweep.seeds > 1:
+            where = "the seeds are 0 to N-1 of --seeds"
+        elif key == "name":
+            where = "a run is named by what it varies; name the sweep by --sweep"
+        if where:
+            raise UserError(f"{setting}: would make the runs alike: {where}; remove it")
 
 
 def of_the_best(points: Sequence[Point], scores: Mapping[str, float]) -> list[Point]:
@@ -426,7 +448,7 @@ def submit_sweep(
     executor = submitit.AutoExecutor(folder / "logs", cluster=cluster)
     try:
         executor.update_parameters(**{"cpus_per_task": threads, "timeout_min": 24 * 60, **options})
-    except (TypeError, ValueError, NameError) as error:
+    except (TypeError, ValueError, NameError, AssertionError) as error:
         raise UserError(f"--option: {error}") from None
     runner = _Runner(list(points), command, folder, 1, threads, 0, 1)
     left = [p for p in points if not runner.finished(p)]
