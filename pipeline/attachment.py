@@ -200,6 +200,8 @@ def attach(target: Any, optimizer: Any = None, *, seed: int = 0, **settings: Any
         problems.append("mask.enabled: attach with a mask that is off has no effect")
     if mask.from_stage != 1:
         problems.append("mask.from_stage: has no effect here; attach when masking is to begin")
+    if mask.clusters is not None:
+        problems.append("mask.clusters: are made of a run's base, which is not known here")
     if mask.refresh == "stage":
         problems.append("mask.refresh: what a stage is, is not known here; give a number of steps")
     if problems:

@@ -43,11 +43,10 @@ def send_folder(folder: Path) -> None:
     Raises:
         UserError: a node cannot write it.
     """
-    first = first_beside(folder.parent)
-    receives = rank() in set(first) - {0}
     manifests = gather(_manifest(folder))
-    if all(m == manifests[0] for m in manifests):
+    if all(m == manifests[0] for m in manifests):  # or it is no published folder, but a hub's id
         return
+    receives = rank() in set(first_beside(folder.parent)) - {0}
     files = on_rank0(lambda: [p.relative_to(folder) for p in _files(folder)])
     temporary = folder.with_name(f".{folder.name}.tmp")
     problem = _try(partial(shutil.rmtree, temporary, ignore_errors=True)) if receives else None

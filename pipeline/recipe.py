@@ -250,7 +250,9 @@ class Mask:
     from_stage: int = 1  # 2: the first stage is dense, as in the authors' code
     # For how many steps a selection serves; stage: for all, and the other rows are frozen
     refresh: Annotated[int | str, pydantic.BeforeValidator(_refresh)] = 1
-    calibration: int = 64  # refresh: stage: the first sequences, from which the rows are chosen
+    calibration: int = (
+        64  # refresh: stage: the first sequences, in whole steps, that choose the rows
+    )
     # row_sparse: masked rows of the weights' gradients are not computed; previous: likewise, with
     # the rows of the step before (docs/performance.md)
     backward: Literal["dense", "row_sparse", "previous"] = "dense"

@@ -356,6 +356,8 @@ def test_what_a_recipe_refuses_is_refused_of_an_engine_or_optimizer_too():
     with pytest.raises(UserError, match="AdamW8bit rounds a moment of zero"):
         pipeline.attach(model, low)
     pipeline.attach(model, low, update="strict").detach()
+    with pytest.raises(UserError, match=r"mask.clusters: are made of a run's base"):
+        pipeline.attach(model, low, update="strict", clusters=4, cluster_by="random")
     with pytest.raises(UserError, match="DataParallel runs copies"):
         pipeline.attach(torch.nn.DataParallel(model), low)
     for config, word in (

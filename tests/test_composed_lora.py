@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from eval.measure.lm import losses_of, measure_in_engine
 from pipeline.engine.config import resolve_engine_config
 from pipeline.errors import UserError
+from pipeline.methods.anchor import _without_adapter
 from pipeline.methods.mocl import Mocl
 from pipeline.model.composed_lora import add_composed, load_composed, save_composed
 from pipeline.model.load import load_for_evaluation
@@ -198,3 +199,14 @@ def test_what_composed_adapters_do_not_go_with_is_named(tmp_path, overrides, mes
     path.write_text("name: x\n" + RECIPE)
     with pytest.raises(UserError, match=message):
         load_recipe(path, overrides)
+
+
+def test_taking_the_adapters_off_for_a_moment_trains_no_more_of_them(tmp_path):
+    net, _ = two_stages(tmp_path)
+    with_all, trained = answered(net), {n for n, p in net.named_parameters() if p.requires_grad}
+    with _without_adapter(net):
+        alone = answered(net)
+    torch.testing.assert_close(alone, answered(MODELS["t5"]().eval()))
+    assert not torch.allclose(alone, with_all)
+    torch.testing.assert_close(answered(net), with_all)
+    assert {n for n, p in net.named_parameters() if p.requires_grad} == trained

@@ -293,6 +293,12 @@ def left_by_engines():
         engine.start_stage()
         for _ in range(2):  # DeepSpeed's hooks are other ones once it has seen a step
             train(engine, settings, "llama", 0)
+        for _ in range(2):  # a teacher a stage
+            frozen = engine.frozen(MODELS["llama"]())
+            assert frozen(torch.ones(1, 3, dtype=torch.long)).logits.isfinite().all()
+            engine.release(frozen)
+            del frozen
+        train(engine, settings, "llama", 0)
         engine.close()
         del engine
         out[kind] = bytes_of_tensors() - before

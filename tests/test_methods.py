@@ -22,6 +22,7 @@ from pipeline.recipe import Lora, Recipe
 from pipeline.recipe import OLora as OLoraSettings
 from pipeline.recipe import SourceColumns as SourceSettings
 from pipeline.run.methods import METHODS, NEEDS, needs_table, teacher_at
+from pipeline.run.problems import check_precision
 from pipeline.run.recipe_file import load_recipe
 from pipeline.run.run import run_recipe
 from pipeline.run.train import train_stage
@@ -222,11 +223,14 @@ def run(folder, overrides):
     return [folder / f"runs/tiny/stages/{stage}/checkpoint" for stage in ("01_a", "02_b")]
 
 
-def test_incremental_adapters_stay_as_they_were(tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_incremental_adapters_stay_as_they_were(tmp_path, precision):
     """What is published is one adapter: the earlier ones' ranks, to the bit, and the new ones."""
     base = build_base(tmp_path / "base")
     model = f"model={{path: {base}, objective: causal, lora: {{r: 4, incremental: true}}}}"
-    first, second = run(tmp_path, [model, "olora={weight: 0.1}"])
+    anchor = "anchor={cache: 0, tokens: 1k}"  # which takes all adapters off and puts them on again
+    more = ["olora={weight: 0.1}"] if precision == "fp32" else [anchor]
+    first, second = run(tmp_path, [model, f"train.precision={precision}", *more])
     ranks = [json.loads((f / "adapter_config.json").read_text())["r"] for f in (first, second)]
     scales = [json.loads((f / "adapter_config.json").read_text())["lora_alpha"] / r
               for f, r in zip((first, second), ranks, strict=True)]  # fmt: skip
@@ -304,7 +308,7 @@ def test_the_start_of_the_run_is_the_base(start):
 def test_what_the_weights_are_held_to_is_not_rounded(tmp_path, monkeypatch):
     """Beside a GPU, where frozen models are in half precision."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     recipe, base = recipe_for("llama", 2), MODELS["llama"]()
     recipe.l2_to_start = L2Settings()
     base.save_pretrained(tmp_path)
@@ -337,8 +341,24 @@ def test_what_the_weights_are_held_to_is_not_rounded(tmp_path, monkeypatch):
         (["start_from=nearest", "train.publish_dtype=bfloat16"], "set train.publish_dtype=float32"),
         (["start_from=base", "ewc={}"], "start_from: base makes a model of its own .* ewc is for"),
         (["l2_to_start={}", "train.precision=fp16"], "l2_to_start: adds to the gradient"),
+        (["kd={teacher: base}", "start_from=base"], "kd.teacher: has no effect where every stage"),
+        (
+            ["anchor={teacher: previous, tokens: 2k}", "start_from=base"],
+            "anchor.teacher: has no effect where every stage",
+        ),
+        (
+            ["anchor={teacher: previous, cache: 0, tokens: 2k}", "model.lora={quantize: 4bit}"],
+            "anchor.cache: 0 needs a frozen copy",
+        ),
     ],
 )
 def test_combinations_without_sense_are_refused_by_name(tmp_path, overrides, expected):
     with pytest.raises(UserError, match=expected):
         load_recipe(tiny_recipe(tmp_path), overrides)
+
+
+def test_fp16_of_deepspeeds_configuration_is_seen_too(tmp_path):
+    recipe = load_recipe(tiny_recipe(tmp_path), ["l2_to_start={}"])
+    check_precision(recipe, "bf16")
+    with pytest.raises(UserError, match="fp16 enabled:\n  l2_to_start: adds to the gradient"):
+        check_precision(recipe, "fp16")

@@ -84,6 +84,8 @@ def see_and_send(folder: Path):
         (target / "deep" / "weights").write_bytes(b"0123456789" * 30)
         (target / "empty").touch()
     send_folder(mine / "sent")
+    send_folder(mine / "hub/model")  # an id, or a folder that nobody may write beside
+    assert not (mine / "hub").exists()
     return first_beside(mine)
 
 

@@ -34,6 +34,13 @@ def test_the_baselines_go_together_in_a_run(tmp_path):
     }  # fmt: skip
 
 
+def test_kept_rows_may_be_of_any_length(tmp_path):
+    more = ["data.packing=false", "stages=[{domain: a, steps: 2}, {domain: b, steps: 3}]"]
+    folder = run(tmp_path, ["derpp={sequences: 33}", *more])
+    events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert sum("derpp" in e.get("methods", {}) for e in events if e["event"] == "step") == 3
+
+
 def test_end_tasks_follow_the_stages_of_their_domains(tmp_path, monkeypatch):
     monkeypatch.setattr(  # in this process
         "eval.measure.end_tasks.run_side_by_side",

@@ -126,7 +126,7 @@ def resolve_fsdp_config(recipe: Recipe, ranks: int, device: str) -> dict[str, An
         )
     precision = recipe.train.precision
     if precision == "auto":
-        precision = "bf16" if _has_bf16(device) else "fp32"
+        precision = "bf16" if device == "cuda" and has_bf16() else "fp32"
     accumulation = _accumulation(recipe, ranks, None, "train.batch_size", problems)
     if problems:
         raise _problems("fsdp", problems)
@@ -239,7 +239,7 @@ def _resolve_precision(
         precision = explicit[0]
     elif wanted != "auto":
         precision = wanted
-    elif state["bf16"] == "auto" and _has_bf16(device):
+    elif state["bf16"] == "auto" and device == "cuda" and has_bf16():
         precision = "bf16"
     else:
         precision = "fp32"
@@ -248,8 +248,10 @@ def _resolve_precision(
     return precision
 
 
-def _has_bf16(device: str) -> bool:
-    return device == "cuda" and torch.cuda.is_bf16_supported()
+def has_bf16() -> bool:
+    """Whether there is a GPU that computes in bf16 itself: older ones emulate it, slower than fp32
+    and less exact."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _resolve_batch(config: dict[str, Any], recipe: Recipe, ranks: int, problems: list[str]) -> None:

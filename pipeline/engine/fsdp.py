@@ -152,6 +152,9 @@ class FsdpEngine:
         sharded: Any = self._shard(model, reshard_after_forward=True)
         return sharded
 
+    def release(self, frozen: Any) -> None:
+        """Nothing else holds what `frozen` gave."""
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Set the named weights; every rank gives the same whole tensors (any dtype, device)."""
         for name, whole in weights:

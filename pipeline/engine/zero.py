@@ -236,6 +236,13 @@ class ZeroEngine:
         frozen.eval()
         return frozen
 
+    def release(self, frozen: Any) -> None:
+        """Free what `frozen` gave: DeepSpeed would hold its shards as long as the process lives."""
+        if self.stage == 3:
+            frozen.destroy()
+            _release(frozen.module, frozen.optimizer)
+            frozen.optimizer = None
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Set the named trained weights, in the optimizer's fp32 and in the model; all ranks call
         it with the same whole tensors (of any dtype and device)."""
@@ -310,8 +317,9 @@ def _release(module: Any, optimizer: Any) -> None:
     for p in module.parameters():
         p.grad = p.ds_tensor = None
         p.data = p.data.new_empty(0)
-    offload = optimizer.parameter_offload
-    for owner in (offload.param_coordinator, offload, optimizer.optimizer, optimizer):
+    offload = getattr(optimizer, "parameter_offload", optimizer)  # without training, that alone
+    inner = [optimizer.optimizer, optimizer] if offload is not optimizer else []
+    for owner in (offload.param_coordinator, offload, *inner):
         vars(owner).clear()
 
 

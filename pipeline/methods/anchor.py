@@ -79,7 +79,13 @@ class Anchor(Method):
             self._text = self._make_text(start, teacher)
         live = self.settings.loss == "kl" and not self.settings.cache
         if live and (self.recipe.model.lora is None or not first):
+            teacher.send()
             self._copy = start.engine.frozen(teacher.load())
+
+    def finish(self, engine: Any, stage: int) -> None:
+        if self._copy is not None:
+            engine.release(self._copy)
+        self._copy = None
 
     def micro_batches(self) -> int:
         return self._extra.micro_batches if self.weight else 0
@@ -142,6 +148,7 @@ class Anchor(Method):
     def _make_text(self, start: Start, teacher: Teacher) -> AnchorText:
         frozen = _Frozen(teacher, self.recipe)
         cached = partial(self._predict, frozen) if self._caches else None
+        teacher.send()
         identity = teacher.identify()
         info = {
             "teacher": identity, "settings": asdict(self.settings),
@@ -227,8 +234,11 @@ class _Frozen:
 
 @contextmanager
 def _without_adapter(model: Any) -> Iterator[None]:
+    trained = [(p, p.requires_grad) for p in model.parameters()]
     model.disable_adapters()
     try:
         yield
     finally:
         model.enable_adapters()
+        for p, so in trained:  # PEFT would train the frozen adapters of earlier stages too
+            p.requires_grad_(so)

@@ -129,7 +129,9 @@ class Das(Method):
         path = self._file(start, stage)
         if on_rank0(path.is_file):
             return
-        net: Any = start.teacher(which).load()
+        teacher = start.teacher(which)
+        teacher.send()
+        net: Any = teacher.load()
         losses = _proxies if general else _losses
         importance = measure_importance(net, losses(self, net, start, domains))
         on_rank0(lambda: keep_file(path, save(importance)))

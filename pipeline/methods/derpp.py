@@ -99,6 +99,8 @@ class DerPlusPlus(Method):
     def _batch(self, places: list[int | None]) -> dict[str, Tensor]:
         """None: a row without anything to predict."""
         batch = {k: v[[p or 0 for p in places]] for k, v in self._buffer.items()}
+        longest = int((batch["segments"] >= 0).sum(1).max())
+        batch = {k: v[:, :longest] for k, v in batch.items()}
         batch["labels"][[p is None for p in places]] = IGNORED
         real = batch["segments"] >= 0  # as `collate` makes it: only where there is padding
         return batch if real.all() else {**batch, "real": real}
@@ -119,5 +121,11 @@ class DerPlusPlus(Method):
             wanted = batch["labels"] != IGNORED
             kept[wanted] = hidden[tokens["labels"] != IGNORED].cpu()
             batch.pop("real", None)
-            found.append({**batch, "hidden": kept})
+            found.append({k: self._padded(k, v) for k, v in {**batch, "hidden": kept}.items()})
         keep_file(path, save({k: torch.cat([f[k] for f in found]) for k in found[0]}))
+
+    def _padded(self, name: str, rows: Tensor) -> Tensor:
+        """[rows, n, ...] to the length of a sequence: batches of short rows are shorter."""
+        fill = {"labels": IGNORED, "segments": -1}.get(name, 0)
+        more = self.recipe.data.sequence_length - rows.shape[1]
+        return F.pad(rows, (0, 0) * (rows.dim() - 2) + (0, more), value=fill)

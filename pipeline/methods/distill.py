@@ -27,7 +27,9 @@ class Distill(Method):
 
     def prepare(self, start: Start) -> None:
         which = "base" if start.stage == 1 else self.settings.teacher
-        self._teacher = start.engine.frozen(start.teacher(which).load())
+        teacher = start.teacher(which)
+        teacher.send()
+        self._teacher = start.engine.frozen(teacher.load())
 
     def weigh(self, losses: Tensor, logits: Tensor, targets: Tensor, inputs: dict) -> Tensor:
         t = self.settings.temperature
@@ -39,4 +41,5 @@ class Distill(Method):
         return losses + self.settings.weight * t * t * divergence
 
     def finish(self, engine: Any, stage: int) -> None:
+        engine.release(self._teacher)
         self._teacher = None

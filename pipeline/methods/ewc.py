@@ -7,7 +7,6 @@ which is the gradient of the penalty. All of it is done on the pieces that the e
 """
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ from safetensors.torch import save_file
 
 from pipeline.methods.method import Method, Start
 from pipeline.methods.weights import copies, masters
-from pipeline.ranks import meet, on_rank0, rank, summed
+from pipeline.nodes import exchange_files
+from pipeline.ranks import meet, rank, summed, world_size
 from pipeline.recipe import Recipe
 from pipeline.shard import Shard, overlap
 
@@ -45,7 +45,9 @@ class Ewc(Method):
         self._sums, self._fisher = _zeros(self._old), _zeros(self._old)
         self._folder, self._stages, self._steps = start.kept / "ewc", start.stage - 1, 0
         if self._stages:
-            _read(self._folder / f"stage-{self._stages:02d}", self._fisher)
+            kept = self._folder / f"stage-{self._stages:02d}"
+            exchange_files(kept, "rank-*.safetensors")
+            _read(kept, self._fisher)
 
     @torch.no_grad()
     def edit(self, shards: Any, step: int, lr: float) -> None:
@@ -70,7 +72,10 @@ class Ewc(Method):
             fisher = self._fisher[name].tensor
             fisher.mul_(self._stages).add_(new).div_(self._stages + 1)
         folder = self._folder / f"stage-{stage:02d}"
-        on_rank0(partial(folder.mkdir, parents=True, exist_ok=True))
+        folder.mkdir(parents=True, exist_ok=True)  # on each node
+        for path in folder.glob("rank-*.safetensors"):  # of an attempt with more ranks
+            if int(path.stem[5:]) >= world_size():
+                path.unlink(missing_ok=True)
         pieces = {f"{s.start}:{n}": s.tensor.contiguous() for n, s in self._fisher.items()}
         save_file(pieces, folder / f"rank-{rank():04d}.safetensors")
         meet()

@@ -22,10 +22,13 @@ class Teacher:
     `exact=True` on the CPU, in the precision of its file.
     identify: gives what says that two teachers are the same one (of a folder, what its files hold,
     which are read for it). All ranks call it together.
+    send: gives its files to nodes that do not have them, before their ranks load it. All ranks call
+    it together.
     """
 
     load: Callable[..., nn.Module]
     identify: Callable[[], dict[str, Any]]
+    send: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def add_adapter(
 def add_beside(net: Any, adapter: str | Path, lora: Lora, task_type: str | None, seed: int) -> None:
     """Load what the stages before have published, frozen, and add a new adapter to be trained
     beside it: the layer's output is the sum of both (IncLoRA)."""
-    load_adapter(net, adapter, EARLIER)
+    load_adapter(net, adapter, EARLIER, torch.float32)
     train_beside(net, lora, task_type, seed)
 
 

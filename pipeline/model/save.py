@@ -76,6 +76,22 @@ def adapter_names(module: Any) -> list[str]:
     return prompt_names(module) or [*adapters, *composition_names(module)]
 
 
+def keep_earlier(module: Any) -> None:
+    """Keep what earlier stages have published of a model that trains an adapter or a prompt of its
+    own in each stage, as it is before an engine takes the model in half precision."""
+    module.earlier_exact = {
+        n: p.detach().to("cpu", copy=True)
+        for n, p in module.named_parameters()
+        if f".{EARLIER}." in n or n in ("composition.earlier", "soft_prompt.earlier")
+    }
+
+
+def as_kept(module: Any, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Weights of the engine's, but what `keep_earlier` has kept as it was."""
+    kept = getattr(module, "earlier_exact", {})
+    return ((n, kept[n].to(w.device) if n in kept else w) for n, w in weights)
+
+
 def has_adapter(module: Any) -> bool:
     """Or a prompt: what is published is not the whole model."""
     return getattr(module, "_hf_peft_config_loaded", False) or prompt_of(module) is not None

@@ -15,6 +15,7 @@ from pipeline.engine.fsdp import FsdpEngine
 from pipeline.engine.zero import ZeroEngine
 from pipeline.model.attention import Separation, separation_of
 from pipeline.model.load import build_model
+from pipeline.model.save import keep_earlier
 from pipeline.model.split_linear import set_weights
 from pipeline.nodes import send_folder
 from pipeline.ranks import on_rank0
@@ -50,6 +51,7 @@ def build_engine(
     # In half precision the engine converts weights itself, as it shards them.
     half = precision_of(engine_config) != "fp32"
     net = build_model(model, config, source, recipe.seed, keep_dtype=half)
+    keep_earlier(net)
     separation = on_rank0(partial(separation_of, net, recipe))
     exact: Iterable[tuple[str, Tensor]] = ()
     masters = Path(source or "").absolute().with_name(MASTERS)  # of this run, not of another's

@@ -20,6 +20,7 @@ from pipeline.model.gguf import local_weights
 from pipeline.model.load import check_model, check_pretrained, empty_model, load_config
 from pipeline.recipe import Lora, Model, Recipe
 from pipeline.run.memory import memory_lines, split_as_in_training
+from pipeline.run.problems import check_precision
 from pipeline.run.tokenizer import model_tokenizer
 
 
@@ -35,6 +36,7 @@ def describe_run(recipe: Recipe, engine_config: dict[str, Any], ranks: int) -> s
     check_model(config, recipe, vocabulary)
     check_quantized(m.lora, engine_config)
     check_compiled(recipe.train.compile, engine_config)
+    check_precision(recipe, precision_of(engine_config))
     if m.path is not None and Path(local_weights(m.path)).exists():  # nothing is fetched for it
         check_pretrained(m, config)
     model = empty_model(m, config)

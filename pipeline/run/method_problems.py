@@ -42,6 +42,17 @@ def anchor_problems(r: Recipe) -> list[str]:
             found.append(f"data.domains.{name}: the name means something else beside an anchor")
     if a.loss == "cross_entropy" and a.cache != Anchor.cache:
         found.append("anchor.cache: has no effect on the cross-entropy of the text; remove it")
+    live = a.cache == 0 and a.loss == "kl"
+    quantized = r.model.lora is not None and r.model.lora.quantize != "none"
+    if live and quantized and a.teacher == "previous":
+        found.append(
+            "anchor.cache: 0 needs a frozen copy of what the stage before published, which cannot "
+            "be quantized; leave it out, or set anchor.teacher=base"
+        )
+    if a.teacher == "previous" and (len(r.stages) == 1 or r.start_from == "base"):
+        found.append(
+            "anchor.teacher: has no effect where every stage starts from the base; remove it"
+        )
     if not a.mask_anchor:
         k = r.mask
         if not k.enabled:
@@ -183,8 +194,8 @@ def companion_problems(r: Recipe) -> list[str]:
             "or remove it",
         )
         need(
-            t.teacher == "previous" or len(r.stages) > 1,
-            "kd.teacher: has no effect in a run of one stage, whose start is the base; remove it",
+            t.teacher == "previous" or (len(r.stages) > 1 and r.start_from != "base"),
+            "kd.teacher: has no effect where every stage starts from the base; remove it",
         )
     return found
 

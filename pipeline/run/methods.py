@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.checkpoint import is_published, read_manifest, sha256
 from pipeline.data.heldout import training_sequences
 from pipeline.data.prepare import prepared_root
+from pipeline.engine.config import has_bf16
 from pipeline.methods.anchor import Anchor
 from pipeline.methods.averages import Ema, StartAverage
 from pipeline.methods.das import Das
@@ -34,6 +35,7 @@ from pipeline.methods.pseudo_replay import PseudoReplay
 from pipeline.methods.source_columns import SourceColumns
 from pipeline.model.attention import Separation
 from pipeline.model.load import load_for_evaluation
+from pipeline.nodes import send_folder
 from pipeline.ranks import on_rank0
 from pipeline.recipe import Recipe
 from pipeline.run.data import RunData
@@ -119,7 +121,7 @@ def stage_start(
 def teacher_at(recipe: Recipe, checkpoint: str) -> Teacher:
     """A published folder, or the pretrained model where it is, as a frozen model."""
     m, cuda = recipe.model, torch.cuda.is_available()
-    dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
+    dtype = torch.bfloat16 if has_bf16() else torch.float32
     revision = m.revision if checkpoint == m.path else None
 
     def load(exact: bool = False) -> nn.Module:
@@ -136,7 +138,7 @@ def teacher_at(recipe: Recipe, checkpoint: str) -> Teacher:
         changed = {"overrides": m.overrides} if m.overrides else {}
         return {**identity, "quantize": quantize, "dtype": str(dtype), **changed}
 
-    return Teacher(load, identify)
+    return Teacher(load, identify, lambda: send_folder(Path(checkpoint)))
 
 
 def _identity(checkpoint: str, revision: str | None) -> dict[str, Any]:

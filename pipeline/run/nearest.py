@@ -41,7 +41,9 @@ def nearest_start(begun: Start, stage: int, checkpoints: list[str]) -> int:
 def mean_loss(begun: Start, stage: int, checkpoint: str) -> float:
     """Nats a predicted token of the stage's training text; the ranks share it."""
     recipe = begun.recipe
-    net = teacher_at(recipe, checkpoint).load()
+    teacher = teacher_at(recipe, checkpoint)
+    teacher.send()
+    net = teacher.load()
     separation, device = separation_of(net, recipe), next(net.parameters()).device
     total = count = 0.0
     for _, batch in domain_batches(

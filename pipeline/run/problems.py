@@ -2,10 +2,11 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.data.reader import check_domain
-from pipeline.errors import near
+from pipeline.errors import UserError, near
 from pipeline.hub_name import missing_folder
 from pipeline.recipe import (
     EIGHT_BIT_DRIFT,
@@ -32,6 +33,15 @@ from pipeline.run.speed_problems import speed_problems
 from pipeline.run.unused_keys import unused_keys
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a domain or a benchmark: it names files
+
+
+def check_precision(recipe: Recipe, precision: str) -> None:
+    """Raises UserError for what does not go with fp16, where DeepSpeed's JSON has asked for it."""
+    if precision != "fp16" or recipe.train.precision == "fp16":
+        return
+    told = replace(recipe, train=replace(recipe.train, precision="fp16"))
+    if found := recipe_problems(told):
+        raise UserError("\n  ".join(["DeepSpeed's configuration has fp16 enabled:", *found]))
 
 
 def recipe_problems(r: Recipe) -> list[str]:

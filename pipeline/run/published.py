@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.checkpoint import is_published, publish, verify
 from pipeline.errors import UserError
 from pipeline.methods.method import Method
-from pipeline.model.save import adapter_names, has_adapter, save_model, save_tensors
+from pipeline.model.save import adapter_names, as_kept, has_adapter, save_model, save_tensors
 from pipeline.model.split_linear import is_split, merge_weights
 from pipeline.progress import now
 from pipeline.ranks import on_rank0, rank
@@ -42,6 +42,7 @@ def publish_model(
 
     adapter = adapter_names(engine.module) if has_adapter(engine.module) else None
     weights = merge_weights(engine.module, engine.full_weights(names=adapter))
+    weights = as_kept(engine.module, weights)
     _publish(target, write, weights, {**info, "published": now()})
 
 

@@ -15,7 +15,7 @@ from pipeline import signals
 from pipeline.checkpoint import is_published, read_manifest, verify
 from pipeline.data.heldout import check_answers, prepare_heldout
 from pipeline.data.tokenizer import vocabulary_size
-from pipeline.engine.config import check_compiled, check_quantized
+from pipeline.engine.config import check_compiled, check_quantized, precision_of
 from pipeline.errors import TrainingStopped, UserError
 from pipeline.model.attention import Separation
 from pipeline.model.load import check_model, check_pretrained, load_config
@@ -27,6 +27,7 @@ from pipeline.run.data import open_data
 from pipeline.run.evaluation import Evaluation, one_measures, take_base, take_measured
 from pipeline.run.folder import describe_model, open_run, stage_folder
 from pipeline.run.methods import methods_of, run_start
+from pipeline.run.problems import check_precision
 from pipeline.run.published import remove
 from pipeline.run.replicas import check_replicas
 from pipeline.run.row_groups import row_groups
@@ -160,6 +161,7 @@ def _prepare(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Run
     check_model(config, recipe, vocabulary_size(tokenizer))
     check_quantized(recipe.model.lora, engine_config)
     check_compiled(recipe.train.compile, engine_config)
+    check_precision(recipe, precision_of(engine_config))
     check_replicas(recipe, engine_config, world_size())
     check_answers(recipe, tokenizer)
     on_rank0(partial(describe_model, folder, recipe, config))
