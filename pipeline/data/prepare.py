@@ -7,6 +7,7 @@ and several nodes share the work where they share the folder; where they do not,
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -232,7 +233,14 @@ def _overlap(recipe: Recipe, domain: Domain) -> tuple[Overlap | None, list[Any]]
 def _task_files(recipe: Recipe, task: str) -> list[Path]:
     benchmark = recipe.evaluate.benchmarks.get(task)
     if benchmark is not None and benchmark.files:
-        return [Path(f) for f in benchmark.files]
+        found = [glob.glob(str(Path(f).expanduser()), recursive=True) for f in benchmark.files]
+        for pattern, paths in zip(benchmark.files, found, strict=True):
+            if not paths:
+                raise UserError(
+                    f"decontaminate: no file matches evaluate.benchmarks.{task}.files: {pattern} "
+                    f"(from {Path.cwd()})"
+                )
+        return [Path(p) for paths in found for p in sorted(paths)]
     folder = Path(recipe.evaluate.benchmark_files or ".") / task
     files = sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")])
     if not recipe.evaluate.benchmark_files or not files:

@@ -77,10 +77,13 @@ def example_of(
     Raises:
         UserError: a label that is none of the task's.
     """
+    left_out = {str(one) for one in task.leave_out}
+    if str(label) in left_out:
+        return None
     if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(options):
         label = options[label]
-    if label in task.leave_out:
-        return None
+        if label in left_out:
+            return None
     if label not in options:
         raise UserError(
             f"{file}: row {line} has the label {label!r}, which is none of the task's: "
@@ -181,6 +184,11 @@ def task_problems(name: str, domain: Domain) -> list[str]:
         domain.heldout_files or domain.heldout_split or domain.embedded,
         ".heldout_files",
         "a task needs rows to test on; give `heldout_files`, or `heldout_split` of a data set",
+    )
+    need(
+        domain.max_documents is None,
+        ".max_documents",
+        "has no effect on a task; give `train_rows` and `test_rows`",
     )
     need(
         not domain.deduplicate and not domain.decontaminate,

@@ -172,11 +172,15 @@ def _what_measures(run: Path) -> dict[str, Any] | None:
         if environment["dirty"]:
             return None
         mask = {k: recipe["mask"][k] for k in MASK}
+        # Of tasks that are asked when they have been seen, the base is asked the others.
+        seen = (recipe["evaluate"].get("answers") or {}).get("asked") == "seen"
+        stages = [s["domain"] for s in recipe["stages"]] if seen else []
+        trained = sorted({n for d in stages for n in ([d] if isinstance(d, str) else d)})
         return {
             **{k: recipe[k] for k in RECIPE},
             **{k: environment[k] for k in ENVIRONMENT},
-            **{"mask": mask, "base": base, "heldout": heldout, "weights": weights},
-            "engine_files": engine,
+            **{"mask": mask, "trained": trained, "base": base, "heldout": heldout},
+            **{"weights": weights, "engine_files": engine},
         }
     except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

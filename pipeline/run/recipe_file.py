@@ -123,7 +123,7 @@ def _switch_off(data: dict[Any, Any], given: set[str]) -> None:
             evaluate.pop("precision", None)
     if "evaluate.benchmarks" in given and isinstance(evaluate, dict):
         for key in ("benchmark_files", "unreachable"):
-            if not evaluate["benchmarks"] and f"evaluate.{key}" not in given:
+            if not evaluate.get("benchmarks") and f"evaluate.{key}" not in given:
                 evaluate.pop(key, None)
 
 

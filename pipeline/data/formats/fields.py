@@ -17,7 +17,7 @@ class Fields:
     """Which fields of a row make a document, and what it is then."""
 
     needed: list[str]
-    optional: list[str]
+    optional: list[str]  # of a row; of a file no row has, the name is wrong
     instruction: bool
     chat: bool = False
     render: Render | None = None  # of a task: (text, label, file, row) to an example
@@ -69,10 +69,10 @@ class Fields:
         return Example(values[0], more[0] if more else "", values[1])
 
     def missing(self, where: str, seen: Iterable[str]) -> UserError:
-        """The error of a file of which no row has the needed fields."""
+        """The error of a file of which no row has one of the fields."""
         seen = set(seen)
         names = ", ".join(sorted(map(repr, seen))) or "none"
-        missing = " and ".join(repr(n) for n in self.needed if n not in seen)
+        missing = " and ".join(repr(n) for n in self.needed + self.optional if n not in seen)
         fix = (
             "Set `text` and `label` of the domain's `task`."
             if self.render

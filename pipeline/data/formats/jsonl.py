@@ -20,6 +20,8 @@ def read_jsonl(path: str, layout: Layout, fields: Fields, bad: BadLines) -> Iter
     """The documents of a file; raises UserError where no row has the fields."""
     found = False
     seen: set[str] = set()
+    names: set[str] = set()
+    absent = set(fields.optional)  # from all rows so far
     for number, row in (_elements if layout.array else _objects)(path, layout, bad):
         if not isinstance(row, dict):
             bad.add(path, number, f"not a JSON object but {type(row).__name__}")
@@ -32,11 +34,16 @@ def read_jsonl(path: str, layout: Layout, fields: Fields, bad: BadLines) -> Iter
             bad.add(path, number, f"no field {missing[0]!r}")
             continue
         found = True
+        if absent:
+            absent -= row.keys()
+            names |= row.keys()
         document = fields.take(row, path, number, bad)
         if document is not None:
             yield document
     if seen and not found:
         raise fields.missing(path, seen)
+    if found and absent:
+        raise fields.missing(path, names)
 
 
 def _objects(path: str, layout: Layout, bad: BadLines) -> Iterator[tuple[int, Any]]:
