@@ -12,8 +12,13 @@ import numpy as np
 import pytest
 import yaml
 
+from eval.analysis.accuracy import accuracy_matrix
+from eval.analysis.falls import falls
 from eval.analysis.load import load_run
+from eval.analysis.matrix import METRICS, acc, learning_curve
+from eval.analysis.score import score
 from eval.analysis.settings import Difference, Pair, Reading, Setting, measure
+from eval.report.card import model_card
 from eval.report.compare import compare, terminal_summary, write_comparison
 from eval.report.page import write_report
 from eval.report.verdict import headline
@@ -550,3 +555,38 @@ def test_a_trained_domain_whose_loss_was_not_asked_for_is_no_damage(tmp_path, as
     assert any("were not asked for (evaluate.domains)" in w for w in run.warnings)
     assert write_report(runs[0]).is_file()
     assert write_comparison(runs, tmp_path / "out").is_file()
+
+
+@pytest.mark.parametrize(
+    ("settings", "own"),
+    [({"start_from": "base"}, True), ({"start_from": "base", "epi": {}}, False), ({}, False)],
+)
+def test_stages_that_are_models_of_their_own_forget_nothing(tmp_path, settings, own):
+    folder = fake_run(tmp_path / "run", trained=("mood", "place"))
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **settings}))
+    for stage, scores in {"01_mood": (0.9, 0.1), "02_place": (0.1, 0.7)}.items():
+        tasks = dict(zip(("mood", "place"), ({"value": v} for v in scores), strict=True))
+        (folder / "stages" / stage / "tasks.json").write_text(json.dumps({"tasks": tasks}))
+    run = load_run(folder)
+    alone = "start_from" in settings
+    assert (
+        acc(run.matrix)
+        == pytest.approx(np.mean([run.matrix.values[1][1], run.matrix.values[2][2]]))
+    ) == alone
+    for metric in ("bwt", "forgetting", "fwt", "base_retention"):
+        assert (METRICS[metric](run.matrix) is None) == alone
+    assert (learning_curve(run.matrix) == []) == alone
+    assert not (alone and falls(run))
+    answered = accuracy_matrix(run)
+    assert acc(answered) == pytest.approx(0.8 if own else 0.4)
+    assert score(run) == acc(answered)
+    assert (METRICS["bwt"](answered) is None) == own
+    text = write_report(folder).read_text()
+    assert ("what the model could forget" in text) != alone
+    assert ("Each stage has a model of its own" in text) == alone
+    card = model_card(run, 2, "mit", [], False)
+    assert ("as one of several models of their own" in card) == own
+    assert ("Trained continually" in card) != own
+    other = fake_run(tmp_path / "other", trained=("mood", "place"), enabled=False)
+    assert write_comparison([folder, other], tmp_path / "out").is_file()

@@ -7,7 +7,7 @@ seeds would have given.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -53,7 +53,9 @@ def accuracy_matrix(run: Run) -> Matrix | None:
     order = sorted(tasks, key=lambda name: trained.get(name, 0))
     columns = [tasks.index(name) for name in order]
     values = [[row[i] for i in columns] for row in values]
-    return Matrix(stages, order, trained, values, lower_is_better=False)
+    # With `epi` the model of each stage answers with the adapters of all stages before it.
+    alone = run.matrix.alone and not run.recipe.get("epi")
+    return Matrix(stages, order, trained, values, lower_is_better=False, alone=alone)
 
 
 def estimates(matrices: Sequence[Matrix]) -> dict[str, Estimate]:
@@ -93,4 +95,4 @@ def _alone(matrix: Matrix, task: str) -> Matrix:
     column = matrix.domains.index(task)
     trained = {task: matrix.trained[task]} if task in matrix.trained else {}
     values = [[row[column]] for row in matrix.values]
-    return Matrix(matrix.stages, [task], trained, values, matrix.lower_is_better)
+    return replace(matrix, domains=[task], trained=trained, values=values)

@@ -5,7 +5,7 @@ ended there: its losses take the place of the stage's row, and what comes later 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import hypot
 
 from eval.analysis.load import Run
@@ -49,6 +49,8 @@ def _curve_errors(matrix: Matrix, stage: int, stderr: list[Row]) -> Place | None
 
 
 def _read_since(matrix: Matrix, stage: int) -> Place | None:
+    if matrix.alone:  # the last model knows its own domains only
+        return None
     gains = complete([matrix.gain(domain, 0, stage) for domain in matrix.trained])
     kept = complete([matrix.gain(domain, 0, stage) for domain in matrix.base])
     return (sum(gains) / len(gains), -sum(kept) / len(kept)) if gains and kept else None
@@ -113,4 +115,4 @@ def independent_errors(
 def _at(matrix: Matrix, stage: int, row: Row) -> Matrix:
     later: list[Row] = [[None] * len(matrix.domains)] * (matrix.last - stage)
     values = [*matrix.values[:stage], row, *later]
-    return Matrix(matrix.stages, matrix.domains, matrix.trained, values, matrix.lower_is_better)
+    return replace(matrix, values=values)

@@ -100,9 +100,10 @@ def read_end_tasks(run: Run) -> tuple[EndTaskMatrix | None, list[str]]:
     trained = run.trained
     own = {n: trained[t["domain"]] for n, t in about.items() if t.get("domain") in trained}
     metrics = {n: str(t.get("metric") or "") for n, t in about.items()}
-    recipe = run.recipe
-    alone = recipe.get("start_from", "previous") != "previous" or bool(recipe.get("hat_adapter"))
-    return EndTaskMatrix(run.matrix.last, list(about), own, metrics, stages, alone), warnings
+    return (
+        EndTaskMatrix(run.matrix.last, list(about), own, metrics, stages, run.matrix.alone),
+        warnings,
+    )
 
 
 def _asked_for(recipe: dict) -> dict[str, dict]:

@@ -49,7 +49,8 @@ def falls(run: Run) -> list[Fall]:
     found = []
     for stage, now in ends.items():
         for what in measures(now):
-            before = [t for t in ends if t < stage and what in measures(ends[t])]
+            since = 1 if run.matrix.alone else stage  # another stage is another model
+            before = [t for t in ends if t < since and t < stage and what in measures(ends[t])]
             seen = [_score_fall(what, ends[t], now) for t in _against(before)]
             found += _worst(seen)
         for domain in run.matrix.old(stage):

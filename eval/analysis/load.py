@@ -218,7 +218,13 @@ def _matrix(
     def rows(key: str) -> list[list[float | None]]:
         return [[evals.get(t, {}).get(d, {}).get(key) for d in domains] for t in range(len(names))]
 
-    return Matrix(names, domains, trained, rows("loss")), rows("stderr")
+    alone = separate_models(recipe)
+    return Matrix(names, domains, trained, rows("loss"), alone=alone), rows("stderr")
+
+
+def separate_models(recipe: dict) -> bool:
+    """Whether each stage of a recipe has a model of its own."""
+    return recipe.get("start_from", "previous") != "previous" or bool(recipe.get("hat_adapter"))
 
 
 def _overlaps(folder: Path, evals: dict[int, dict], findings: Findings) -> dict[int, dict]:

@@ -12,7 +12,7 @@ was known is positive in `forgetting` and `forgotten`.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 DEFINITIONS = {
@@ -45,6 +45,8 @@ class Matrix:
 
     `stages` names the rows, row 0 being the model before training. `trained` maps a domain to the
     stage (1..T) at which it is first trained; base domains, which no stage trains on, are absent.
+    `alone`: the stages are models of their own, each from the base or another stage; a trained
+    domain is then what its own stage made of it, and no stage forgets what another one knew.
     """
 
     stages: list[str]
@@ -52,6 +54,7 @@ class Matrix:
     trained: dict[str, int]
     values: list[list[float | None]]
     lower_is_better: bool = True
+    alone: bool = False
 
     @property
     def last(self) -> int:
@@ -80,6 +83,8 @@ class Matrix:
 
     def old(self, stage: int) -> list[str]:
         """The domains that can be forgotten at a stage: base, or trained at an earlier stage."""
+        if self.alone:
+            return []
         return [d for d in self.domains if self.trained.get(d, 0) < stage]
 
     def best_row(self, domain: str, stage: int) -> int | None:
@@ -94,13 +99,7 @@ class Matrix:
 
     def until(self, stage: int) -> "Matrix":
         """The matrix as it was after `stage`; domains trained later are then no base domains."""
-        return Matrix(
-            self.stages[: stage + 1],
-            self.domains,
-            self.trained,
-            self.values[: stage + 1],
-            self.lower_is_better,
-        )
+        return replace(self, stages=self.stages[: stage + 1], values=self.values[: stage + 1])
 
 
 def complete(values: Sequence[float | None]) -> list[float] | None:
@@ -128,30 +127,38 @@ def _lost(matrix: Matrix, domain: str, stage: int) -> float | None:
 
 def acc(matrix: Matrix) -> float | None:
     """Mean of the trained domains in the last row, in the unit of the values (A_T)."""
-    return _mean([matrix.value(matrix.last, d) for d in _trained_by(matrix, matrix.last)])
+    known = _trained_by(matrix, matrix.last)
+    rows = {d: matrix.trained[d] if matrix.alone else matrix.last for d in known}
+    return _mean([matrix.value(rows[d], d) for d in known])
 
 
 def bwt(matrix: Matrix) -> float | None:
     """Backward transfer, positive when old domains improved; None for a single stage."""
+    if matrix.alone:
+        return None
     old = _trained_by(matrix, matrix.last - 1)
     return _mean([matrix.gain(d, matrix.trained[d], matrix.last) for d in old])
 
 
 def forgetting(matrix: Matrix) -> float | None:
     """Forgetting of the trained domains, positive when bad; None for a single stage."""
+    if matrix.alone:
+        return None
     old = _trained_by(matrix, matrix.last - 1)
     return _mean([_lost(matrix, d, matrix.last) for d in old])
 
 
 def fwt(matrix: Matrix) -> float | None:
     """Forward transfer, positive when earlier stages helped; None for a single stage."""
+    if matrix.alone:
+        return None
     later = [d for d in _trained_by(matrix, matrix.last) if matrix.trained[d] > 1]
     return _mean([matrix.gain(d, 0, matrix.trained[d] - 1) for d in later])
 
 
 def base_retention(matrix: Matrix) -> float | None:
     """Change of the base domains since row 0, negative when bad; None without base domains."""
-    if matrix.last == 0:
+    if matrix.last == 0 or matrix.alone:
         return None
     return _mean([matrix.gain(d, 0, matrix.last) for d in matrix.base])
 

@@ -9,7 +9,7 @@ the interpolation and the best-so-far of the definitions need no approximation.
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -25,7 +25,7 @@ from eval.analysis.curves import (
     rows_of,
 )
 from eval.analysis.load import Run
-from eval.analysis.matrix import Curve, Matrix
+from eval.analysis.matrix import Curve
 from eval.analysis.points import NOISE, Row
 from eval.analysis.settings import Difference, Name, Pair, Setting, measure
 
@@ -60,7 +60,7 @@ def resample(run: Run, definition: Definition = LEARNING_CURVE) -> list[list[Pla
     found = []
     for rows in drawn.tolist():
         at_ends = [rows[ends[t]] if t in ends else unknown for t in range(matrix.last + 1)]
-        again = Matrix(matrix.stages, matrix.domains, matrix.trained, at_ends)
+        again = replace(matrix, values=at_ends)
         found.append(places(again, list(zip(stages, rows, strict=True)), definition))
     return found
 

@@ -48,6 +48,7 @@ def model_card(run: Run, stage: int, license_: str, language: list[str], merged:
         title=_one_line(run.name),
         summary=_one_line(summary(run)) if stage == run.evaluated else "",
         stage=stage,
+        alone=matrix.alone and not run.recipe.get("epi") and not run.recipe.get("hat_adapter"),
         stages=list(map(_one_line, matrix.stages)),
         domains=list(map(_one_line, matrix.domains)),
         losses=[

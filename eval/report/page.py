@@ -212,6 +212,11 @@ def summary(run: Run) -> str:
             "The loss on what the model could forget in the latest stage is now on average "
             f"{abs(mean):.3f} nats {before} ({each})."
         )
+    if matrix.alone and stage:
+        words.append(
+            "Each stage has a model of its own, so that none forgets what another one has learned: "
+            "of a domain counts the row of its own stage."
+        )
     return " ".join([*words, *tuning.sentences(run)])
 
 
