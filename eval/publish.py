@@ -133,10 +133,11 @@ def _merge(recipe: dict[str, Any], adapter: Path, target: Path) -> None:
     from peft import PeftModel
 
     from pipeline.model.composed_lora import is_composed
-    from pipeline.model.load import AUTO, load_pretrained
+    from pipeline.model.load import AUTO, load_config, load_pretrained
     from pipeline.model.lora import base_of
     from pipeline.model.moe_lora import is_moe_lora
     from pipeline.model.prompt import is_prompt
+    from pipeline.recipe import Model
 
     for is_kind, kind in (
         (is_prompt, "a prompt"),
@@ -148,8 +149,13 @@ def _merge(recipe: dict[str, Any], adapter: Path, target: Path) -> None:
                 f"{adapter}: {kind} cannot be merged into the model; publish it as it is"
             )
     base, revision = base_of(adapter)
-    objective = (recipe.get("model") or {}).get("objective") or "masked"
-    net: Any = load_pretrained(AUTO[objective], base, dtype=torch.float32, revision=revision)
+    model = recipe.get("model") or {}
+    options: dict[str, Any] = {"revision": revision}
+    if overrides := model.get("overrides"):  # which the base's own files do not have
+        trained = Model(path=base, revision=revision, overrides=overrides)
+        options["config"] = load_config(trained)
+    auto = AUTO[model.get("objective") or "masked"]
+    net: Any = load_pretrained(auto, base, dtype=torch.float32, **options)
     merged: Any = PeftModel.from_pretrained(net, adapter).merge_and_unload()
     merged.save_pretrained(target)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",

@@ -38,6 +38,7 @@ class Task:
     revision: str | None
     heldout: Path | None
     trained: list[str] | None  # domains between the base and the checkpoint; None: not known
+    attention: str = "sdpa"  # that of the run; not every model has each
 
 
 @dataclass
@@ -83,11 +84,12 @@ def find(checkpoint: Path, toward: str | None, heldout: Path | None) -> Task:
             f"{checkpoint}: no such folder; give the folder of a checkpoint or of a run"
         )
     run = next((p for p in checkpoint.resolve().parents if (p / "recipe.yaml").is_file()), None)
-    trained, base, revision = None, toward, None
+    trained, base, revision, attention = None, toward, None, "sdpa"
     if run is not None:
         known = load_run(run)
+        model = known.recipe.get("model") or {}
+        attention = model.get("attention") or attention
         if base is None:
-            model = known.recipe.get("model") or {}
             own = run / "stages/00_base/checkpoint"
             base, revision = (
                 (str(own), None) if own.is_dir() else (model["path"], model["revision"])
@@ -108,7 +110,7 @@ def find(checkpoint: Path, toward: str | None, heldout: Path | None) -> Task:
     for folder in (checkpoint, Path(base)):
         if is_published(folder):
             verify(folder)
-    return Task(checkpoint, base, revision, heldout, trained)
+    return Task(checkpoint, base, revision, heldout, trained, attention)
 
 
 def _trained(run: Run, begun: int, ended: int) -> list[str] | None:
@@ -151,7 +153,7 @@ def measure_shares(
     """
     assert task.heldout is not None
     check_tokens(task.heldout, str(task.checkpoint), lambda: load_tokenizer(str(task.checkpoint)))
-    model, start = _loaded(task.checkpoint, task.heldout), _loaded(base, task.heldout)
+    model, start = _loaded(task, task.checkpoint), _loaded(task, base)
     before = dict(start.named_parameters())
     after = {name: p.detach().clone() for name, p in model.named_parameters()}
     wrong = [n for n, p in after.items() if n not in before or before[n].shape != p.shape]
@@ -171,7 +173,7 @@ def measure_shares(
 def measure_folder(task: Task, folder: Path, batch_size: int) -> Losses:
     """The losses of a checkpoint on the held-out text of the task."""
     assert task.heldout is not None
-    return losses_of(_loaded(folder, task.heldout), task.heldout, batch_size)
+    return losses_of(_loaded(task, folder), task.heldout, batch_size)
 
 
 def write(task: Task, base: Path, edit: Edit, what: str, out: Path) -> None:
@@ -232,10 +234,11 @@ def table(trades: list[Trade]) -> str:
     return "\n".join([*(row.rstrip() for row in rows), MEANING])
 
 
-def _loaded(folder: Path, heldout: Path) -> Any:
-    objective = load_heldout(heldout)[0]["objective"]
+def _loaded(task: Task, folder: Path) -> Any:
+    assert task.heldout is not None
+    objective = load_heldout(task.heldout)[0]["objective"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_for_evaluation(folder, objective, "sdpa", device=device)
+    return load_for_evaluation(folder, objective, task.attention, device=device)
 
 
 def _mean(values: list[float]) -> float | None:

@@ -22,10 +22,14 @@ from pipeline.run.cli import run_command
 def main() -> None:
     args = _parser().parse_args()
 
+    from functools import partial
+
     from eval.analysis.magnitudes import Layer, choose
     from eval.measure.checkpoint import objective_of
+    from eval.measure.lm import check_tokens
     from eval.measure.magnitudes import magnitudes_of
     from eval.report.magnitude_page import write_magnitudes
+    from pipeline.data.tokenizer import load_tokenizer
     from pipeline.errors import UserError
     from pipeline.model.load import load_for_evaluation
 
@@ -39,19 +43,35 @@ def main() -> None:
     if args.samples < 1:
         raise UserError(f"--samples {args.samples}: must be at least 1")
     shown = {}
-    for checkpoint in args.checkpoint:
+    for checkpoint, name in zip(args.checkpoint, _names(args.checkpoint), strict=True):
+        check_tokens(args.heldout, checkpoint, partial(load_tokenizer, checkpoint))
         model = load_for_evaluation(checkpoint, objective_of(args.heldout), args.attention)
         measured = magnitudes_of(model, args.heldout, args.domains, args.samples)
         layers = [Layer(*found) for found in measured]
-        shown[_name(checkpoint)] = layers, choose(layers, args.layer)
+        shown[name] = layers, choose(layers, args.layer)
     page = write_magnitudes(shown, args.threshold, args.samples, args.output)
     print(f"page: {page}")
 
 
-def _name(checkpoint: str) -> str:
-    """The stage's folder, of a checkpoint in a run."""
-    path = Path(checkpoint)
-    return path.parent.name if path.name == "checkpoint" else checkpoint
+def _names(checkpoints: list[str]) -> list[str]:
+    """The stage's folder, of a checkpoint in a run; with the run's, where that does not tell them
+    apart, or what was given."""
+    from pipeline.errors import UserError
+
+    for first in (-2, -4):
+        names = [_name(Path(c), first) for c in checkpoints]
+        if len(set(names)) == len(names):
+            return names
+    if len(set(checkpoints)) < len(checkpoints):
+        raise UserError("--checkpoint: one is given twice")
+    return checkpoints
+
+
+def _name(path: Path, first: int) -> str:
+    parts = path.absolute().parts
+    if path.name != "checkpoint":
+        return str(path)
+    return parts[-2] if first == -2 else f"{parts[-4]}/{parts[-2]}"
 
 
 def _parser() -> argparse.ArgumentParser:

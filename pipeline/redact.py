@@ -11,6 +11,8 @@ _NAMES = re.compile(
     r"(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|PRIVATE_KEY|CREDENTIALS?|WEBHOOK(_URL)?)$",
     re.IGNORECASE,
 )
+# Of variables of the environment also others that end so; in a recipe a key of a mapping might.
+_VARIABLES = re.compile(rf"{_NAMES.pattern}|(^|_)(KEY|PASS|PASSPHRASE)$", re.IGNORECASE)
 # In an address the password, or what a query carries; the forms of common tokens; and what is
 # called a secret where it is set.
 _PATTERNS = (
@@ -85,5 +87,5 @@ def _redacted(value: Any, secrets: list[str]) -> Any:
 
 def _secrets() -> list[str]:
     """The longest first: one may be a part of another."""
-    values = {v for k, v in os.environ.items() if _NAMES.search(k) and len(v) >= SHORTEST}
+    values = {v for k, v in os.environ.items() if _VARIABLES.search(k) and len(v) >= SHORTEST}
     return sorted(values, key=len, reverse=True)

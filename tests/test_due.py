@@ -37,6 +37,21 @@ def root(tmp_path, monkeypatch):
     return working_directory(tmp_path, monkeypatch)
 
 
+def test_a_run_that_still_measures_is_not_told_as_finished(root, monkeypatch):
+    """Its losses are there first; benchmarks and end tasks may take hours more."""
+    from filelock import FileLock
+
+    monkeypatch.setattr(eval.due.due, "write_report", write_report)
+    run = published_run(root)
+    due(root)
+    with FileLock(run / ".lock"):
+        due(root, notify=NOTIFY)
+        assert index(root)["run"]["state"] == "finished"
+        assert told() == []
+    due(root, notify=NOTIFY)
+    assert [event["kind"] for event in told()] == ["finished"]
+
+
 def test_what_is_due_is_done_once(root, monkeypatch):
     monkeypatch.setattr(eval.due.due, "write_report", write_report)
     run = published_run(root)

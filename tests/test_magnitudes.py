@@ -39,6 +39,19 @@ def test_they_overlap_as_the_evaluation_says_and_are_drawn(prepared):  # noqa: F
     assert "<svg" in page.read_text()
 
 
+def test_checkpoints_have_names_that_tell_them_apart():
+    import importlib
+
+    names = importlib.import_module("launch.inspect")._names
+    first, second = (f"runs/{r}/stages/01_math/checkpoint" for r in ("ft", "migu"))
+    assert names([first, "hub/model"]) == ["01_math", "hub/model"]
+    assert names([first, second]) == ["ft/01_math", "migu/01_math"]
+    far = "other/ft/stages/01_math/checkpoint"
+    assert names([first, far]) == [first, far]
+    with pytest.raises(UserError, match="given twice"):
+        names([first, first])
+
+
 def test_the_overlap_by_hand():
     values = {"x": np.array([4.0, 3, 2, 1, 0]), "y": np.array([4.0, 0, 3, 1, 2])}
     layer = Layer("l", "q", values)

@@ -1,6 +1,8 @@
 """Publishing: what is shared is whole, says what was measured, and tells nobody's business."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import eval.publish
+from eval.analysis.load import load_run
 from eval.publish import upload, write_folder
+from eval.report.card import model_card
 from pipeline.checkpoint import publish, verify
 from pipeline.errors import UserError
 from tests.fake_runs import fake_run, fake_tuning
@@ -105,6 +109,26 @@ def test_the_card_of_tasks_has_their_accuracies(tmp_path):
     assert "| base | 10.0 | 20.0 |" in card.text
 
 
+@pytest.mark.parametrize(
+    ("settings", "method", "tagged"),
+    [
+        ({}, "migu T=0.7: 70% of the gradient's rows masked by the magnitude of the outputs", True),
+        ({"mask": {"enabled": True, "threshold": 0.7, "criterion": "random"}}, "random", False),
+        ({"mask": {"enabled": False}, "hft": {}}, "hft", False),
+        ({"mask": {"enabled": False}}, "of that sequence (replay 0.05).", False),
+    ],
+)
+def test_the_card_names_the_method(tmp_path, settings, method, tagged):
+    run = fake_run(tmp_path / "run")
+    recipe = {**yaml.safe_load((run / "recipe.yaml").read_text()), **settings}
+    recipe["stages"][1]["replay"] = {"prose": 0.05}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    text = model_card(load_run(run), 3, "mit", [], False)
+    assert method in text
+    assert ("- migu\n" in text) == tagged
+    assert re.search(r"\| prose \| .* \| 2 \(replayed\) \|", text)
+
+
 def test_masked_models_and_unfinished_runs_have_a_card(tmp_path):
     run = fake_run(tmp_path / "run", evaluated=1, enabled=False)
     publish(run / "stages" / "01_math" / "checkpoint", weights("x"), {})
@@ -190,6 +214,11 @@ def test_an_adapter_is_merged_into_its_base(tmp_path):
         assert torch.allclose(merged(input_ids=tokens).logits, wanted, atol=1e-5)
     card = ModelCard.load(run / "publish" / "stage_01" / "README.md")
     assert card.data.library_name == "transformers"
+    recipe["model"]["overrides"] = {"rms_norm_eps": 0.1}  # as it was trained and measured
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    shutil.rmtree(run / "publish")
+    merged = AutoModelForCausalLM.from_pretrained(share(run, merge=True))
+    assert merged.config.rms_norm_eps == 0.1
 
 
 def test_command_line(tuned):

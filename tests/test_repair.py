@@ -2,13 +2,14 @@
 
 import json
 import math
+import shutil
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from eval.repair import find
+from eval.repair import _loaded, find
 from launch.repair import main
 from pipeline.checkpoint import publish, read_manifest, verify
 from pipeline.data.heldout import prepare_heldout
@@ -233,3 +234,13 @@ def test_mistakes_are_one_message(run, tmp_path, monkeypatch, arguments, message
         command(monkeypatch, *filled)
     assert message.format(**places) in str(caught.value)
     assert not places["new"].exists()
+
+
+def test_a_model_is_measured_with_the_attention_of_its_run(run, tmp_path):
+    assert find(run, None, None).attention == "sdpa"
+    copied = shutil.copytree(run, tmp_path / "run")
+    recipe = (copied / "recipe.yaml").read_text().replace("attention: sdpa", "attention: eager")
+    (copied / "recipe.yaml").write_text(recipe)
+    task = find(copied, None, None)
+    assert task.attention == "eager"
+    assert _loaded(task, task.checkpoint).config._attn_implementation == "eager"

@@ -20,6 +20,7 @@ from eval.analysis.score import score
 from eval.analysis.settings import Difference, Pair, Reading, Setting, measure
 from eval.report.card import model_card
 from eval.report.compare import compare, terminal_summary, write_comparison
+from eval.report.drawing import new_figure, svg_of
 from eval.report.page import write_report
 from eval.report.verdict import headline
 from launch.report import main
@@ -590,3 +591,9 @@ def test_stages_that_are_models_of_their_own_forget_nothing(tmp_path, settings, 
     assert ("Trained continually" in card) != own
     other = fake_run(tmp_path / "other", trained=("mood", "place"), enabled=False)
     assert write_comparison([folder, other], tmp_path / "out").is_file()
+
+
+def test_a_figures_title_is_text():
+    svg = svg_of(new_figure(2, 1), "f", 'x"><img src=q onerror=alert(1)>')
+    assert "<img" not in svg
+    assert 'aria-label="x&quot;&gt;&lt;img' in svg

@@ -325,7 +325,10 @@ def test_an_adapter_is_a_method_of_its_own():
     runs = [runs[0], runs[1], run({**lora, "incremental": True}, False)]
     runs.append(run(lora, False, stages=replay))
     assert methods_of(runs) == ["ft", "lora", "inclora", "lora, replay 0.02"]
-    assert methods_of(runs[-1:]) == ["lora"]
+    assert methods_of(runs[-1:]) == ["lora, replay 0.02"]
+    assert methods_of(runs[-1:] * 2) == ["lora", "lora"]
+    named = [{"domain": "a", "steps": 3}, {"domain": "b", "replay": {"general": 0.05}}]
+    assert methods_of([run(None, False), run(None, False, stages=named)]) == ["ft", "replay 0.05"]
     # So are the methods that have a key of their own, told apart by their settings.
     averaged = [run(None, False, ema={"decay": d}, anchor=None) for d in (0.9, 0.99)]
     both = run(None, True, ema={"decay": 0.9}, publish_average={"start": 0.3})

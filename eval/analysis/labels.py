@@ -66,7 +66,7 @@ def methods_of(runs: list[Run]) -> list[str]:
             telling.append(key)
     longest = max(len(run.recipe.get("stages") or []) for run in runs)
     replayed = [_replays(recipe) for recipe in recipes]
-    if len(set(replayed)) == 1:  # tells none apart
+    if len(runs) > 1 and len(set(replayed)) == 1:  # tells none apart
         replayed = [""] * len(recipes)
     methods = []
     for run, recipe, names, replay in zip(runs, recipes, used, replayed, strict=True):
@@ -208,7 +208,8 @@ def _is_free(key: str) -> bool:
 
 
 def _is_replay(key: str) -> bool:
-    return key.startswith("stages.") and key.endswith(".replay")
+    parts = key.split(".")  # stages.1.replay, or stages.1.replay.DOMAIN
+    return parts[0] == "stages" and "replay" in parts[2:3]
 
 
 def _how_evaluated(key: str) -> bool:

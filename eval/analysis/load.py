@@ -53,6 +53,12 @@ class Run:
         return all(any(v is not None for v in row) for row in self.matrix.values)
 
     @property
+    def untrained(self) -> list[str]:
+        """The domains of the matrix of which no stage trains on anything, not even replayed."""
+        replayed = {d for domains in replayed_by_name(self.recipe).values() for d in domains}
+        return [d for d in self.matrix.base if d not in replayed]
+
+    @property
     def progress(self) -> str:
         """How far the evaluations are, as the pages write it."""
         if self.evaluated < 0:
@@ -220,6 +226,12 @@ def _matrix(
 
     alone = separate_models(recipe)
     return Matrix(names, domains, trained, rows("loss"), alone=alone), rows("stderr")
+
+
+def replayed_by_name(recipe: dict) -> dict[int, list[str]]:
+    """stage -> the domains that it replays by their names, which it need not train on otherwise."""
+    given = enumerate(recipe.get("stages") or [], start=1)
+    return {t: list(s["replay"]) for t, s in given if isinstance(s.get("replay"), dict)}
 
 
 def separate_models(recipe: dict) -> bool:

@@ -81,7 +81,9 @@ def due(
         _evaluate(call, folders, stop)
         page, entries = _pages(call, find_folders(root))
         if notify:
-            events = events_of(root, entries, over_time(entries), call.state.failures)
+            unfinished = {one.folder for one in _find_due(call, folders)} | call.busy
+            trends, failures = over_time(entries), call.state.failures
+            events = events_of(root, entries, trends, failures, unfinished)
             for text in send(events, notify, call.state):
                 say(f"not delivered, the next call tries again: {text}")
         return page

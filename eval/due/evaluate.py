@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,10 @@ def _arguments(due: Due, place: Path) -> list[str]:
     given = arguments(due.task, due.recipe, [due.kind], place)
     if due.kind == "heldout":
         given += ["--threshold", str(due.recipe.mask.threshold)]
+        with suppress(OSError, ValueError):
+            environment = json.loads((due.task.run / "environment.json").read_bytes())
+            if environment.get("precision") in ("fp32", "bf16"):  # as the run measures the others
+                given += ["--precision", environment["precision"]]
     return [*given, "--with-parent"]
 
 

@@ -3,7 +3,7 @@ regression. Each event has an id that stays the same from call to call, so that 
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,21 @@ def failed(failure: dict[str, Any]) -> str:
 
 
 def events_of(
-    root: Path, entries: list[Entry], series: list[Series], failures: dict[str, dict[str, Any]]
+    root: Path,
+    entries: list[Entry],
+    series: list[Series],
+    failures: dict[str, dict[str, Any]],
+    unfinished: Container[str] = (),
 ) -> list[Event]:
-    """Everything that is so now, whether it was told before or not."""
+    """Everything that is so now, whether it was told before or not.
+
+    unfinished: folders of runs that are still at work, or lack a result.
+    """
     found: list[Event] = []
     for entry in entries:
         add = _adder(found, root, entry.folder, entry.page)
         digests = _digests(root / entry.folder)
-        if entry.state == "finished":
+        if entry.state == "finished" and entry.folder not in unfinished:
             add("finished", digests[-1:], f"{entry.folder} has finished", _numbers(entry))
         mine = [f for f in failures.values() if f["run"] == entry.folder]
         told = {failed(f) for f in mine}  # below, with a name of its own

@@ -10,7 +10,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from eval.analysis.accuracy import DEFINITIONS as ACCURACY_DEFINITIONS
 from eval.analysis.accuracy import accuracy_matrix, estimates
 from eval.analysis.falls import HUMANEVAL, describe, falls, measures
-from eval.analysis.load import Run
+from eval.analysis.labels import methods_of
+from eval.analysis.load import Run, replayed_by_name
 from eval.analysis.matrix import DEFINITIONS, METRICS, learning_curve
 from eval.analysis.points import Point, Score
 from eval.analysis.text import number, percent, signed
@@ -70,7 +71,7 @@ def model_card(run: Run, stage: int, license_: str, language: list[str], merged:
         fallen=[_one_line(describe(fall, run.matrix.stages)) for fall in fallen],
         data=_data(run.recipe, matrix.stages),
         base=base_id(run.recipe),
-        method=_method(run.recipe),
+        method=_one_line(_method(run)),
         warnings=[_one_line(text) for text in run.warnings],
         versions=run.environment.get("versions") or {},
         engine=run.environment.get("engine"),
@@ -84,6 +85,7 @@ def _metadata(run: Run, stage: int, license_: str, language: list[str], merged: 
     adapter = any(model.get(k) is not None for k in ("lora", "prompt")) and not merged
     domains = (run.recipe.get("data") or {}).get("domains") or {}
     trained = {n for name in run.matrix.stages[1 : stage + 1] for n in name.split("+")}
+    trained |= {n for t, names in replayed_by_name(run.recipe).items() if t <= stage for n in names}
     datasets = [d["hub"] for n, d in domains.items() if n in trained and (d or {}).get("hub")]
     task = PIPELINES.get(str(model.get("objective")), "fill-mask")
     last = next((p for p in run.points if p.step is None and p.stage == stage), None)
@@ -104,7 +106,7 @@ def _metadata(run: Run, stage: int, license_: str, language: list[str], merged: 
         datasets=sorted(set(datasets)) or None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag=task,
-        tags=["continual-learning", "migu"] if _masked(run.recipe) else ["continual-learning"],
+        tags=["continual-learning", "migu"] if _is_migu(run.recipe) else ["continual-learning"],
         model_name=run.name if results else None,
         eval_results=results or None,
     )
@@ -130,22 +132,22 @@ def base_id(recipe: dict) -> str | None:
     return None if here else path
 
 
-def _masked(recipe: dict) -> bool:
-    return bool((recipe.get("mask") or {}).get("enabled", True))
+def _is_migu(recipe: dict) -> bool:
+    mask = recipe.get("mask") or {}
+    return bool(mask.get("enabled", True)) and mask.get("criterion", "output") == "output"
 
 
-def _method(recipe: dict) -> str:
-    mask, model = recipe.get("mask") or {}, recipe.get("model") or {}
-    adapters = {"lora": "LoRA", "prompt": "soft prompt"}
-    words = [word for key, word in adapters.items() if model.get(key) is not None]
-    if _masked(recipe):
-        share = f"{mask.get('threshold', 0.7):.0%}"
-        words.append(f"MIGU: {share} of the gradient's rows masked by the magnitude of the outputs")
-    return ", ".join(words) or "fine-tuning of all weights"
+def _method(run: Run) -> str:
+    name = methods_of([run])[0]
+    if _is_migu(run.recipe):
+        share = f"{(run.recipe.get('mask') or {}).get('threshold', 0.7):.0%}"
+        return f"{name}: {share} of the gradient's rows masked by the magnitude of the outputs"
+    return "fine-tuning of all weights" if name == "ft" else name
 
 
 def _data(recipe: dict, stages: list[str]) -> list[tuple[str, str, str]]:
     """(domain, where its text is from, the stages that train on it)."""
+    replayed = replayed_by_name(recipe)
     domains = (recipe.get("data") or {}).get("domains") or {}
     found = []
     for name, domain in domains.items():
@@ -159,7 +161,11 @@ def _data(recipe: dict, stages: list[str]) -> list[tuple[str, str, str]]:
             names = ", ".join(f"`{shareable(str(file))}`" for file in list(domain["files"])[:4])
             more = len(domain["files"]) - 4
             where = f"files {names}" + (f" and {more} more" if more > 0 else "")
-        used = [f"{t}" for t, stage in enumerate(stages) if t and name in stage.split("+")]
+        used = [
+            f"{t}" if name in stage.split("+") else f"{t} (replayed)"
+            for t, stage in enumerate(stages)
+            if t and (name in stage.split("+") or name in replayed.get(t, ()))
+        ]
         found.append((_one_line(name), _one_line(where), ", ".join(used) or "held-out text only"))
     return found
 

@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import matplotlib
@@ -148,5 +149,5 @@ def svg_of(figure: Figure, name: str, title: str) -> str:
     points = svg.partition('width="')[2].partition("pt")[0]
     width = float(points) * 96 / 72  # in CSS pixels
     size = f"min-width: {SHRINK * width:.0f}px; max-width: {GROW * width:.0f}px"
-    attributes = f'role="img" aria-label="{title}" style="{size}"'
+    attributes = f'role="img" aria-label="{escape(title)}" style="{size}"'
     return svg.replace("<svg ", f"<svg {attributes} ", 1)

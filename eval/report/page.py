@@ -342,7 +342,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     hardware = environment.get("hardware") or {}
     rows = environment.get("masked_rows") or {}
     parameters = environment.get("parameters")
-    masked = "none (ordinary fine-tuning)"
+    masked = "none"
     if mask.get("enabled"):
         masked = f"{mask.get('criterion', 'output')} criterion, T = {mask.get('threshold')}"
         if environment.get("masked_linears"):

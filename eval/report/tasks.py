@@ -64,7 +64,8 @@ def tables(run: Run) -> list[Table]:
         columns.append(("Benchmarks", f"average of {len(names)}", cells))
     losses = []
     for place, domain in enumerate(run.matrix.domains):
-        note = "never trained" if domain in run.matrix.base else "trained"
+        replayed = "trained" if domain in run.matrix.trained else "replayed"
+        note = "never trained" if domain in run.untrained else replayed
         losses.append((domain, note, [_loss_cell(p.loss[place], p.stderr[place]) for p in points]))
     titled = (("Tasks at every point, in %", columns), ("Held-out loss at every point", losses))
     return [_table(run, title, columns) for title, columns in titled if columns]

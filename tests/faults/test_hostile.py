@@ -111,18 +111,21 @@ def test_weights_in_pickles_and_code_of_a_model_are_not_read(tmp_path):
 
 PLANTED = {
     "HF_TOKEN": "planted-hub-secret", "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
-    "MY_DB_PASSWORD": "planted$word",
+    "MY_DB_PASSWORD": "planted$word", "AZURE_OPENAI_KEY": "planted-for-azure",
+    "SMTP_PASS": "planted-for-mail",
 }  # fmt: skip
 
 
 def test_secrets_are_hidden_in_every_form_and_the_rest_is_left(monkeypatch):
     for name, value in PLANTED.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "a_long_value")
+    for harmless in ("TOKENIZERS_PARALLELISM", "MONKEY", "COMPASS"):
+        monkeypatch.setenv(harmless, "a_long_value")
     for text in (
         f"Authorization: Bearer {PLANTED['HF_TOKEN']}", "https://user:hunter22@host/x?a=1",
         "https://host/x?token=hunter22&b=2", "password=hunter22", '{"api_key": "hunter22"}',
         "hf_" + "hunter22" * 4, f"x{PLANTED['WANDB_API_KEY']}x", PLANTED["MY_DB_PASSWORD"],
+        PLANTED["AZURE_OPENAI_KEY"], PLANTED["SMTP_PASS"],
         "https://hooks.slack.com/services/T0/B0/hunter22",
     ):  # fmt: skip
         shown = redact(text)
