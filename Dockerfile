@@ -36,10 +36,11 @@ RUN ln -s lib "$CUDA_HOME/lib64" \
 FROM debian:bookworm-slim
 
 # bubblewrap is the stronger sandbox for generated programs, where the container may make namespaces
-# (docs/sandbox.md); Landlock needs nothing.
+# (docs/sandbox.md); Landlock needs nothing. gcc and the headers are for train.compile, whose Triton
+# builds its bridge to the driver with them.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3 make bubblewrap libgomp1 \
+    && apt-get install --yes --no-install-recommends python3 make bubblewrap libgomp1 gcc libc6-dev python3-dev \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=builder /opt/venv /opt/venv
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BartConfig, BartForConditionalGeneration
 
 import pipeline.model.chunked_loss
 from pipeline.errors import UserError
@@ -105,10 +106,21 @@ def test_a_model_that_changes_its_logits_is_refused():
         return output
 
     ids = torch.arange(12)[None]
-    with pytest.raises(UserError, match=r"train\.chunked_loss: .* caps or scales"):
+    with pytest.raises(UserError, match=r"train\.chunked_loss: .* caps, scales"):
         ChunkedLoss(PredictedPositions(model)).losses(
             capped, {"input_ids": ids}, predicted_places(ids, ids.numel()), ids[0]
         )
+    bart = BartForConditionalGeneration(
+        BartConfig(vocab_size=60, d_model=12, encoder_layers=1, decoder_layers=1,
+                   encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16,
+                   decoder_ffn_dim=16, max_position_embeddings=40)
+    )  # fmt: skip
+    head = PredictedPositions(bart)  # a bias is added behind it, of the shape of logits
+    with pytest.raises(UserError, match=r"train\.chunked_loss: .* adds to logits"):
+        ChunkedLoss(head).losses(
+            bart.forward, {"input_ids": ids, "decoder_input_ids": ids},
+            predicted_places(ids, ids.numel()), ids[0],
+        )  # fmt: skip
     model = MODELS["llama"]()
     model.lm_head = torch.nn.Sequential(model.lm_head)
     with pytest.raises(UserError, match="head is a Sequential"):

@@ -162,3 +162,8 @@ def test_without_a_compiler_it_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"train\.compile: .* C\+\+ compiler"):
         check_compiler()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    monkeypatch.setattr("shutil.which", lambda _name: None)
+    with pytest.raises(UserError, match=r"train\.compile: Triton needs a C compiler"):
+        check_compiler()

@@ -68,6 +68,34 @@ def test_every_split_equals_the_reference(cases, ranks):
             assert difference < 1e-6, case
 
 
+def weights_that_are_set_between_forwards():
+    """How far a forward in evaluation and one in training are from those of the new weights."""
+    engine = fsdp_engine(
+        MODELS["llama"](), recipe_for("llama", 6), {"reshard_after_forward": False}
+    )
+    ids = torch.arange(5, 17)[None]
+    found = []
+    for scale in (1.5, 0.5):
+        with engine.evaluating():
+            engine.forward(input_ids=ids)
+        engine.load_weights([(n, w * scale) for n, w in MODELS["llama"]().named_parameters()])
+        plain = MODELS["llama"]()
+        with torch.no_grad():
+            for p in plain.parameters():
+                p.mul_(scale)
+            wanted = plain.eval()(input_ids=ids).logits
+        with engine.evaluating():
+            found.append(engine.forward(input_ids=ids).logits)
+        found.append(engine.forward(input_ids=ids).logits)
+        found[-2:] = [float((one.detach() - wanted).abs().max()) for one in found[-2:]]
+    return found
+
+
+def test_no_forward_computes_with_what_an_earlier_one_has_gathered():
+    [far] = run_ranks(weights_that_are_set_between_forwards, 1)
+    assert max(far) < 1e-5
+
+
 def shards_of_two_rows():
     """(start, size, full shape) of this rank's shards of a weight of two rows."""
     model = MODELS["llama"]()

@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from pipeline.run.speed import peak_of
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -25,3 +29,15 @@ def test_it_measures_every_mode_in_turn(tmp_path):
         assert 0 < low <= found[name] <= high, name
         assert 0.1 < found[name] / baseline[name] < 10, name  # of milliseconds on a busy machine
         assert name in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("gpu", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40", 181), ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("NVIDIA A10G", 70),
+        ("NVIDIA RTX A4000", None), ("NVIDIA GeForce RTX 4090", 165), ("Tesla T4", 65),
+    ],
+)  # fmt: skip
+def test_the_peak_of_a_gpu_is_that_of_its_whole_name(gpu, peak):
+    assert peak_of(gpu) == peak

@@ -35,8 +35,9 @@ MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # two jobs may share a node
 export MASTER_ADDR MASTER_PORT
 
 # --kill-on-bad-exit=0 and --wait: a rank that has saved and left does not end those that still save.
+# From 22.05 on srun does not take the cores of a task from sbatch by itself.
 # shellcheck disable=SC2016
-srun --kill-on-bad-exit=0 --wait=300 bash -c '
+srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=0 --wait=300 bash -c '
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
   export LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE LOCAL_SIZE=$SLURM_NTASKS_PER_NODE
   exec python3 "$@"' ranks "$@"

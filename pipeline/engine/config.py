@@ -92,6 +92,7 @@ def resolve_ds_config(
         problems.append('zero_optimization: must be an object such as {"stage": 2}')
         config["zero_optimization"] = {}
     precision = _resolve_precision(config, recipe, device, problems)
+    _check_data_types(config, precision, problems)
     _resolve_batch(config, recipe, ranks, problems)
     _agree(config, "gradient_clipping", recipe.train.gradient_clipping, "train", problems)
     _check_optimizer(config, recipe, problems)
@@ -221,7 +222,11 @@ def _resolve_precision(
         if not isinstance(config.get(p, {}), dict):
             problems.append(f'{p}: must be an object such as {{"enabled": true}}')
             config[p] = {}
-        state[p] = config.get(p, {}).get("enabled", False)
+        state[p] = config.get(p, {}).get("enabled", False if p not in config else None)
+        if state[p] is not None and state[p] not in (True, False, "auto"):
+            problems.append(f'{p}.enabled: write true, false or "auto", got {state[p]!r}')
+        if state[p] is None and config[p]:
+            problems.append(f"{p}: says nothing of `enabled`; add it, or remove the block")
         config.get(p, {}).pop("enabled", None)
     explicit = [p for p, enabled in state.items() if enabled is True]
     if len(explicit) > 1:
@@ -315,6 +320,23 @@ def _agree(config: dict[str, Any], key: str, value: Any, source: str, problems: 
     config[key] = value
 
 
+def _check_data_types(config: dict[str, Any], precision: str, problems: list[str]) -> None:
+    """What DeepSpeed would find once the model is loaded."""
+    types = config.get("data_types")
+    if not isinstance(types, dict):
+        return
+    weights, sums = types.get("param_dtype"), types.get("grad_accum_dtype")
+    if weights not in (None, precision):
+        problems.append(
+            f"data_types.param_dtype: {weights}, but the run trains in {precision}; remove it"
+        )
+    if zero_stage(config) == 0 and sums not in (None, precision):
+        problems.append(
+            f"data_types.grad_accum_dtype: {sums}: without ZeRO gradients are summed in "
+            f"{precision}; remove it, or set zero_optimization.stage"
+        )
+
+
 def _check_optimizer(config: dict[str, Any], recipe: Recipe, problems: list[str]) -> None:
     block = config.get("optimizer")
     if block is None:
@@ -325,6 +347,8 @@ def _check_optimizer(config: dict[str, Any], recipe: Recipe, problems: list[str]
             "(optimizer.name=adamw8bit for 8-bit moments)"
         )
         return
+    for key in sorted(set(block) - {"type", "params"}):
+        problems.append(f"optimizer.{key}: unknown key (DeepSpeed would ignore it); remove it")
     o, params = recipe.optimizer, block.pop("params", {})
     if not isinstance(params, dict):
         problems.append('optimizer.params: must be an object such as {"lr": "auto"}')

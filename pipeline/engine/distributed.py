@@ -43,6 +43,7 @@ def start_distributed() -> None:
     if dist.is_initialized():
         return
     if launched:
+        _check_store()
         _end_with_launcher()
     try:
         deepspeed.init_distributed(verbose=False, timeout=TIMEOUT)
@@ -55,6 +56,17 @@ def start_distributed() -> None:
             "script's name, e.g. deepspeed --master_port 29511 launch/cpt.py ..."
         ) from None
     heartbeat.start()
+
+
+def _check_store() -> None:
+    """Raises UserError where torchrun would let its next attempt meet in the store of this one."""
+    starts_again = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+    if starts_again and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise UserError(
+            "torchrun --max-restarts: ranks that are started again would find what those before "
+            "have left in torchrun's own store, and end. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
+            "in its environment, so that each attempt has a store of its own"
+        )
 
 
 def leave_group() -> None:

@@ -153,6 +153,12 @@ def top_level_problems(config: dict[str, Any]) -> list[str]:
         elif key == "data_types":
             for other in sorted({*config.get(key, {})} - DATA_TYPES):
                 found.append(f"{key}.{other}: unknown key (DeepSpeed would ignore it); remove it")
+            for other in ("grad_accum_dtype", "param_dtype", "buffer_dtype"):
+                if (value := config.get(key, {}).get(other)) not in (None, "fp32", "bf16", "fp16"):
+                    found.append(f"{key}.{other}: write fp32, bf16 or fp16, got {value!r}")
+    steps = config.get("steps_per_print", "auto")
+    if steps != "auto" and (type(steps) is not int or steps < 1):
+        found.append(f"steps_per_print: write a number from 1 on, got {steps!r}")
     for key in config:
         if key in UNUSED:
             found.append(f"{key}: takes no effect here: {UNUSED[key]}. Remove it.")

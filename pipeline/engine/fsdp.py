@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from pipeline.engine.config import precision_of
@@ -140,7 +140,7 @@ class FsdpEngine:
                 yield
         finally:
             self._module.train()
-            self._module.reshard()  # what a forward leaves gathered for a backward
+            self._reshard()
 
     def frozen(self, model: nn.Module) -> Callable[..., Any]:
         """The forward of another model, beside this one and never trained, sharded as this one."""
@@ -160,7 +160,14 @@ class FsdpEngine:
         for name, whole in weights:
             for shard in self.shards.master_shards([name]):
                 shard.fill(whole)
-        self.shards.masters_changed()
+        self.state_changed()
+
+    def _reshard(self) -> None:
+        """Give up what a forward has left gathered, in every block: the next one would compute with
+        it, whatever the shards are by then."""
+        for module in self._module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def full_weights(
         self, trained: bool = False, names: Container[str] | None = None
@@ -189,6 +196,7 @@ class FsdpEngine:
     def state_changed(self) -> None:
         """To be called by every rank after a write into `state_shards`."""
         self.shards.masters_changed()
+        self._reshard()
 
     def loss_scale(self) -> dict[str, float]:
         """Nothing: no loss is scaled."""

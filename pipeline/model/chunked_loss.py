@@ -53,15 +53,22 @@ class ChunkedLoss:
             UserError: the model computes with its logits behind the head.
         """
         self._head.select(places)
-        self._targets = targets
-        found = forward(**inputs).logits
-        self._head.select(None)
-        self._targets = None
+        self._targets, self._losses = targets, None
+        wrong = UserError(
+            "train.chunked_loss: the model does not return what its head computes (it caps, scales "
+            "or adds to logits); set it to false"
+        )
+        try:
+            found = forward(**inputs).logits
+        except RuntimeError as error:
+            if self._losses is None or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise wrong from error  # behind the head: losses are not of the shape of logits
+        finally:
+            self._head.select(None)
+            self._targets = None
         if self._losses is None or found.data_ptr() != self._losses.data_ptr():
-            raise UserError(
-                "train.chunked_loss: the model does not return what its head computes (it caps or "
-                "scales logits); set it to false"
-            )
+            raise wrong
         self._losses = None
         return found.view(-1)
 

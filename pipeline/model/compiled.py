@@ -1,7 +1,11 @@
 """The blocks of a model under `torch.compile`."""
 
+import os
+import shutil
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +26,14 @@ def check_compiler() -> None:
 
         if not has_triton():
             raise UserError("train.compile: needs Triton, which is not here; set it to false")
+        # Triton builds its bridge to the driver with them when it is first used.
+        compiler = any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang"))))
+        if not compiler or not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+            raise UserError(
+                "train.compile: Triton needs a C compiler (gcc, clang or what CC names) and "
+                "Python's headers (python3-dev), which are not both here; install them, or set it "
+                "to false"
+            )
         return
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler

@@ -146,11 +146,17 @@ def restart(runs: Path, recipe: Recipe) -> None:
     lock = FolderLock(folder)
     lock.acquire()
     try:
-        shutil.rmtree(folder)
+        # The lock is open: on NFS its file would stay under another name, and the folder with it.
+        for path in folder.iterdir():
+            if path.name == "recipe.yaml" or path.name.startswith(".lock"):
+                continue  # what says that the folder is a run's goes last
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        (folder / "recipe.yaml").unlink()
     except OSError as error:
         raise UserError(f"--restart: cannot delete {folder}: {error}") from None
     finally:
         lock.release()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _differences(old: Any, new: Any, places: tuple[str, ...] = ()) -> list[str]:

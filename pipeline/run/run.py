@@ -145,8 +145,8 @@ def run_recipe(
         close_engine(run)
         remove(run.masters(len(recipe.stages)))
         page = on_rank0(partial(report, folder))
-        if run.log is not None:
-            run.log.close()
+        # Trackers may send for minutes; the other ranks wait, as rank 0 would miss them.
+        on_rank0(lambda: run.log.close() if run.log is not None else None)
     if failed:
         raise UserError(
             "some evaluations failed; run the same command again to retry them alone:\n  "

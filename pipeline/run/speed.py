@@ -13,9 +13,11 @@ from pipeline.model.blocks import find_blocks
 from pipeline.ranks import world_size
 from pipeline.recipe import Recipe
 
-# Dense half-precision TFLOPS of a GPU, by a part of its name; from the vendors' data sheets.
-PEAKS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "L4": 121,
-         "A40": 150, "A10": 125, "4090": 165, "3090": 71, "V100": 125, "T4": 65}  # fmt: skip
+# Dense half-precision TFLOPS of a GPU, by words of its name, the first that are there; from the
+# vendors' data sheets.
+PEAKS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "A100": 312,
+         "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A40": 150, "A10G": 70, "A10": 125,
+         "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65}  # fmt: skip
 PARTS = ("data", "forward", "backward", "mask", "step")
 
 
@@ -70,7 +72,7 @@ class Speed:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             name = torch.cuda.get_device_name(device)
-            self._peak = next((peak for part, peak in PEAKS.items() if part in name), None)
+            self._peak = peak_of(name)
         self._device = device
 
     def numbers(self, tokens: int, seconds: float) -> dict[str, float]:
@@ -80,6 +82,12 @@ class Speed:
         if self._peak is not None:
             found["mfu"] = tflops / self._peak
         return {**found, "peak_memory_gb": peak_memory(self._device) / 1e9}
+
+
+def peak_of(gpu: str) -> float | None:
+    """TFLOPS of a GPU by its name, as the driver gives it; None: not known."""
+    words = f" {gpu.replace('-', ' ')} "
+    return next((peak for name, peak in PEAKS.items() if f" {name} " in words), None)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -54,6 +54,42 @@ def test_all_ranks_end_with_the_code_of_the_one_that_has_said_why(who):
     assert [process.exitcode for process in ranks] == [2, 2]
 
 
+ELASTIC = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="RUN_EVERYTHING=1: a run is started three times")
+def test_ranks_that_are_started_again_go_on(tmp_path):
+    """Two of them, one of which dies: the next attempt must not meet where this one has."""
+    recipe = tiny_recipe(tmp_path)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts",
+        "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}",
+        "--local-addr", "127.0.0.1", "launch/cpt.py", "--recipe", str(recipe), "--runs",
+        str(tmp_path / "runs"), "stages=[{domain: a, steps: 60}]", "resume={steps: 5}",
+    ]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0
+    assert "Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in done.stdout + done.stderr
+    run = subprocess.Popen(
+        command, cwd=ROOT, env=env | ELASTIC, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 200
+        while not list((tmp_path / "runs/tiny").glob("stages/01_a/resume/step-*")):
+            assert time.monotonic() < deadline
+            assert run.poll() is None
+            time.sleep(0.1)
+        ranks = [p for p in psutil.Process(run.pid).children() if "launch/cpt.py" in p.cmdline()]
+        ranks[1].kill()
+        output, _ = run.communicate(timeout=300)
+    finally:
+        end(run)
+    assert run.returncode == 0, output
+    assert "goes on behind step" in output
+
+
 def agent(recipe, port, *overrides):
     """The launcher of a node with one rank, of a run that goes on with one node or two."""
     # How soon a node is missed, and how long others are waited for.
@@ -64,7 +100,7 @@ def agent(recipe, port, *overrides):
          "--rdzv-id", "elastic", "--rdzv-conf", waits, "--local-addr", "127.0.0.1",
          "launch/cpt.py", "--recipe", str(recipe), "--runs", str(recipe.parent / "runs"),
          *overrides],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        cwd=ROOT, env={**os.environ, **ELASTIC, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
