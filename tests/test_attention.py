@@ -89,11 +89,13 @@ CAUSAL = {
     ),
 }
 FAMILIES = MASKED | CAUSAL
+# Their layers are not told the positions, by which flash attention knows the documents.
+UNTOLD = {"GPTBigCode": ("gpt_bigcode", SMALL), "Persimmon": ("persimmon", SIZES)}
 
 
 def family(name, attention="eager"):
     """With weights so large that every leak shows. None: it has no such attention."""
-    kind, values = FAMILIES[name]
+    kind, values = (FAMILIES | UNTOLD)[name]
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **values)
     if hasattr(config, "initializer_range"):
@@ -255,11 +257,19 @@ def test_the_proof_works_in_half_precision_and_with_an_adapter(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "way"), [("Llama", "positions"), ("OPT", "rows"), ("BERT", "rows")]
+    ("name", "way"),
+    [
+        ("Llama", "positions"),
+        ("Gemma 2", "positions"),
+        ("OPT", "positions"),
+        ("BERT", "rows"),
+        ("GPTBigCode", "rows"),
+        ("Persimmon", "rows"),
+    ],
 )
 def test_flash_attention_gets_positions_in_one_long_row_and_no_mask(name, way):
     model = family(name)
-    model.config._attn_implementation = "flash_attention_2"  # without a GPU sdpa stands in for it
+    model.config._attn_implementation = "flash_attention_2"  # stood in for without a GPU
     kept = separation(model, name)
     assert model.config._attn_implementation == "flash_attention_2"
     inputs, _ = kept.arrange(packed((9, 1, 12), (20,)), torch.float32)

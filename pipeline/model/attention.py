@@ -14,7 +14,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, masking_utils
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PretrainedConfig,
+    masking_utils,
+)
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from pipeline.errors import UserError
 from pipeline.model.positions import first_position
@@ -26,6 +32,7 @@ PROBE_LENGTH = 16  # tokens
 # The largest difference, of the norm of a document's hidden states: rounding stays below.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2}
 COARSE = 5e-2  # bfloat16, and quantized weights
+FLASH_ON_CPU = "flash_attention_2_on_cpu"  # a name of transformers' interface
 WORK = 2e10  # parameters times tokens of the probe: some seconds on a CPU
 # The library's functions that make a layer's mask: of all layers, and of those with a window.
 MAKERS = {
@@ -318,15 +325,57 @@ def _some_tokens(net: Any, count: int) -> Tensor:
     return torch.tensor(usual)[torch.randint(len(usual), (count,), generator=generator)]
 
 
+def _as_flash(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **told: Any,
+) -> tuple[Tensor, None]:
+    """What flash attention makes of [batch, heads, length, width], without its kernels. Of the
+    documents in one long row it knows what is handed down to it: a model that keeps `position_ids`
+    to itself mixes them, though the mask that it would make for sdpa keeps them apart."""
+    rows, heads, length, width = query.shape
+    key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+    places = torch.arange(length)
+    apart = places[:, None] - places
+    seen = torch.ones(rows, length, length, dtype=torch.bool)
+    if getattr(module, "is_causal", True) if is_causal is None else is_causal:
+        seen &= apart >= 0
+    if sliding_window:
+        seen &= apart.abs() < sliding_window
+    ids = told.get("position_ids")
+    if ids is not None and rows == 1 and ids.shape[-1] == length:
+        (ends, _), _ = prepare_fa_kwargs_from_position_ids(ids)
+        document = torch.searchsorted(ends, places, right=True)
+        seen &= document[:, None] == document
+    if attention_mask is not None:
+        seen &= attention_mask[:, None, :length].bool()
+    scores = (query @ key.transpose(2, 3)).float() * (width**-0.5 if scaling is None else scaling)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    shares = scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min).softmax(-1)
+    return (shares.to(value.dtype) @ value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(FLASH_ON_CPU, _as_flash)
+AttentionMaskInterface.register(FLASH_ON_CPU, masking_utils.flash_attention_mask)
+
+
 @contextmanager
 def _as_it_was(net: Any) -> Iterator[None]:
-    """In eval mode. Flash attention, which has no CPU kernels, is stood in for by sdpa there."""
+    """In eval mode. Flash attention has no CPU kernels: there `_as_flash` stands in for it."""
     training, attention = net.training, net.config._attn_implementation
     on_cpu = _inputs_of(net)[0].type == "cpu"
     stand_in = on_cpu and "flash" in attention
     net.eval()
     if stand_in:
-        net.config._attn_implementation = "sdpa"
+        net.config._attn_implementation = FLASH_ON_CPU
     try:
         yield
     finally:
