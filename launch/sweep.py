@@ -6,6 +6,7 @@ python launch/sweep.py --recipe demo_methods
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def main() -> None:
     shared: dict[str, Any] = {"command": command, "folder": folder, "threads": args.threads}
     run: Any = partial(sweeps.run_sweep, jobs=jobs, gpus=gpus, **shared)
     if args.cluster:
-        options = {key: _value(value) for key, value in map(_pair, args.option)}
+        options = {key: _typed(value) for key, value in map(_pair, args.option)}
         run = partial(sweeps.submit_sweep, cluster=args.cluster, options=options, **shared)
     outcomes = run(now)
     if len(now) < len(points) and all(o.finished for o in outcomes.values()):
@@ -155,16 +156,18 @@ def _pair(text: str, option: str = "--option") -> tuple[str, str]:
     return key, value
 
 
-def _value(text: str) -> Any:
-    """As a recipe would have it: a number, true, a text, a list, a mapping."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[call-overload,index]
+def _typed(text: str) -> int | bool | str:
+    """A number or a yes or no as such; all else, a time of 12:00:00 or 007, as it is written."""
+    if re.fullmatch(r"0|[1-9][0-9]*", text):
+        return int(text)
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def _values(text: str) -> list[Any]:
     """A comma-separated list; commas inside of brackets do not separate."""
-    return list(_value(f"[{text}]"))
+    from omegaconf import OmegaConf
+
+    return list(OmegaConf.from_dotlist([f"values=[{text}]"])["values"])
 
 
 if __name__ == "__main__":

@@ -150,6 +150,8 @@ def test_fields_are_configurable_and_bad_rows_counted(tmp_path):
         wrong = Domain(files=[path], instruction=replace(fields, input="mroe"))
         with pytest.raises(UserError, match=r"the field 'mroe'; fields seen: 'a', 'more', 'q'"):
             list(read_documents(wrong, "train", BadLines()))
+        without = Domain(files=[path], instruction=replace(fields, input="background"))
+        assert list(read_documents(without, "train", BadLines()))  # its rows have no context
 
 
 def test_a_stream_of_examples_that_are_all_too_long_is_an_error(tmp_path):

@@ -575,16 +575,22 @@ def test_stages_that_are_models_of_their_own_forget_nothing(tmp_path, settings, 
         acc(run.matrix)
         == pytest.approx(np.mean([run.matrix.values[1][1], run.matrix.values[2][2]]))
     ) == alone
-    for metric in ("bwt", "forgetting", "fwt", "base_retention"):
+    for metric in ("bwt", "forgetting", "fwt"):
         assert (METRICS[metric](run.matrix) is None) == alone
-    assert (learning_curve(run.matrix) == []) == alone
-    assert not (alone and falls(run))
+    learned, forgotten = learning_curve(run.matrix)[-1]
+    prose = run.matrix.values[2][0] - run.matrix.values[0][0]  # which each may forget
+    assert METRICS["base_retention"](run.matrix) == pytest.approx(-prose)
+    assert (forgotten == pytest.approx(prose)) == alone
+    assert learned > 0
+    assert not alone or {fall.what for fall in falls(run)} <= {"prose"}
     answered = accuracy_matrix(run)
     assert acc(answered) == pytest.approx(0.8 if own else 0.4)
     assert score(run) == acc(answered)
     assert (METRICS["bwt"](answered) is None) == own
     text = write_report(folder).read_text()
-    assert ("what the model could forget" in text) != alone
+    lost = text.partition("what the model could forget")[2].partition(")")[0]
+    assert "prose" in lost
+    assert ("mood" in lost) != alone
     assert ("Each stage has a model of its own" in text) == alone
     card = model_card(run, 2, "mit", [], False)
     assert ("as one of several models of their own" in card) == own

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.sweep import _value, main
+from launch.sweep import _typed, main
 from pipeline.errors import UserError
 from pipeline.run.sweep import (
     Sweep,
@@ -239,6 +239,7 @@ def test_as_many_runs_at_a_time_as_cores_and_memory_take():
         ("optimizer.lr=5", "the grid varies it"),
         ("optimizer={lr: 5}", "the grid varies it"),
         ("mask.enabled=false", "the methods differ in it"),
+        ("mask={enabled: false}", "the methods differ in it"),
         ("seed=7", "the seeds are 0 to N-1"),
         ("name=x", "named by what it varies"),
     ],
@@ -248,11 +249,12 @@ def test_a_setting_of_all_runs_that_would_make_them_alike_is_refused(setting, re
     sweep = Sweep("demo", methods, grid={"optimizer.lr": [1, 2]}, seeds=2)
     with pytest.raises(UserError, match=f"{re.escape(setting)}: would make .*{reason}"):
         sweep_points(sweep, [setting])
+    once = Sweep("demo", methods, grid={"optimizer.lr": [1]}, grids={"ft": {"mask.seed": [1]}})
+    assert sweep_points(once, ["optimizer.lr=2"])[0].overrides[-1] == "optimizer.lr=2"
     points = sweep_points(sweep, ["train.batch_size=4"])
     assert all(p.overrides[-1] == "train.batch_size=4" for p in points)
 
 
 def test_options_are_of_the_type_that_they_look_like():
-    given = {t: _value(t) for t in ("240", "gpu", "true", "[a, b]", "a,b", "04:00:00")}
-    assert given == {"240": 240, "gpu": "gpu", "true": True, "[a, b]": ["a", "b"], "a,b": "a,b",
-                     "04:00:00": "04:00:00"}  # fmt: skip
+    given = {"240": 240, "true": True, "gpu": "gpu", "12:00:00": "12:00:00", "007": "007"}
+    assert {text: _typed(text) for text in given} == given

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,10 +11,10 @@ import torch
 from eval.analysis.accuracy import bootstrap, estimates
 from eval.analysis.matrix import Matrix, acc, bwt, forgetting, fwt
 from eval.measure.tasks import answers, matches, merge_shares, rouge_l
-from pipeline.data.encode import Encoder
+from pipeline.data.encode import Encoder, Tokens
 from pipeline.data.instruct import Example
 from pipeline.data.sources import task_examples
-from pipeline.data.tasks import check_answers_fit, prompt_of
+from pipeline.data.tasks import check_answers_fit, example_of, prompt_of
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.data.toy_tasks import TOY_TASKS, toy_examples
 from pipeline.engine.config import resolve_ds_config
@@ -85,6 +86,9 @@ def test_long_texts_and_rows_without_a_label_are_cut_and_left_out(task_files):
         write_rows(folder / "test.jsonl", [*rows_of(6), more])
         domain.task.leave_out = [str(label)]
         assert len(task_examples(domain, 0)["heldout"]) == 6
+    digits = replace(domain.task, labels=["1", "2", "3", "4", "5"], leave_out=["3"])
+    kept = [example_of("x", i, digits, digits.labels, "f", 1) for i in range(5)]
+    assert [e and e.response for e in kept] == ["1", "2", None, "4", "5"]
     write_rows(folder / "test.jsonl", [{**r, "more": f"no. {i}"} for i, r in enumerate(rows_of(6))])
     domain.task.text = ["sentence", "more"]
     domain.files = domain.heldout_files
@@ -196,6 +200,10 @@ def test_answers_are_greedy_however_they_are_batched(objective):
         assert set(answers(model, encoder, examples, LABELS, settings)) <= set(LABELS)
 
 
+def end_of(encoder, learnt):
+    return encoder.end_of(Tokens(np.array(learnt), None, np.ones(len(learnt), bool)))
+
+
 def test_an_answer_in_a_chat_ends_with_its_turn():
     tokenizer = train_tokenizer([*LABELS, "is it good"] * 3, 330)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
@@ -209,6 +217,9 @@ def test_an_answer_in_a_chat_ends_with_its_turn():
     assert Encoder.of(tokenizer, "causal", "plain").ends_of(labels) == [end]
     encoder = Encoder.of(tokenizer, "causal", "chat")
     assert set(encoder.ends_of(labels)) == {turn, end}
+    assert end_of(encoder, [turn, 9, turn, 10, 11, end]) == 5  # the answer has its own beginning
+    assert end_of(encoder, [10, 11, turn, end]) == 2
+    assert end_of(encoder, [turn, 10, 11]) == 3  # nothing ends it
     (said,) = encoder.encode(labels[:1])  # more is learnt behind the turn
     assert said.ids[said.predicted].tolist()[-1] != turn
     model = model_of("causal", tokenizer)

@@ -48,15 +48,16 @@ def falls(run: Run) -> list[Fall]:
     ends = {point.stage: point for point in run.points if point.step is None}
     found = []
     for stage, now in ends.items():
+        since = 1 if run.matrix.alone else stage  # another stage is another model
         for what in measures(now):
-            since = 1 if run.matrix.alone else stage  # another stage is another model
             before = [t for t in ends if t < since and t < stage and what in measures(ends[t])]
             seen = [_score_fall(what, ends[t], now) for t in _against(before)]
             found += _worst(seen)
         for domain in run.matrix.old(stage):
             if run.matrix.trains(stage, domain):
                 continue
-            before = [t for t in ends if run.matrix.trained.get(domain, 0) <= t < stage]
+            first = run.matrix.trained.get(domain, 0)
+            before = [t for t in ends if first <= t < since and t < stage]
             column = run.matrix.domains.index(domain)
             seen = [_loss_fall(domain, column, ends[t], now) for t in _against(before)]
             found += _worst(seen)

@@ -235,7 +235,9 @@ def replayed_by_name(recipe: dict) -> dict[int, list[str]]:
 
 
 def separate_models(recipe: dict) -> bool:
-    """Whether each stage of a recipe has a model of its own."""
+    """Whether each of several stages of a recipe has a model of its own."""
+    if len(recipe.get("stages") or []) < 2:
+        return False
     return recipe.get("start_from", "previous") != "previous" or bool(recipe.get("hat_adapter"))
 
 

@@ -46,7 +46,7 @@ class Matrix:
     `stages` names the rows, row 0 being the model before training. `trained` maps a domain to the
     stage (1..T) at which it is first trained; base domains, which no stage trains on, are absent.
     `alone`: the stages are models of their own, each from the base or another stage; a trained
-    domain is then what its own stage made of it, and no stage forgets what another one knew.
+    domain is then what its own stage made of it, and a stage may forget what the base knew alone.
     """
 
     stages: list[str]
@@ -83,14 +83,14 @@ class Matrix:
 
     def old(self, stage: int) -> list[str]:
         """The domains that can be forgotten at a stage: base, or trained at an earlier stage."""
-        if self.alone:
-            return []
+        if self.alone:  # what another stage has learned is another model's
+            return self.base
         return [d for d in self.domains if self.trained.get(d, 0) < stage]
 
     def best_row(self, domain: str, stage: int) -> int | None:
         """The row before `stage` in which the domain was best, from its own stage on (the base
         domains: from row 0); None if one of these rows is missing, or there is none."""
-        rows = range(self.trained.get(domain, 0), stage)
+        rows = range(self.trained.get(domain, 0), min(stage, 1) if self.alone else stage)
         values = complete([self.value(row, domain) for row in rows])
         if not values:
             return None
@@ -158,7 +158,7 @@ def fwt(matrix: Matrix) -> float | None:
 
 def base_retention(matrix: Matrix) -> float | None:
     """Change of the base domains since row 0, negative when bad; None without base domains."""
-    if matrix.last == 0 or matrix.alone:
+    if matrix.last == 0:
         return None
     return _mean([matrix.gain(d, 0, matrix.last) for d in matrix.base])
 

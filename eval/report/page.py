@@ -215,7 +215,7 @@ def summary(run: Run) -> str:
     if matrix.alone and stage:
         words.append(
             "Each stage has a model of its own, so that none forgets what another one has learned: "
-            "of a domain counts the row of its own stage."
+            "of a domain that is trained counts the row of its own stage."
         )
     return " ".join([*words, *tuning.sentences(run)])
 

@@ -156,11 +156,21 @@ class Encoder:
     def ends_of(self, answers: Items[Example]) -> list[int]:
         """The ids with which what is learnt of these may end: the text's own end, and in a chat the
         special token behind an answer, which need not be it."""
-        special, found = self.special_ids, set(self.after)
+        found = set(self.after)
         for tokens in self.encode(answers) if self.template == "chat" else ():
-            learnt = tokens.ids[tokens.predicted].tolist()
-            found |= {next((i for i in learnt if i in special), self.after[0])}
+            found |= set(tokens.ids[tokens.predicted].tolist()[self.end_of(tokens) :][:1])
         return sorted(found)
+
+    def end_of(self, answer: Tokens) -> int:
+        """How many of an answer's learnt tokens stand before what ends it: the last special ones,
+        behind which there is nothing but blanks. (A template may begin an answer with others.)"""
+        learnt, special = answer.ids[answer.predicted].tolist(), self.special_ids
+        last = max((i for i, token in enumerate(learnt) if token in special), default=-1)
+        if last < 0 or self.backend.decode(learnt[last + 1 :]).strip():
+            return len(learnt)
+        while last and learnt[last - 1] in special:
+            last -= 1
+        return last
 
     def prompts(self, examples: Items[Example]) -> list[np.ndarray]:
         """Of each example the ids that are read, int32 [n]: without what is to be written."""

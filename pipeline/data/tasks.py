@@ -9,7 +9,6 @@ import json
 import string
 from collections import Counter
 from collections.abc import Callable, Iterable
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,13 +76,13 @@ def example_of(
     Raises:
         UserError: a label that is none of the task's.
     """
-    left_out = {str(one) for one in task.leave_out}
-    if str(label) in left_out:
-        return None
-    if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(options):
-        label = options[label]
-        if label in left_out:
+    if isinstance(label, int) and not isinstance(label, bool):
+        if label in task.leave_out:
             return None
+        if 0 <= label < len(options):
+            label = options[label]
+    if str(label) in task.leave_out:
+        return None
     if label not in options:
         raise UserError(
             f"{file}: row {line} has the label {label!r}, which is none of the task's: "
@@ -106,10 +105,8 @@ def check_answers_fit(name: str, options: list[str], encoder: "Encoder", limit: 
     """Raises UserError where an answer of `limit` tokens is too short for one of a task's labels:
     every such row would count as wrong, whatever the model says."""
     tokens = encoder.encode([Example(ANSWER, "", option) for option in options])
-    ends = encoder.special_ids  # which need not be said
     for option, row in zip(options, tokens, strict=True):
-        assert row.predicted is not None
-        needed = sum(1 for _ in takewhile(lambda i: i not in ends, row.ids[row.predicted].tolist()))
+        needed = encoder.end_of(row)  # the end itself need not be said
         if needed > limit:
             raise UserError(
                 f"evaluate.answers.max_new_tokens: the label {option!r} of {name} has {needed} "

@@ -65,7 +65,8 @@ def _check_store() -> None:
         raise UserError(
             "torchrun --max-restarts: ranks that are started again would find what those before "
             "have left in torchrun's own store, and end. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
-            "in its environment, so that each attempt has a store of its own"
+            "in its environment and give it --rdzv-backend c10d --rdzv-endpoint HOST:PORT, so that "
+            "each attempt has a store of its own; or leave --max-restarts out"
         )
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -158,14 +158,22 @@ def sweep_points(sweep: Sweep, more: Sequence[str] = ()) -> list[Point]:
 
 
 def _check_settings_of_all(sweep: Sweep, more: Sequence[str]) -> None:
-    grids = {key for grid in (sweep.grid, *sweep.grids.values()) for key in grid}
+    given: dict[str, list[Any]] = {}  # by key what runs have in grids
+    for method in sweep.methods:
+        for key, values in {**sweep.grid, **sweep.grids.get(method, {})}.items():
+            given.setdefault(key, []).extend(v for v in values if v not in given.get(key, []))
+    grids = {key for key, values in given.items() if len(values) > 1}
     methods = {key for settings in sweep.methods.values() for key in settings}
+
+    def touches(key: str, others: Iterable[str]) -> bool:
+        return any(f"{a}.".startswith(f"{b}.") for o in others for a, b in ((key, o), (o, key)))
+
     for setting in more:
         key = setting.partition("=")[0]
         where = ""
-        if any(f"{a}.".startswith(f"{b}.") for g in grids for a, b in ((key, g), (g, key))):
+        if touches(key, grids):
             where = "the grid varies it"
-        elif key in methods:
+        elif touches(key, methods):
             where = "the methods differ in it"
         elif key == "seed" and sweep.seeds > 1:
             where = "the seeds are 0 to N-1 of --seeds"

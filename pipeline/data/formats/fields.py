@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from pipeline.data.bad_lines import BadLines
@@ -17,7 +18,7 @@ class Fields:
     """Which fields of a row make a document, and what it is then."""
 
     needed: list[str]
-    optional: list[str]  # of a row; of a file no row has, the name is wrong
+    optional: list[str]
     instruction: bool
     chat: bool = False
     render: Render | None = None  # of a task: (text, label, file, row) to an example
@@ -67,6 +68,12 @@ class Fields:
         if not self.instruction:
             return values[0]
         return Example(values[0], more[0] if more else "", values[1])
+
+    def mistyped(self, absent: Iterable[str], seen: Iterable[str]) -> bool:
+        """Whether a file has no optional field of such a name, but one that is nearly so; a file
+        whose rows have no context needs none."""
+        others = sorted(set(seen) - {*self.needed, *self.optional})
+        return any(get_close_matches(name, others, n=1) for name in absent)
 
     def missing(self, where: str, seen: Iterable[str]) -> UserError:
         """The error of a file of which no row has one of the fields."""

@@ -42,7 +42,7 @@ def read_jsonl(path: str, layout: Layout, fields: Fields, bad: BadLines) -> Iter
             yield document
     if seen and not found:
         raise fields.missing(path, seen)
-    if found and absent:
+    if found and fields.mistyped(absent, names):
         raise fields.missing(path, names)
 
 

@@ -26,9 +26,10 @@ def read_parquet(path: str, fields: Fields, bad: BadLines) -> Iterator[Document]
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path}: damaged parquet file: {_reason(error)}") from None
         names, total = file.schema_arrow.names, file.metadata.num_rows
-        columns = fields.needed + fields.optional
-        if not set(columns) <= set(names):
+        absent = set(fields.optional) - set(names)
+        if not set(fields.needed) <= set(names) or fields.mistyped(absent, names):
             raise fields.missing(path, names)
+        columns = [n for n in fields.needed + fields.optional if n in names]
         try:
             for batch in file.iter_batches(batch_size=1024, columns=columns):
                 values = [_values(batch.column(name)) for name in columns]
