@@ -129,8 +129,9 @@ def _stage_lines(recipe: Recipe, tokenizer: Any, rows: dict[str, int]) -> list[s
             about = _about(recipe, i, tokenizer, rows)
             lines.append(f"  {i} {stage.name}: {stage.epochs:g} epochs{about}, lr {lr:g}")
             continue
-        steps = plan.steps
-        lines.append(f"  {i} {stage.name}: {steps:,} steps, {steps * per_step:,} tokens, lr {lr:g}")
+        read = round(plan.steps * per_step * (1 - plan.padding))
+        most = "" if recipe.data.packing or plan.padding else "at most "  # rows may have padding
+        lines.append(f"  {i} {stage.name}: {plan.steps:,} steps, {most}{read:,} tokens, lr {lr:g}")
         lines += [f"    {line}" for line in plan.describe(recipe.data.sequence_length)]
         if pauses := plan.pauses(stage.evaluate_every):
             lines.append(f"    evaluated within, after the steps {', '.join(map(str, pauses))}")
