@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,7 @@ from pipeline.data import prepare as prepare_module
 from pipeline.data.encode import Encoder
 from pipeline.data.fast_bpe import FastBpe
 from pipeline.data.instruct import Example
-from pipeline.data.prepare import describe, prepare
+from pipeline.data.prepare import _require_space, describe, prepare
 from pipeline.data.prepared import SIDES
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.engine.config import resolve_ds_config
@@ -428,6 +429,15 @@ def test_documents_with_text_of_an_evaluation_are_left_out(corpus, tokenizer, tm
     recipe.data.domains["a"].decontaminate = ["other"]
     with pytest.raises(UserError, match=r"no documents of 'other' are at hand"):
         prepare(recipe, "a", tokenizer)
+
+
+def test_what_others_remove_meanwhile_is_not_counted(tmp_path):
+    (tmp_path / "heldout-00000.arrow").symlink_to(tmp_path / "gone")
+    (tmp_path / "train-00000.arrow").write_bytes(b"x" * 100)
+    job = SimpleNamespace(work=tmp_path, name="a")
+    _require_space(job, 10)
+    with pytest.raises(UserError, match="prepared, it takes about"):
+        _require_space(job, 10**18)
 
 
 def test_a_side_without_documents_is_refused(corpus, tokenizer):

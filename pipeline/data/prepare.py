@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -306,7 +307,10 @@ def _environment(key: str, default: int) -> int:
 
 
 def _require_space(job: Job, size: int) -> None:
-    done = sum(f.stat().st_size for f in job.work.glob("*.arrow"))
+    done = 0
+    for file in job.work.glob("*.arrow"):
+        with suppress(FileNotFoundError):  # another has removed or published it just now
+            done += file.stat().st_size
     free = shutil.disk_usage(job.work.parent).free + done  # another may publish job.work just now
     if free < size:
         raise UserError(
