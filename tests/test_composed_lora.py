@@ -1,6 +1,7 @@
 """Adapters by stage, of which every text takes its own shares."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -155,6 +156,10 @@ def run_stages(folder):
         config = resolve_engine_config(zero, recipe, world_size(), "cpu")
         evaluate = answer if name == "zero3" else nothing
         run_recipe(recipe, config, folder, measure_in_engine, evaluate, nothing)
+        if name == "zero3":  # as after an interruption: the stage is published, and not measured
+            measured = folder / "zero3/stages/01_subject/eval.json"
+            on_rank0(partial(measured.rename, measured.with_name("first.json")))
+            run_recipe(recipe, config, folder, measure_in_engine, evaluate, nothing)
 
 
 def test_every_engine_and_split_publishes_the_same(tmp_path):
@@ -178,6 +183,9 @@ def test_every_engine_and_split_publishes_the_same(tmp_path):
     measured = json.loads((checkpoint.parent / "eval.json").read_text())["domains"]
     assert measured["mood"]["loss"] == pytest.approx(alone["mood"], rel=1e-4)
     assert (checkpoint.parent / "tasks.json").is_file()
+    first = tmp_path / "zero3/stages/01_subject"
+    one, two = (json.loads((first / f).read_text())["domains"] for f in ("first.json", "eval.json"))
+    assert two["mood"]["loss"] == pytest.approx(one["mood"]["loss"], rel=1e-5)  # all of its share
 
 
 @pytest.mark.parametrize(

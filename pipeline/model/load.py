@@ -190,7 +190,8 @@ def build_model(
             net = load_pretrained(auto, source, initialize, **kwargs)
             kind = TASK_TYPES.get(model.objective)
             if adapter is not None and is_composed(adapter):
-                load_composed(net, adapter, model.lora, kind, seed, torch.float32)
+                trained = model.lora if model.lora is not None and model.lora.incremental else None
+                load_composed(net, adapter, trained, kind, seed, torch.float32)
             elif adapter is not None and model.lora is not None and model.lora.incremental:
                 add_beside(net, adapter, model.lora, kind, seed)
             elif adapter is not None:

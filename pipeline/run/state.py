@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,9 @@ def engine_with(run: Run, checkpoint: str, stage: int, train: bool = True) -> En
     if run.engine is not None and run.holds == checkpoint and (not train or run.rows == rows):
         return run.engine
     close_engine(run)
+    recipe = run.recipe if train or not run.adds_adapters else _without_new_ones(run.recipe)
     run.engine, run.separation = build_engine(
-        run.recipe, run.engine_config, run.config, checkpoint,
+        recipe, run.engine_config, run.config, checkpoint,
         None if rows is None else partial(
             split_for_stage, stage=rows, recipe=run.recipe, engine_config=run.engine_config,
             folder=run.checkpoint(rows).parent, batches=partial(run.data.batches, rows),
@@ -88,6 +89,18 @@ def engine_with(run: Run, checkpoint: str, stage: int, train: bool = True) -> En
     )  # fmt: skip
     run.holds, run.rows = checkpoint, rows
     return run.engine
+
+
+def _without_new_ones(recipe: Recipe) -> Recipe:
+    """To measure what a stage has published, without the adapter or prompt that the next one adds:
+    a prompt speaks before it is trained, and composed adapters share among all."""
+    lora, prompt = recipe.model.lora, recipe.model.prompt
+    model = replace(
+        recipe.model,
+        lora=lora and replace(lora, incremental=False),
+        prompt=prompt and replace(prompt, progressive=False),
+    )
+    return replace(recipe, model=model)
 
 
 def close_engine(run: Run) -> None:
