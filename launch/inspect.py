@@ -58,20 +58,17 @@ def _names(checkpoints: list[str]) -> list[str]:
     apart, or what was given."""
     from pipeline.errors import UserError
 
-    for first in (-2, -4):
-        names = [_name(Path(c), first) for c in checkpoints]
-        if len(set(names)) == len(names):
-            return names
     if len(set(checkpoints)) < len(checkpoints):
         raise UserError("--checkpoint: one is given twice")
+    folders = [Path(c).absolute() for c in checkpoints]
+    for places in (slice(-2, -1), slice(-4, -1, 2)):  # the stage; the run and the stage
+        names = [
+            "/".join(folder.parts[places]) if folder.name == "checkpoint" else given
+            for folder, given in zip(folders, checkpoints, strict=True)
+        ]
+        if len(set(names)) == len(names):
+            return names
     return checkpoints
-
-
-def _name(path: Path, first: int) -> str:
-    parts = path.absolute().parts
-    if path.name != "checkpoint":
-        return str(path)
-    return parts[-2] if first == -2 else f"{parts[-4]}/{parts[-2]}"
 
 
 def _parser() -> argparse.ArgumentParser:

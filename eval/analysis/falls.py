@@ -48,16 +48,16 @@ def falls(run: Run) -> list[Fall]:
     ends = {point.stage: point for point in run.points if point.step is None}
     found = []
     for stage, now in ends.items():
-        since = 1 if run.matrix.alone else stage  # another stage is another model
+        earlier = [t for t in ends if t in run.matrix.before(stage)]
         for what in measures(now):
-            before = [t for t in ends if t < since and t < stage and what in measures(ends[t])]
+            before = [t for t in earlier if what in measures(ends[t])]
             seen = [_score_fall(what, ends[t], now) for t in _against(before)]
             found += _worst(seen)
         for domain in run.matrix.old(stage):
             if run.matrix.trains(stage, domain):
                 continue
             first = run.matrix.trained.get(domain, 0)
-            before = [t for t in ends if first <= t < since and t < stage]
+            before = [t for t in earlier if first <= t]
             column = run.matrix.domains.index(domain)
             seen = [_loss_fall(domain, column, ends[t], now) for t in _against(before)]
             found += _worst(seen)

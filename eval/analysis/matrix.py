@@ -87,10 +87,14 @@ class Matrix:
             return self.base
         return [d for d in self.domains if self.trained.get(d, 0) < stage]
 
+    def before(self, stage: int) -> range:
+        """The rows that the model of a stage has come through; of stages alone, the base's."""
+        return range(min(stage, 1) if self.alone else stage)
+
     def best_row(self, domain: str, stage: int) -> int | None:
         """The row before `stage` in which the domain was best, from its own stage on (the base
         domains: from row 0); None if one of these rows is missing, or there is none."""
-        rows = range(self.trained.get(domain, 0), min(stage, 1) if self.alone else stage)
+        rows = self.before(stage)[self.trained.get(domain, 0) :]
         values = complete([self.value(row, domain) for row in rows])
         if not values:
             return None

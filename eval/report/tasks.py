@@ -64,8 +64,9 @@ def tables(run: Run) -> list[Table]:
         columns.append(("Benchmarks", f"average of {len(names)}", cells))
     losses = []
     for place, domain in enumerate(run.matrix.domains):
-        replayed = "trained" if domain in run.matrix.trained else "replayed"
-        note = "never trained" if domain in run.untrained else replayed
+        note = "trained" if domain in run.matrix.trained else "replayed"
+        if domain in run.untrained:
+            note = "never trained"
         losses.append((domain, note, [_loss_cell(p.loss[place], p.stderr[place]) for p in points]))
     titled = (("Tasks at every point, in %", columns), ("Held-out loss at every point", losses))
     return [_table(run, title, columns) for title, columns in titled if columns]

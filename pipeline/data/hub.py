@@ -73,8 +73,7 @@ def stream_hub(
     if part[1] > 1:
         rows = rows.shard(num_shards=part[1], index=part[0])
         where += f", part {part[0] + 1} of {part[1]}"
-    absent = set(fields.optional) - set(columns)
-    if not set(fields.needed) <= set(columns) or fields.mistyped(absent, columns):
+    if fields.lacks(columns):
         raise fields.missing(f"data set {domain.hub!r}, split {split!r}", columns)
     rows = rows.select_columns([n for n in fields.needed + fields.optional if n in columns])
     iterator, number = iter(rows), 0

@@ -134,24 +134,27 @@ def plan_stage(
         plan.steps, plan.steps_per_unit = steps, steps / s.epochs
     elif s.tokens is not None and used:
         plan.steps, plan.steps_per_unit = math.ceil(s.tokens * steps / used), steps / used
+    if len(sources) == 1 and s.max_repetitions is None:
+        return plan
     filled = plan.steps * per_step * (1 - plan.padding)
-    known = {"+".join(x.names): (x, _readable(x, length)) for x in sources}
-    read = {name: x.weight * filled / tokens for name, (x, tokens) in known.items()}
-    if s.epochs is not None:  # all that is drawn is packed by now
-        drawn = zip(read, packer.mixture.drawn, sources, strict=True)
-        read = {name: count / x.documents for name, count, x in drawn}
-    if len(sources) > 1:
-        plan.repetitions = read
-    for i, (name, times) in enumerate(read.items()):
+    read: dict[str, float] = {}
+    for i, source in enumerate(sources):
+        name, wanted = "+".join(source.names), source.weight * filled
+        if s.epochs is not None:  # all that is drawn is packed by now
+            times = packer.mixture.drawn[i] / source.documents
+        else:
+            times = wanted / _readable(source, length)
+        read[name] = times
         bounded = i == 0 and s.epochs is not None
-        source, tokens = known[name]
         if s.max_repetitions is not None and times > s.max_repetitions and not bounded:
             raise UserError(
-                f"stages[{stage - 1}].max_repetitions: {name} has {tokens:,} tokens, "
-                f"and the stage wants {source.weight * filled:,.0f} of it, {times:.3g} times "
+                f"stages[{stage - 1}].max_repetitions: {name} has {_readable(source, length):,} "
+                f"tokens, and the stage wants {wanted:,.0f} of it, {times:.3g} times "
                 f"as many; at most {s.max_repetitions:g} are allowed. Lower its weight or the "
                 "length of the stage, or raise max_repetitions"
             )
+    if len(sources) > 1:
+        plan.repetitions = read
     return plan
 
 

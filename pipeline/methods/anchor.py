@@ -79,8 +79,7 @@ class Anchor(Method):
             self._text = self._make_text(start, teacher)
         live = self.settings.loss == "kl" and not self.settings.cache
         if live and (self.recipe.model.lora is None or not first):
-            teacher.send()
-            self._copy = start.engine.frozen(teacher.load())
+            self._copy = start.engine.frozen(teacher.load_on_all())
 
     def finish(self, engine: Any, stage: int) -> None:
         if self._copy is not None:

@@ -129,9 +129,7 @@ class Das(Method):
         path = self._file(start, stage)
         if on_rank0(path.is_file):
             return
-        teacher = start.teacher(which)
-        teacher.send()
-        net: Any = teacher.load()
+        net: Any = start.teacher(which).load_on_all()
         losses = _proxies if general else _losses
         importance = measure_importance(net, losses(self, net, start, domains))
         on_rank0(lambda: keep_file(path, save(importance)))

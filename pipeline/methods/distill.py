@@ -27,9 +27,7 @@ class Distill(Method):
 
     def prepare(self, start: Start) -> None:
         which = "base" if start.stage == 1 else self.settings.teacher
-        teacher = start.teacher(which)
-        teacher.send()
-        self._teacher = start.engine.frozen(teacher.load())
+        self._teacher = start.engine.frozen(start.teacher(which).load_on_all())
 
     def weigh(self, losses: Tensor, logits: Tensor, targets: Tensor, inputs: dict) -> Tensor:
         t = self.settings.temperature

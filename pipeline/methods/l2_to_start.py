@@ -29,9 +29,7 @@ class L2ToStart(Method):
         if first:
             self._start = {s.name: s for s in copies(start.engine)}
         if first and self.of == "base" and start.stage > 1:  # a run that was interrupted
-            teacher = start.teacher("base")
-            teacher.send()
-            base = dict(teacher.load(exact=True).named_parameters())
+            base = dict(start.teacher("base").load_on_all(exact=True).named_parameters())
             for name, shard in self._start.items():
                 shard.fill(base[name].detach())
 

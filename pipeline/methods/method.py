@@ -30,6 +30,11 @@ class Teacher:
     identify: Callable[[], dict[str, Any]]
     send: Callable[[], None] = lambda: None
 
+    def load_on_all(self, **how: Any) -> Any:
+        """`load`, by all ranks together, of any node."""
+        self.send()
+        return self.load(**how)
+
 
 @dataclass(frozen=True)
 class Start:

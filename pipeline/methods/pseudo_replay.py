@@ -120,9 +120,7 @@ class PseudoReplay(Method):
         """Of every earlier task as many texts as the recipe says: to be answered, and written."""
         if start.stage == 1:
             return []
-        teacher = start.teacher("previous")
-        teacher.send()
-        net: Any = teacher.load()
+        net: Any = start.teacher("previous").load_on_all()
         (end,) = encoder.after
         device = [net.device] if net.device.type == "cuda" else []
         pairs: list[tuple[int, Pair]] = []

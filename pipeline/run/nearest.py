@@ -41,9 +41,7 @@ def nearest_start(begun: Start, stage: int, checkpoints: list[str]) -> int:
 def mean_loss(begun: Start, stage: int, checkpoint: str) -> float:
     """Nats a predicted token of the stage's training text; the ranks share it."""
     recipe = begun.recipe
-    teacher = teacher_at(recipe, checkpoint)
-    teacher.send()
-    net = teacher.load()
+    net = teacher_at(recipe, checkpoint).load_on_all()
     separation, device = separation_of(net, recipe), next(net.parameters()).device
     total = count = 0.0
     for _, batch in domain_batches(

@@ -69,11 +69,14 @@ class Fields:
             return values[0]
         return Example(values[0], more[0] if more else "", values[1])
 
-    def mistyped(self, absent: Iterable[str], seen: Iterable[str]) -> bool:
-        """Whether a file has no optional field of such a name, but one that is nearly so; a file
-        whose rows have no context needs none."""
-        others = sorted(set(seen) - {*self.needed, *self.optional})
-        return any(get_close_matches(name, others, n=1) for name in absent)
+    def lacks(self, seen: Iterable[str]) -> bool:
+        """Whether a file whose rows have these fields has not a needed one; or not an optional one,
+        but one of nearly that name: a file whose rows have no context needs none."""
+        seen = set(seen)
+        others = sorted(seen - {*self.needed, *self.optional})
+        absent = set(self.optional) - seen
+        mistyped = any(get_close_matches(name, others, n=1) for name in absent)
+        return mistyped or not set(self.needed) <= seen
 
     def missing(self, where: str, seen: Iterable[str]) -> UserError:
         """The error of a file of which no row has one of the fields."""

@@ -20,8 +20,7 @@ def read_jsonl(path: str, layout: Layout, fields: Fields, bad: BadLines) -> Iter
     """The documents of a file; raises UserError where no row has the fields."""
     found = False
     seen: set[str] = set()
-    names: set[str] = set()
-    absent = set(fields.optional)  # from all rows so far
+    names: set[str] = set()  # of the rows that were found, until they have all optional ones
     for number, row in (_elements if layout.array else _objects)(path, layout, bad):
         if not isinstance(row, dict):
             bad.add(path, number, f"not a JSON object but {type(row).__name__}")
@@ -34,15 +33,14 @@ def read_jsonl(path: str, layout: Layout, fields: Fields, bad: BadLines) -> Iter
             bad.add(path, number, f"no field {missing[0]!r}")
             continue
         found = True
-        if absent:
-            absent -= row.keys()
+        if not names.issuperset(fields.optional):
             names |= row.keys()
         document = fields.take(row, path, number, bad)
         if document is not None:
             yield document
     if seen and not found:
         raise fields.missing(path, seen)
-    if found and fields.mistyped(absent, names):
+    if names and fields.lacks(names):
         raise fields.missing(path, names)
 
 

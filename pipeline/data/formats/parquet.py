@@ -26,8 +26,7 @@ def read_parquet(path: str, fields: Fields, bad: BadLines) -> Iterator[Document]
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path}: damaged parquet file: {_reason(error)}") from None
         names, total = file.schema_arrow.names, file.metadata.num_rows
-        absent = set(fields.optional) - set(names)
-        if not set(fields.needed) <= set(names) or fields.mistyped(absent, names):
+        if fields.lacks(names):
             raise fields.missing(path, names)
         columns = [n for n in fields.needed + fields.optional if n in names]
         try:
