@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pipeline import signals
+from pipeline import background, signals
 from pipeline.errors import RETRY, RankLost
 
 INTERVAL = 1.0  # seconds between two beats
@@ -39,7 +39,8 @@ class Heartbeat:
         self.gone: str | None = None  # who, and what is known about it
         self._code = RETRY  # its exit code, which is this rank's then
         self._stays = False  # this rank ends by itself
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        self._over = threading.Event()  # this process
+        background.start(self._beat, self._over.set, "heartbeat")
 
     def wait(self, until: Callable[[], bool]) -> None:
         """Until something is so; raises RankLost as soon as a rank is gone."""
@@ -97,7 +98,7 @@ class Heartbeat:
     def _beat(self) -> None:
         beats = 0
         told = False  # the others, that this rank is to end
-        while self.gone is None:
+        while self.gone is None and not self._over.is_set():
             beats += 1
             try:
                 if signals.asked() and not told:
@@ -114,10 +115,9 @@ class Heartbeat:
                     self._store.set("heartbeat/gone", f"{RETRY} {self.gone}")
             except RuntimeError as error:  # the store is rank 0's, or the launcher's
                 self.gone = f"rank 0 is gone ({_first_line(error)})"
-            time.sleep(INTERVAL)
-        if self._stays:
+            self._over.wait(INTERVAL)
+        if self._stays or self._over.wait(PATIENCE):  # usually the process ends meanwhile
             return
-        time.sleep(PATIENCE)  # a daemon: usually the process ends meanwhile
         print(f"rank {self._rank}: stopped: {self.gone}", file=sys.stderr, flush=True)
         os._exit(self._code)
 

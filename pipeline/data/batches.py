@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from queue import Full, Queue
-from threading import Event, Thread
+from threading import Event
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from pipeline import background
 from pipeline.data.encode import Encoder, Frame
 from pipeline.data.mixture import Corpus
 from pipeline.data.mlm import collate, pad_rows
@@ -283,7 +284,7 @@ def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
         except BaseException as error:
             put((None, error, True))
 
-    Thread(target=work, daemon=True).start()
+    background.start(work, stop.set, "prefetch")
     try:
         while True:
             item, error, end = queue.get()

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from pipeline import background
 from pipeline.checkpoint import damage, is_published, read_manifest, seal, sha256
 from pipeline.errors import everywhere
 from pipeline.nodes import exchange_files, first_beside
@@ -85,10 +86,8 @@ class Saver:
         self._written.clear()
         self._given_up.clear()
         self._problem = None
-        self._thread = threading.Thread(
-            target=self._write, args=(step, state, pieces, side), daemon=True
-        )
-        self._thread.start()
+        write = partial(self._write, step, state, pieces, side)
+        self._thread = background.start(write, self._given_up.set, "resume checkpoint", 60)
         self.newest, self._since = step, time.monotonic()
 
     def finish(self) -> str | None:
