@@ -10,6 +10,7 @@ from eval.measure.lm import losses_in_engine, measure_in_engine
 from eval.measure.process import evaluate_in_processes
 from eval.report.page import write_report
 from eval.report.summary import print_summary
+from pipeline import signals
 from pipeline.engine.config import resolve_engine_config
 from pipeline.engine.distributed import start_distributed
 from pipeline.ranks import on_rank0, rank, world_size
@@ -20,6 +21,8 @@ from pipeline.run.recipe_file import load_recipe
 from pipeline.run.run import run_recipe
 from pipeline.run.trackers import check_trackers
 
+STARTING = 5.0  # seconds from a signal to the end, as long as there is nothing to lose
+
 
 def measured_run(args: argparse.Namespace) -> None:
     """Run the recipe that the command line names; every rank calls this.
@@ -27,6 +30,7 @@ def measured_run(args: argparse.Namespace) -> None:
     Raises:
         UserError: whatever in the recipe, the configuration or the machine does not fit.
         TrainingStopped: the loss is no number any more.
+        Interrupted: a signal.
     """
     recipe = load_recipe(args.recipe, args.overrides)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,11 +46,12 @@ def measured_run(args: argparse.Namespace) -> None:
             if rank() == 0:
                 print("\n".join(lines))
         return
-    start_distributed()
-    on_rank0(lambda: check(recipe.evaluate, recipe.model))
-    on_rank0(lambda: check_trackers(recipe.track))
-    if args.restart:
-        on_rank0(lambda: restart(Path(args.runs), recipe))
+    with signals.listening(grace=STARTING):
+        start_distributed()
+        on_rank0(lambda: check(recipe.evaluate, recipe.model))
+        on_rank0(lambda: check_trackers(recipe.track))
+        if args.restart:
+            on_rank0(lambda: restart(Path(args.runs), recipe))
     page = run_recipe(
         recipe,
         engine_config,

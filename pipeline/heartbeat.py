@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from pipeline import background, signals
 from pipeline.errors import RETRY, RankLost
+from pipeline.redact import redact
 
 INTERVAL = 1.0  # seconds between two beats
 PATIENCE = 30.0  # seconds to leave a collective, or whatever else, after a rank is gone
@@ -89,7 +90,9 @@ class Heartbeat:
         self._stays = True
         if self.gone is None:
             try:
-                self._store.set("heartbeat/gone", f"{code} rank {self._rank} ended: {reason}")
+                self._store.set(
+                    "heartbeat/gone", f"{code} rank {self._rank} ended: {redact(reason)}"
+                )
                 if alone and self._rank == 0:
                     time.sleep(2 * INTERVAL)
             except RuntimeError:

@@ -13,9 +13,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+from filelock import FileLock, Timeout
 
 from pipeline.errors import RETRY, Interrupted
+from pipeline.progress import say
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Seconds within which further signals are the same wish: a terminal signals every process of the
@@ -52,6 +55,18 @@ def check() -> None:
     """Raises Interrupted if this rank is to end. For places that the other ranks do not wait at."""
     if _wish.reason is not None:
         raise Interrupted(_wish.reason)
+
+
+def acquire(lock: FileLock, why: str) -> None:
+    """Wait for a lock, and say why. Raises Interrupted if this rank is to end meanwhile."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(why)
+        while not lock.is_locked:
+            check()
+            with suppress(Timeout):
+                lock.acquire(timeout=1, poll_interval=0.2)
 
 
 def be_careful() -> None:

@@ -383,6 +383,7 @@ stages: [{domain: a, steps: 3}, {domain: b, steps: 3}]
         (["kd={temperature: 0}"], "kd.temperature: must be positive"),
         (["das={dropout: 1.0}"], r"das.dropout: 1.0 is outside \(0, 1\)"),
         (["das={contrast: -1}"], "das.contrast: must be at least 0"),
+        (["das={}", "model.gradient_checkpointing=true"], "das.contrast: closes units"),
         (["derpp={alpha: 0, beta: 0}"], "derpp: has no effect where alpha and beta are 0"),
         (["derpp={fraction: 0.001}"], "derpp.fraction: .* is less than one sequence"),
         (["das={contrasts: 1}"], "das.contrasts: unknown key"),

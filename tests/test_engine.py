@@ -296,6 +296,8 @@ def left_by_engines():
         for _ in range(2):  # a teacher a stage
             frozen = engine.frozen(MODELS["llama"]())
             assert frozen(torch.ones(1, 3, dtype=torch.long)).logits.isfinite().all()
+            rotary = [b.dtype for n, b in frozen.named_buffers() if "inv_freq" in n]
+            assert set(rotary) == {torch.float32}, kind  # as in the model that is trained
             engine.release(frozen)
             del frozen
         train(engine, settings, "llama", 0)

@@ -16,6 +16,7 @@ from eval.analysis.accuracy import accuracy_matrix
 from eval.analysis.falls import falls
 from eval.analysis.load import load_run
 from eval.analysis.matrix import METRICS, acc, learning_curve
+from eval.analysis.noise import resample
 from eval.analysis.score import score
 from eval.analysis.settings import Difference, Pair, Reading, Setting, measure
 from eval.report.card import model_card
@@ -289,6 +290,10 @@ def test_noise_is_paired_over_the_sequences_of_a_common_text(tmp_path):
                 total = total + sign * (-1 if row else 1) * residual / 3
         variance += (total**2).sum() / tokens.sum() ** 2
     assert pair.learned.noise == pytest.approx(2 * variance**0.5, rel=0.1)
+    one = load_run(runs[0])
+    for point in one.points:
+        point.sequences = {name: values[:1] for name, values in point.sequences.items()}
+    assert resample(one) is None  # nobody knows how far one sequence is from others
     assert "paired on their common held-out text" in paired.noise
     assert "not of the seed" in text_of(write_comparison(runs[:2], tmp_path / "out"))
 

@@ -220,6 +220,8 @@ def test_sweeps_are_checked(tmp_path):
     assert load_sweep(str(file)) is None
     with pytest.raises(UserError, match="empty"):
         sweep_points(Sweep("demo", grid={"optimizer.lr": []}))
+    with pytest.raises(UserError, match=r"a run named '\.\./x', which names files"):
+        sweep_points(Sweep("demo", methods={"../x": {}}))
     with pytest.raises(UserError, match="--seeds: has no effect"):
         sweep_points(Sweep("demo", grid={"seed": [4, 5]}, seeds=2))
     given = [p.overrides for p in sweep_points(Sweep("demo", grid={"seed": [4, 5]}))]

@@ -36,7 +36,8 @@ READABLE = 0.9  # of the resamples must give a number; fewer: it lies near the e
 def resample(run: Run, definition: Definition = LEARNING_CURVE) -> list[list[Place | None]] | None:
     """(learned, forgotten) at every point of a run, on each resample of its held-out text.
 
-    None where an evaluated point has no `sequences.npz`.
+    What n sequences that are drawn anew differ by is too little by (n - 1) / n in its variance,
+    which is made up for. None where an evaluated point has no `sequences.npz`, or one sequence.
     """
     matrix = run.matrix
     values = np.full((RESAMPLES, len(run.points), len(matrix.domains)), np.nan)
@@ -49,9 +50,13 @@ def resample(run: Run, definition: Definition = LEARNING_CURVE) -> list[list[Pla
             return None
         for domain in measured:
             loss, tokens = point.sequences[f"loss/{domain}"], point.sequences[f"tokens/{domain}"]
-            counts = _counts(domain, len(loss))
+            n, mean = len(loss), loss.sum() / tokens.sum()
+            if n < 2:
+                return None
+            counts = _counts(domain, n)
             column = matrix.domains.index(domain)
-            values[:, place, column] = (counts @ loss) / (counts @ tokens)
+            again = (counts @ loss) / (counts @ tokens)
+            values[:, place, column] = mean + (again - mean) * math.sqrt(n / (n - 1))
     drawn = values.astype(object)
     drawn[np.isnan(values)] = None
     ends = {point.stage: place for place, point in enumerate(run.points) if point.step is None}
@@ -60,8 +65,8 @@ def resample(run: Run, definition: Definition = LEARNING_CURVE) -> list[list[Pla
     found = []
     for rows in drawn.tolist():
         at_ends = [rows[ends[t]] if t in ends else unknown for t in range(matrix.last + 1)]
-        again = replace(matrix, values=at_ends)
-        found.append(places(again, list(zip(stages, rows, strict=True)), definition))
+        redrawn = replace(matrix, values=at_ends)
+        found.append(places(redrawn, list(zip(stages, rows, strict=True)), definition))
     return found
 
 

@@ -23,6 +23,7 @@ from pipeline.model.experts import FOLDER, Experts
 from pipeline.model.gguf import local_weights
 from pipeline.model.load import load_config, load_for_evaluation
 from pipeline.recipe import Evaluation, Lora, Model
+from pipeline.redact import redact
 from pipeline.run.evaluation import RESULTS
 
 SUFFIXES = {
@@ -194,7 +195,7 @@ def measure_share(
         except UserError as error:
             failed.append(f"{kind}: {error}")
         except Exception as error:  # the other kinds go on
-            traceback.print_exc(file=sys.stderr)
+            print(redact(traceback.format_exc()), file=sys.stderr)
             failed.append(f"{kind}: {type(error).__name__}: {error}")
         else:
             continue

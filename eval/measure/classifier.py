@@ -193,7 +193,9 @@ def _load(source: Source) -> tuple[Any, Any, bool]:
         config: Any = from_hub(
             "evaluate.end_tasks",
             weights,
-            lambda: AutoConfig.from_pretrained(weights, revision=source.revision),
+            lambda: AutoConfig.from_pretrained(
+                weights, revision=source.revision, trust_remote_code=False
+            ),
         )
     except (OSError, ValueError) as error:
         raise UserError(f"evaluate.end_tasks: cannot load {source.path}: {error}") from None

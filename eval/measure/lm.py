@@ -247,7 +247,7 @@ def _write_result(
     summed: Arrays, heldout: Path, output: Path, threshold: float, info: dict[str, Any]
 ) -> None:
     """Write `eval.json` atomically: per domain the mean loss (nats per predicted token), its
-    standard error over sequences, and the kept rows that domains share.
+    standard error over sequences (null for one), and the kept rows that domains share.
 
     Beside it `sequences.npz`, for differences between runs on the same text: per domain the summed
     loss `loss/<domain>` (float64) and the number of predicted tokens `tokens/<domain>` (int64) of
@@ -263,14 +263,13 @@ def _write_result(
         mean = losses.sum() / tokens.sum()
         # A ratio of sums over sequences: the linearised standard error.
         residuals = losses - mean * tokens
-        stderr = (
-            np.sqrt((residuals**2).sum() * len(losses) / max(1, len(losses) - 1)) / tokens.sum()
-        )
+        n = len(losses)
+        stderr = np.sqrt((residuals**2).sum() * n / (n - 1)) / tokens.sum() if n > 1 else None
         result["domains"][name] = {
             "loss": float(mean),
-            "stderr": float(stderr),
+            "stderr": None if stderr is None else float(stderr),
             "tokens": int(tokens.sum()),
-            "sequences": len(losses),
+            "sequences": n,
             "unigram_loss": manifest["unigram_loss"][name],
         }
     if "rows" in summed:

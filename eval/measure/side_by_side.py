@@ -13,6 +13,7 @@ import torch
 from eval.measure.command import ended
 from eval.sandbox.jail import die_with_parent
 from pipeline.errors import UserError
+from pipeline.redact import redact
 
 # Imported once, before the processes are forked: they take seconds. Only what does not touch a GPU.
 PRELOADED = ["torch", "transformers.modeling_utils", "transformers.models.auto.modeling_auto"]
@@ -76,6 +77,6 @@ def _job(sender: Any, threads: int, function: Callable[..., None], job: tuple) -
         sender.send(str(error))
         sys.exit(1)
     except Exception as error:
-        traceback.print_exc(file=sys.stderr)
+        print(redact(traceback.format_exc()), file=sys.stderr)
         sender.send(f"{type(error).__name__}: {error}")
         sys.exit(1)

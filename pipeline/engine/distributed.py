@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 import threading
 import time
 from datetime import timedelta
@@ -29,11 +28,8 @@ def start_distributed() -> None:
     transformers.utils.logging.disable_progress_bar()
     launched = "RANK" in os.environ
     if not launched:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = str(s.getsockname()[1])
         os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
         )
     if deepspeed.get_accelerator().device_name() == "cpu":
         # The op is compiled for two minutes at the first start and used by inference only.
@@ -45,6 +41,9 @@ def start_distributed() -> None:
     if launched:
         _check_store()
         _end_with_launcher()
+    else:  # without a port, which anybody could reach
+        backend = deepspeed.get_accelerator().communication_backend_name()
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         deepspeed.init_distributed(verbose=False, timeout=TIMEOUT)
     except RuntimeError as error:

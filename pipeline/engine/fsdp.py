@@ -17,7 +17,7 @@ from pipeline.engine.config import precision_of
 from pipeline.engine.distributed import start_distributed
 from pipeline.engine.optimizer import Hold, weight_groups
 from pipeline.errors import BadGradient
-from pipeline.model.blocks import find_blocks
+from pipeline.model.blocks import find_blocks, weights_in
 from pipeline.shard import MOMENTS, ParameterShards, StateShard
 
 
@@ -146,7 +146,7 @@ class FsdpEngine:
         """The forward of another model, beside this one and never trained, sharded as this one."""
         model = model.eval().requires_grad_(False)
         if precision_of(self.config) == "bf16":
-            model = model.bfloat16()
+            weights_in(torch.bfloat16, model)
         for name in find_blocks(model):
             self._shard(model.get_submodule(name), reshard_after_forward=True)
         sharded: Any = self._shard(model, reshard_after_forward=True)

@@ -18,7 +18,7 @@ from pipeline.engine.distributed import start_distributed
 from pipeline.engine.optimizer import Hold, zero_groups
 from pipeline.engine.zero_shards import ZeroShards
 from pipeline.errors import BadGradient, TrainingStopped
-from pipeline.model.blocks import find_blocks
+from pipeline.model.blocks import find_blocks, weights_in
 from pipeline.shard import StateShard
 
 
@@ -224,15 +224,13 @@ class ZeroEngine:
         """The forward of another model, beside this one and never trained: in the precision of
         training, sharded where the weights of this one are."""
         dtype = DTYPES[precision_of(self.config)]
-        model = model.eval().requires_grad_(False)
+        model = weights_in(dtype, model.eval().requires_grad_(False))
         if self.stage < 3:
-            return model.to(self.device, dtype)
+            return model.to(self.device)
         keys = ("train_micro_batch_size_per_gpu", "zero_optimization", "bf16", "fp16")
         config = {k: self.config[k] for k in keys if k in self.config}
         zero = {k: v for k, v in config["zero_optimization"].items() if k != "offload_optimizer"}
-        frozen, *_ = deepspeed.initialize(
-            model=model.to(dtype), config={**config, "zero_optimization": zero}
-        )
+        frozen, *_ = deepspeed.initialize(model=model, config={**config, "zero_optimization": zero})
         frozen.eval()
         return frozen
 
@@ -335,9 +333,7 @@ def _shard(model: nn.Module, ds_config: dict[str, Any]) -> None:
     """
     dtype = DTYPES[precision_of(ds_config)]
     for part in [*(model.get_submodule(n) for n in find_blocks(model)), model]:
-        for p in part.parameters():
-            if p.is_floating_point() and not hasattr(p, "ds_id"):
-                p.data = p.data.to(dtype)
+        weights_in(dtype, part)
         deepspeed.zero.Init(module=part, config_dict_or_path=ds_config)
     for b in model.buffers():
         b.data = b.data.to(deepspeed.get_accelerator().current_device_name())

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from pipeline import signals
 from pipeline.checkpoint import is_published, publish, verify
 from pipeline.data.mlm import collate
 from pipeline.errors import UserError
@@ -78,6 +79,7 @@ def make_text(
 
     Raises:
         UserError: the folder cannot be written, or is damaged.
+        Interrupted: a signal.
     """
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     on_rank0(partial(_acquire, lock))
@@ -103,7 +105,7 @@ def make_text(
 def _acquire(lock: FileLock) -> None:
     try:
         Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        signals.acquire(lock, "the anchor's text is being made by a run beside this one; waiting")
     except OSError as error:
         raise UserError(
             f"the anchor's text cannot be written to {Path(lock.lock_file).parent}: {error}. Set "
@@ -125,6 +127,7 @@ def _cached(
         disable=None if rank() == 0 else True,
     )
     for start in bar:
+        signals.check()
         batch = [row for _, row in rows[start : start + BATCH]]
         tokens, known = top_k(predict(batch), k)
         counts = [int((labels >= 0).sum()) for _, labels, _ in batch]

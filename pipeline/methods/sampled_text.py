@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from pipeline import signals
 from pipeline.data.sequences import Sequence
 from pipeline.data.span_corruption import SPAN, sentinels
 from pipeline.data.tokenizer import never_drawn, vocabulary_size
@@ -49,6 +50,7 @@ def sampled_sequences(
     if blocks.disable and share[0] == 0:  # no bar in a file
         say(f"{what}: {count} sequences of {length} tokens")
     for block in blocks:
+        signals.check()
         seed = recipe.seed * 1_000_003 + block
         if text == "self":
             ids, real = sample_block(model(), tokenizer, length, objective, seed)

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
@@ -23,6 +24,15 @@ def find_blocks(model: nn.Module) -> list[str]:
         if isinstance(module, nn.ModuleList) and not inside:
             lists.append(name)
     return [f"{n}.{i}" for n in lists for i in range(len(model.get_submodule(n)))]  # type: ignore[arg-type]
+
+
+def weights_in(dtype: torch.dtype, part: nn.Module) -> nn.Module:
+    """Convert the weights in place, of those that ZeRO-3 has not sharded yet. Not the buffers:
+    rotary frequencies, in half precision, would be those of another model."""
+    for p in part.parameters():
+        if p.is_floating_point() and not hasattr(p, "ds_id"):
+            p.data = p.data.to(dtype)
+    return part
 
 
 def block_linears(model: nn.Module, experts: bool = False) -> Iterator[tuple[str, nn.Module]]:

@@ -70,7 +70,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     Rank 0 speaks for all; an error of another rank alone is printed by that rank, with its number.
     Exit codes: 2 for a UserError, 1 for TrainingStopped, RETRY where the same command goes on: a
     rank is gone, or the run was asked to end; 130 for Ctrl-C before it could be. Where a rank has
-    ended with a message, the others end with its code.
+    ended with a message or a traceback, the others end with its code.
     """
     read_and_write_utf8()
     use_caches_that_exist()
@@ -87,15 +87,20 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         _leave(error, f"stopped: {error}. The stages that were published are unharmed.", 1)
     except OSError as error:
         if (help_ := advice(error)) is None:
+            _tell_the_others(error)
             raise
         _leave(error, f"error: {error}. {help_}, and run the same command again.", 2)
     except KeyboardInterrupt:
         _leave(None, "interrupted; run the same command again to continue", 130)
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in LOST):
-            raise
         heart = _heart()
+        if not any(sign in str(error) for sign in LOST):
+            _tell_the_others(error)
+            raise
         _left_alone(heart.lost() if heart else RankLost("another rank is gone"))
+    except Exception as error:
+        _tell_the_others(error)
+        raise
     if distributed := sys.modules.get("pipeline.engine.distributed"):
         distributed.leave_group()
     sys.exit(0)
@@ -119,6 +124,13 @@ def _heart() -> Any:
     """This rank's heartbeat; None where nobody waits for it."""
     heartbeat: Any = sys.modules.get("pipeline.heartbeat")
     return heartbeat and heartbeat.mine()
+
+
+def _tell_the_others(error: Exception) -> None:
+    """Of a fault, which starting again would meet again: they end with its code too."""
+    if heart := _heart():
+        first = next(iter(str(error).splitlines()), "")
+        heart.leave(f"{type(error).__name__}: {first}", 1, not getattr(error, "everywhere", False))
 
 
 def _left_alone(error: RankLost) -> NoReturn:

@@ -5,18 +5,17 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from pipeline import signals
 from pipeline.checkpoint import is_published, read_manifest, replace_file
 from pipeline.errors import UserError
-from pipeline.progress import say
 from pipeline.recipe import Recipe
 from pipeline.run.base_files import FILE as BASE
 from pipeline.run.folder import stage_folder, step_folder
@@ -126,7 +125,7 @@ def one_measures(base: Evaluation, recipe: Recipe) -> Iterator[None]:
     lock = _base_lock(base, recipe)
     try:
         if lock is not None:
-            _wait_for(lock, "stage 0 base: waits for a run beside it, which measures the same one")
+            signals.acquire(lock, "stage 0 base: waits for a run beside it, which measures it too")
     except (OSError, NotImplementedError):  # no file to be locked here: each measures it itself
         lock = None
     try:
@@ -145,17 +144,6 @@ def _base_lock(base: Evaluation, recipe: Recipe) -> FileLock | None:
     text = json.dumps({k: v for k, v in what.items() if k != "seed"}, sort_keys=True)
     name = hashlib.sha256(text.encode()).hexdigest()[:12]
     return FileLock(base.run.parent / f".base-{name}.lock")
-
-
-def _wait_for(lock: FileLock, why: str) -> None:
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        say(why)
-        while not lock.is_locked:
-            signals.check()
-            with suppress(Timeout):
-                lock.acquire(timeout=1, poll_interval=0.2)
 
 
 def _what_measures(run: Path) -> dict[str, Any] | None:

@@ -31,6 +31,7 @@ from pipeline.run.base_files import KEYS, base_differences, base_files
 from pipeline.run.lock import FolderLock
 from pipeline.run.recipe_defaults import with_defaults
 
+MARK = "environment.json"  # the first file of a run folder, and the last that is deleted
 RESUME = "resume"  # in a stage's folder, while it trains: checkpoints behind a step
 CORPORA = "corpora.json"  # what the run has read
 MASTERS = "masters"  # beside the newest checkpoint: its trained weights in fp32
@@ -100,6 +101,7 @@ def _claim(folder: Path, lock: FolderLock, recipe: Recipe, engine_config: dict[s
 def _fill(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> None:
     """Write what the run is. Raises UserError: the folder is another recipe's, or read-only."""
     _require_writable(folder)
+    _require_run(folder)
     stored, present = folder / "recipe.yaml", base_files(recipe.model)
     if not (folder / "stages").exists():  # nothing measured yet: an attempt that failed early
         for leftover in ("tokenizer", "heldout"):
@@ -114,13 +116,24 @@ def _fill(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> None:
                 f"{folder} holds a run of another recipe ({'; '.join(different)}). Give this run a "
                 "name of its own (name=...), or delete the old one with --restart."
             )
-    stored.write_text(recipe.to_yaml(), encoding="utf-8")
-    replace_file(folder / BASE, json.dumps(present, indent=2) + "\n")
+    engine_file = "fsdp.json" if recipe.engine.kind == "fsdp" else "ds_config.json"
     for name, content in (
-        ("fsdp.json" if recipe.engine.kind == "fsdp" else "ds_config.json", engine_config),
-        ("environment.json", _environment(engine_config)),
+        (MARK, redacted(_environment(engine_config))),
+        (engine_file, redacted(engine_config)),
+        (BASE, present),
     ):
-        (folder / name).write_text(json.dumps(redacted(content), indent=2) + "\n", encoding="utf-8")
+        replace_file(folder / name, json.dumps(content, indent=2) + "\n")
+    replace_file(stored, recipe.to_yaml())
+
+
+def _require_run(folder: Path) -> None:
+    """Raises UserError where a folder has something in it and is not a run's."""
+    others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if others and not (folder / MARK).is_file():
+        raise UserError(
+            f"{folder} is not a run folder, it holds {others[0]}. Give the run another place "
+            "(--runs) or name (name=...), or delete that by hand."
+        )
 
 
 def _require_writable(folder: Path) -> None:
@@ -141,17 +154,16 @@ def restart(runs: Path, recipe: Recipe) -> None:
     folder = runs / recipe.name
     if not folder.exists():
         return
-    if not (folder / "recipe.yaml").is_file():
-        raise UserError(f"--restart: {folder} is not a run folder; delete it by hand")
+    _require_run(folder)
     lock = FolderLock(folder)
     lock.acquire()
     try:
         # The lock is open: on NFS its file would stay under another name, and the folder with it.
         for path in folder.iterdir():
-            if path.name == "recipe.yaml" or path.name.startswith(".lock"):
+            if path.name == MARK or path.name.startswith(".lock"):
                 continue  # what says that the folder is a run's goes last
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        (folder / "recipe.yaml").unlink()
+        (folder / MARK).unlink()
     except OSError as error:
         raise UserError(f"--restart: cannot delete {folder}: {error}") from None
     finally:

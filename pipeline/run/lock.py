@@ -24,6 +24,7 @@ from pipeline.progress import now, say
 
 INTERVAL = 5.0  # seconds between two counts of the owner
 LEASE = 20.0  # seconds without one, after which the owner is gone
+FREED = 120.0  # seconds within which a file server frees what a machine that is gone had locked
 
 # What file systems say that have no locks; filelock makes a NotImplementedError of ENOSYS.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}
@@ -34,7 +35,7 @@ class FolderLock:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._lock = FileLock(folder / ".lock")
+        self._lock = _file_lock(folder)
         self._owner = folder / ".owner.json"
         self._token = uuid.uuid4().hex
         self._released = threading.Event()
@@ -82,7 +83,13 @@ class FolderLock:
         try:
             self._lock.acquire(timeout=0.2)  # `is_held` has it for an instant
         except Timeout:
-            raise _in_use(self.folder, self._read()) from None
+            known = self._read()
+            if known is None or _runs_here(known) or self._lives(known):
+                raise _in_use(self.folder, known) from None
+            try:
+                self._lock.acquire(timeout=FREED)
+            except Timeout:
+                raise _in_use(self.folder, known) from None
         except (OSError, NotImplementedError) as error:
             if isinstance(error, OSError) and error.errno not in NO_LOCKS:
                 raise _cannot_lock(self.folder, error) from None
@@ -161,7 +168,7 @@ def is_held(folder: Path) -> bool:
     """Whether a process holds the folder. It may take `LEASE` seconds where another machine did."""
     if not (folder / ".lock").exists():
         return False
-    lock, file = FolderLock(folder), FileLock(folder / ".lock")
+    lock, file = FolderLock(folder), _file_lock(folder)
     try:
         file.acquire(timeout=0)
         locks = True
@@ -169,13 +176,16 @@ def is_held(folder: Path) -> bool:
         return True
     except (OSError, NotImplementedError):  # no locks there: what is left is the lease
         locks = False
-    try:
-        known = lock._read()
-        if not known:
-            return False
-        return not (locks and _runs_here(known)) and lock._lives(known)
-    finally:
-        file.release()
+    known = lock._read()
+    file.release()  # who starts the run again may
+    if known is None:
+        return False
+    return not (locks and _runs_here(known)) and lock._lives(known)
+
+
+def _file_lock(folder: Path) -> FileLock:
+    """Without a file in its place where the file system has no locks: a killed owner leaves it."""
+    return FileLock(folder / ".lock", fallback_to_soft=False)
 
 
 def _in_use(folder: Path, known: dict[str, Any] | None) -> UserError:

@@ -258,6 +258,12 @@ def baseline_problems(r: Recipe) -> list[str]:
         need(0 < r.das.dropout < 1, f"das.dropout: {r.das.dropout} is outside (0, 1)")
         need(r.das.contrast >= 0, "das.contrast: must be at least 0 (0 leaves the contrast out)")
         need(
+            not (r.das.contrast and r.model.gradient_checkpointing),
+            "das.contrast: closes units in a forward of its own, which gradient checkpointing "
+            "would compute again with them open; set model.gradient_checkpointing=false or "
+            "das.contrast=0",
+        )
+        need(
             r.model.lora is None,
             "das: protects the weights of heads and neurons, which LoRA does not train; remove one "
             "of them",

@@ -188,7 +188,7 @@ def recipe_problems(r: Recipe) -> list[str]:
         r.evaluate.domains is None or bool(r.evaluate.domains),
         "evaluate.domains: the list is empty; leave it out for every domain",
     )
-    need(r.seed >= 0, f"seed: {r.seed} must be at least 0")
+    need(0 <= r.seed < 2**32, f"seed: {r.seed} must be at least 0 and less than 2**32")
     found += evaluation_problems(r.evaluate)
     for what in ("benchmarks", "humaneval"):
         need(

@@ -131,7 +131,8 @@ class StageState:
         if state["ranks"] == world_size():
             set_random_state(sides[rank()]["random"])
         else:
-            torch.manual_seed((self.seed * 1_000_003 + state["step"]) * 100_003 + rank())
+            seed = (self.seed * 1_000_003 + state["step"]) * 100_003 + rank()
+            torch.manual_seed(seed % 2**63)
         return state["step"]
 
 

@@ -32,6 +32,7 @@ from pipeline.engine.config import memory_per_rank, resolve_engine_config
 from pipeline.errors import UserError, near
 from pipeline.model.load import empty_model, load_config
 from pipeline.progress import say
+from pipeline.run.problems import NAME
 from pipeline.run.recipe_file import RECIPES, find_recipe, load_recipe, read_over_base
 
 SWEEPS = RECIPES / "sweeps"
@@ -151,6 +152,12 @@ def sweep_points(sweep: Sweep, more: Sequence[str] = ()) -> list[Point]:
             varied = {k: v for k, v in chosen.items() if len(grid[k]) > 1}
             name, setting = _name(method, varied | seeds), _name(method, varied)
             points.append(Point(name, (*written, *more), method, setting, seed))
+    for p in points:
+        if not NAME.fullmatch(p.name):
+            raise UserError(
+                f"the sweep has a run named {p.name!r}, which names files: letters, digits, '.', "
+                "'_' and '-', and no '.', '_' or '-' first; name the method so"
+            )
     doubled = {p.name for p in points if sum(q.name == p.name for q in points) > 1}
     if doubled:
         raise UserError(f"the sweep has two runs named {sorted(doubled)[0]!r}; vary their values")

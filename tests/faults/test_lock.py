@@ -1,11 +1,13 @@
 """One process a run folder, on every kind of file system, whatever becomes of the owner."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from pipeline.errors import TrainingStopped, UserError
 from pipeline.run import folder as run_folder
 from pipeline.run import lock
 from pipeline.run.lock import FolderLock
+from pipeline.run.recipe_file import load_recipe
+from tests.test_surroundings import recipe_file
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
@@ -72,6 +76,59 @@ def elsewhere(monkeypatch):
     monkeypatch.setattr(lock, "_machine", lambda: "another machine")
 
 
+def left(folder):
+    """A lock whose owner, on another machine, is gone; its file may be locked still."""
+    lost = FolderLock(folder)
+    lost.acquire()
+    lost._released.set()
+    lost._renewing.join(5)
+    return lost
+
+
+def test_where_flock_is_not_there_at_all_a_killed_owner_leaves_nothing(
+    tmp_path, monkeypatch, quick
+):
+    def missing(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    left(tmp_path)
+    elsewhere(monkeypatch)
+    mine = FolderLock(tmp_path)
+    mine.acquire()
+    mine.release()
+
+
+def test_a_run_begins_again_while_a_report_looks_whether_it_is_there(tmp_path, monkeypatch, quick):
+    left(tmp_path)._lock.release()
+    elsewhere(monkeypatch)
+    looking = threading.Thread(target=lock.is_held, args=[tmp_path])
+    looking.start()
+    time.sleep(0.3)
+    mine = FolderLock(tmp_path)
+    mine.acquire()
+    looking.join()
+    assert lock.is_held(tmp_path)
+    mine.release()
+
+
+def test_a_file_server_frees_the_lock_of_a_machine_that_is_gone_late(tmp_path, monkeypatch, quick):
+    gone = threading.Event()
+
+    def be_gone():  # a file lock is a thread's
+        lost = left(tmp_path)
+        gone.set()
+        time.sleep(3)
+        lost._lock.release()
+
+    threading.Thread(target=be_gone).start()
+    gone.wait()
+    elsewhere(monkeypatch)
+    mine = FolderLock(tmp_path)
+    mine.acquire()
+    mine.release()
+
+
 @pytest.mark.parametrize("locks", ["locks", "no locks"])
 def test_a_live_owner_is_named_and_a_killed_one_is_followed(
     tmp_path, monkeypatch, quick, hold, locks
@@ -116,6 +173,26 @@ def test_an_owner_that_was_taken_over_stops(tmp_path, quick):
         mine.check()
     mine.release()
     assert owner.exists()  # it is the other's
+
+
+def test_what_is_not_a_runs_is_neither_written_nor_deleted(tmp_path):
+    recipe = load_recipe(recipe_file(tmp_path), ["name=mine"])
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "recipe.yaml").write_text("my own")
+    for begin in (lambda: run_folder.open_run(mine, recipe, {}).__enter__(),
+                  lambda: run_folder.restart(tmp_path, recipe)):  # fmt: skip
+        with pytest.raises(UserError, match=r"not a run folder, it holds recipe\.yaml"):
+            begin()
+    assert (mine / "recipe.yaml").read_text() == "my own"
+    (mine / "recipe.yaml").unlink()
+    with run_folder.open_run(mine, recipe, {}):
+        pass
+    (mine / "heldout").mkdir()  # of an attempt that failed early
+    with run_folder.open_run(mine, recipe, {}):
+        assert not (mine / "heldout").exists()
+    run_folder.restart(tmp_path, recipe)
+    assert not mine.exists()
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_anything_else(tmp_path, monkeypatch):

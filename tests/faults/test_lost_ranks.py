@@ -19,9 +19,9 @@ EVERYTHING = bool(os.environ.get("RUN_EVERYTHING"))
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def one_cannot_go_on(rank, who, port):
-    """The process of a rank of two, of which `who` has a mistake of the user while the other waits
-    for it in a collective."""
+def one_cannot_go_on(rank, who, error, port):
+    """The process of a rank of two, of which `who` has an error while the other waits for it in a
+    collective."""
     os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))  # fmt: skip
     from pipeline import heartbeat
@@ -35,23 +35,27 @@ def one_cannot_go_on(rank, who, port):
         start_distributed()
         gather(None)
         if rank == who:
-            raise UserError("the disk is full")
+            raise error
         gather(None)
 
     run_command(run)
 
 
-@pytest.mark.parametrize("who", [0, 1])
-def test_all_ranks_end_with_the_code_of_the_one_that_has_said_why(who):
+@pytest.mark.parametrize(
+    ("who", "error", "code"),
+    [(0, UserError("the disk is full"), 2), (1, UserError("the disk is full"), 2),
+     (0, ZeroDivisionError("0 / 0"), 1), (1, MemoryError(), 1)],
+)  # fmt: skip
+def test_all_ranks_end_with_the_code_of_the_one_that_has_said_why(who, error, code):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     port = free_port()
-    ranks = [context.Process(target=one_cannot_go_on, args=(r, who, port)) for r in (0, 1)]
+    ranks = [context.Process(target=one_cannot_go_on, args=(r, who, error, port)) for r in (0, 1)]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join(60)
-    assert [process.exitcode for process in ranks] == [2, 2]
+    assert [process.exitcode for process in ranks] == [code, code]
 
 
 ELASTIC = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
