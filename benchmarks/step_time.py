@@ -340,8 +340,10 @@ def profile(turns: Turns) -> str:
 
 def _mfu(args: argparse.Namespace, engine: Any, seconds: float) -> float:
     """Of the dense step (docs/performance.md); NaN on a GPU whose peak is not known."""
-    speed = Speed(engine.module, _recipe(args), engine.device)
-    return speed.numbers(_tokens(args) * world_size(), seconds).get("mfu", float("nan"))
+    recipe, tokens = _recipe(args), _tokens(args) * world_size()
+    predicted = round(tokens * (recipe.data.masking if recipe.model.objective == "masked" else 1))
+    speed = Speed(engine.module, recipe, engine.device)
+    return speed.numbers(tokens, predicted, seconds).get("mfu", float("nan"))
 
 
 def estimated_memory(args: argparse.Namespace, mode: str) -> float:

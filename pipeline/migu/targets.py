@@ -167,6 +167,9 @@ def _config(model: nn.Module) -> Any:
     return next((m.config for m in model.modules() if hasattr(m, "config")), None)
 
 
+CROSSES = {"EncDecAttention", "encoder_attn", "crossattention"}  # from the decoder to the encoder
+
+
 def _tokens(target: Target, model: nn.Module) -> Literal["input", "decoder", "none"]:
     path = target.name.split(".")
     if {"pos_query_proj", "pos_key_proj"} & set(path):
@@ -175,8 +178,7 @@ def _tokens(target: Target, model: nn.Module) -> Literal["input", "decoder", "no
         return "input"
     if "decoder" not in path and target.component != "head":
         return "input"
-    crosses = {"EncDecAttention", "encoder_attn", "crossattention"} & set(path)
-    return "input" if crosses and target.component in ("k", "v", "qkv") else "decoder"
+    return "input" if CROSSES & set(path) and target.component in ("k", "v", "qkv") else "decoder"
 
 
 def _parts(target: Target, config: Any) -> tuple[int, ...]:

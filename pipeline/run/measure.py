@@ -72,7 +72,8 @@ def _measure(recipe: Recipe, engine_config: dict[str, Any]) -> list[str]:
         )  # fmt: skip
     seconds = (ends[-1] - ends[WARM]) / MEASURED
     tokens = recipe.train.batch_size * recipe.data.sequence_length
-    fast = Speed(engine.module, recipe, engine.device).numbers(tokens, seconds)
+    predicted = round(tokens * (recipe.data.masking if m.objective == "masked" else 1))
+    fast = Speed(engine.module, recipe, engine.device).numbers(tokens, predicted, seconds)
     lines = [
         f"measured    {seconds:.2f} s a step ({MEASURED} steps of random tokens), "
         f"{fast['tokens_per_second']:,.0f} tokens/s, {fast['tflops']:.3g} TFLOPS a rank"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.migu.targets import CROSSES
 from pipeline.model.blocks import find_blocks
 from pipeline.ranks import world_size
 from pipeline.recipe import Recipe
@@ -67,7 +68,7 @@ class Speed:
     """What a step's seconds come to."""
 
     def __init__(self, module: nn.Module, recipe: Recipe, device: torch.device):
-        self._flops = flops_per_token(module, recipe)
+        self._flops = training_flops(module, recipe)
         self._peak = None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -75,9 +76,11 @@ class Speed:
             self._peak = peak_of(name)
         self._device = device
 
-    def numbers(self, tokens: int, seconds: float) -> dict[str, float]:
-        """tokens: of the step, over all ranks. `mfu` only of a GPU whose peak is known."""
-        tflops = self._flops * tokens / seconds / world_size() / 1e12
+    def numbers(self, tokens: int, predicted: int, seconds: float) -> dict[str, float]:
+        """tokens, predicted: of the step, over all ranks. `mfu` only where the peak is known."""
+        per_token, per_prediction = self._flops
+        flops = per_token * tokens + per_prediction * predicted
+        tflops = flops / seconds / world_size() / 1e12
         found = {"tokens_per_second": tokens / seconds, "tflops": tflops}
         if self._peak is not None:
             found["mfu"] = tflops / self._peak
@@ -97,20 +100,42 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def flops_per_token(module: nn.Module, recipe: Recipe) -> float:
-    """Of a dense training step: a product forward, one for the input's gradient and, of trained
-    weights, one for their own; attention over whole rows; the head where there is a prediction.
-    Recomputed activations and what a mask spares do not count, so that modes compare."""
-    blocks = tuple(f"{n}." for n in find_blocks(module))
-    flops = 0.0
-    for name, p in module.named_parameters():
-        shape = getattr(p, "ds_shape", p.shape)
-        if name.startswith(blocks) and len(shape) == 2:
-            frozen = not p.requires_grad and not name.endswith(".rest")
-            flops += (4 if frozen else 6) * shape[0] * shape[1]
+def training_flops(module: nn.Module, recipe: Recipe) -> tuple[float, float]:
+    """(for each token, and for each prediction on top) of a dense training step: a product forward,
+    one for the input's gradient and, of trained weights, one for their own; attention over whole
+    rows; the head where there is a prediction. An encoder-decoder's decoder reads what it predicts,
+    and the rest is read by its encoder. Recomputed activations and what a mask spares do not count,
+    so that modes compare."""
     config: Any = module.config
     config = config.get_text_config()
     hidden, width = getattr(config, "hidden_size", 0), getattr(config, "vocab_size", 0)
-    predicted = recipe.data.masking if recipe.model.objective == "masked" else 1.0
-    attention = 12 * len(blocks) * hidden * recipe.data.sequence_length
-    return flops + attention + 6 * predicted * hidden * width
+    blocks = find_blocks(module)
+    attention = 12 * hidden * recipe.data.sequence_length
+    flops = {False: 0.0, True: 0.0}  # of a token of the input, and of the decoder
+    for name in blocks:
+        flops[_of_decoder(module, name)] += attention
+    looked_up = {m.weight for m in module.modules() if isinstance(m, nn.Embedding)}
+    for name, p in module.named_parameters():
+        shape = _shape(p)
+        of_block = name.startswith(tuple(f"{n}." for n in blocks))
+        if of_block and len(shape) == 2 and p not in looked_up:
+            frozen = not p.requires_grad and not name.endswith(".rest")
+            flops[_of_decoder(module, name)] += (4 if frozen else 6) * shape[0] * shape[1]
+    head = 6 * hidden * width
+    if not module.config.is_encoder_decoder:
+        return flops[False], head
+    return flops[False], flops[True] - flops[False] + head
+
+
+def _of_decoder(module: Any, name: str) -> bool:
+    """Whether a part of the blocks computes for the decoder's tokens."""
+    path = name.split(".")
+    if not module.config.is_encoder_decoder or "decoder" not in path:
+        return False
+    return not (CROSSES & set(path) and {"k", "v", "k_proj", "v_proj", "key", "value"} & set(path))
+
+
+def _shape(p: Any) -> Any:
+    """Of the whole weight, which ZeRO-3 shards and bitsandbytes packs."""
+    packed = getattr(p, "quant_state", None)
+    return getattr(p, "ds_shape", p.shape) if packed is None else packed.shape

@@ -165,7 +165,7 @@ def train_stage(
         done.steps, done.tokens = step, done.tokens + tokens
         if progress is not None and log is not None:
             norm, seconds = engine.gradient_norm, timer.seconds()
-            fast = speed.numbers(tokens, seconds["all"])
+            fast = speed.numbers(tokens, int(predicted), seconds["all"])
             progress.update(step, tokens, mean_loss, norm, kept, fast)
             log.write(
                 "step",
