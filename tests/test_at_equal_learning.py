@@ -33,25 +33,30 @@ def test_ratios_at_the_level_that_all_reach():
     found = at_equal_learning({"ft": ends(PLAIN), "half": ends(half), "slow": ends(slow)}, "ft")
     assert (found.level, found.lowest) == pytest.approx((0.6, 0.2))
     by_name = {m.method: m for m in found.methods}
-    assert by_name["ft"].ratio is None
-    assert by_name["half"].ratio == pytest.approx(0.5)
-    assert by_name["half"].interval == pytest.approx((0.5, 0.5))
+    assert by_name["ft"].common is by_name["ft"].own is None
+    assert by_name["half"].common.value == pytest.approx(0.5)
+    assert by_name["half"].common.interval == pytest.approx((0.5, 0.5))
+    bent = {**ends(PLAIN), 1: {**ends(PLAIN)[1], 3.0: (0.8, 1.6)}}
+    alone = at_equal_learning({"ft": bent, "half": ends(half), "slow": ends(slow)}, "ft").methods
+    assert [m.own.level for m in alone[1:]] == pytest.approx([0.8, 0.6])
+    assert alone[1].own.value == pytest.approx(0.5 / 1.2)  # whatever the slow one learns
+    assert alone[1].common.value == pytest.approx(0.5)
     assert by_name["half"].over_range == pytest.approx(0.5)
-    assert by_name["slow"].ratio == pytest.approx(1.0)
+    assert by_name["slow"].common.value == pytest.approx(1.0)
     assert by_name["slow"].over_range > 1
     diverged = {"ft": ends(PLAIN), "half": ends([*half, (-0.5, 3.0)])}
     again = at_equal_learning(diverged, "ft").methods[1]
-    assert (again.ratio, again.over_range) == pytest.approx((0.5, 0.5))
+    assert (again.common.value, again.over_range) == pytest.approx((0.5, 0.5))
     assert (*by_name["half"].most, by_name["half"].rate) == pytest.approx((0.8, 0.5, 3.0))
 
 
 def test_the_interval_is_of_the_seeds_and_pairs_them():
     half = [(x, y / 2) for x, y in PLAIN]
     alike = at_equal_learning({"ft": ends(PLAIN, noise=0.2), "half": ends(half, noise=0.2)}, "ft")
-    assert alike.methods[1].interval == pytest.approx((0.5, 0.5))
+    assert alike.methods[1].common.interval == pytest.approx((0.5, 0.5))
     other = at_equal_learning({"ft": ends(PLAIN), "half": ends(half, noise=0.2)}, "ft")
     assert other.left_out == {}
-    low, high = other.methods[1].interval
+    low, high = other.methods[1].common.interval
     assert 0.39 < low < 0.5 < high < 0.61
 
 
@@ -61,7 +66,7 @@ def test_what_cannot_be_read_is_none():
     assert at_equal_learning({"ft": ends(PLAIN[:1]), "other": ends(PLAIN)}, "ft") is None
     assert at_equal_learning({"ft": ends(PLAIN)}, "ft") is None
     one = at_equal_learning({"ft": ends(PLAIN, 1), "other": ends(PLAIN, 1)}, "ft")
-    assert one.methods[1].interval is None
+    assert one.methods[1].common.interval is None
     spent = [(0.5, 0.4), (0.3, 0.9)]  # its smallest rate learns most
     two = at_equal_learning({"ft": ends(PLAIN), "half": ends(half), "spent": ends(spent)}, "ft")
     assert [m.method for m in two.methods] == ["ft", "half"]

@@ -20,13 +20,25 @@ STEPS = 50  # levels at which the ratio over the whole range is read
 
 
 @dataclass(frozen=True)
+class Ratio:
+    """Forgotten over what the reference forgets at a level of learning. None: it cannot be read.
+
+    interval: the middle 95% over draws of the seeds; None: nor in some draw, or fewer than two.
+    """
+
+    level: float
+    value: float | None
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
 class Level:
-    """A method at a level of learning; intervals are the middle 95% over draws of the seeds.
+    """A method at levels of learning.
 
     most: the (learned, forgotten) of the learning rate that learns most, means over the seeds.
-    ratio: forgotten over what the reference forgets at the same level. over_range: the same of the
-    mean over all levels that every method reaches. None: the reference itself, or it cannot be read
-    (`interval`: nor in some draw, or fewer than two seeds).
+    common: at the most that every method learns, where `forgotten` is read too. own: at the most
+    that this method and the reference learn. over_range: the ratio of the means over all levels
+    that every method reaches. Of the reference itself the three are None.
     """
 
     method: str
@@ -34,14 +46,14 @@ class Level:
     most: tuple[float, float]
     rate: float
     forgotten: float | None
-    ratio: float | None
-    interval: tuple[float, float] | None
+    common: Ratio | None
+    own: Ratio | None
     over_range: float | None
 
 
 @dataclass(frozen=True)
 class AtEqualLearning:
-    """The levels that all methods reach: the highest is where `Level.ratio` is read.
+    """The levels that all methods reach: the highest is where `Level.common` is read.
 
     left_out: by method, the learning rates that are not read, as not all of its seeds have them.
     """
@@ -80,24 +92,29 @@ def at_equal_learning(
     for method in ways:
         curve, mean, mine = curves[method], means[method], seeds[method]
         most = int(mean[:, 0].argmax())
-        ratio = over_range = interval = None
+        common = own = over_range = None
         if method != reference:
             other = _curves(theirs, mine)
-            ratio = _ratio(curve, other, [level])
+            common = _read(curve, other, level)
+            own = _read(curve, other, min(ways[method][-1][0], ways[reference][-1][0]))
             over_range = _ratio(curve, other, levels.tolist())
-            if len(mine) > 1 and ratio is not None:
-                drawn = np.random.default_rng(0).integers(len(mine), size=(DRAWS, len(mine)))
-                draws = [_ratio(curve[rows], other[rows], [level]) for rows in drawn]
-                if known := complete(draws):
-                    interval = (float(np.quantile(known, 0.025)), float(np.quantile(known, 0.975)))
         found.append(
             Level(
                 method, len(mine), (float(mean[most, 0]), float(mean[most, 1])),
-                _rates(ends[method], mine)[most], read_at(mean, level), ratio, interval, over_range,
+                _rates(ends[method], mine)[most], read_at(mean, level), common, own, over_range,
             )
         )  # fmt: skip
     left_out = {m: out for m, mine in seeds.items() if (out := _not_shared(ends[m], mine))}
     return AtEqualLearning(reference, level, lowest, found, left_out)
+
+
+def _read(curve: np.ndarray, other: np.ndarray, level: float) -> Ratio:
+    value, interval, seeds = _ratio(curve, other, [level]), None, len(curve)
+    if seeds > 1 and value is not None:
+        drawn = np.random.default_rng(0).integers(seeds, size=(DRAWS, seeds))
+        if known := complete([_ratio(curve[rows], other[rows], [level]) for rows in drawn]):
+            interval = (float(np.quantile(known, 0.025)), float(np.quantile(known, 0.975)))
+    return Ratio(level, value, interval)
 
 
 def _ratio(curve: np.ndarray, other: np.ndarray, levels: Sequence[float]) -> float | None:

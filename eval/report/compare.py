@@ -33,6 +33,7 @@ from eval.report import tasks, trade_off_plots, tuning, verdict
 from eval.report.compared_runs import (
     COMPARED,
     TASKS,
+    Cost,
     Row,
     machine_of,
     method_table,
@@ -62,7 +63,7 @@ class Comparison:
     pairs: list[Pair]
     readings: list[Reading]
     at_equal_learning: AtEqualLearning | None
-    step_ratios: dict[str, float]  # by method: the median step's time over the reference's
+    costs: dict[str, Cost]  # by method
     headline: str
     verdict: list[str]
     noise: str  # what "noise" means here
@@ -128,7 +129,7 @@ def compare(run_dirs: Sequence[Path | str]) -> Comparison:
                 reading.difference = noise.reading(own, other, value)
             readings.append(reading)
     unfinished = any(not run.finished for run in runs)
-    table, ratios = method_table(rows)
+    table, costs = method_table(rows)
     return Comparison(
         rows=rows,
         settings=settings,
@@ -137,7 +138,7 @@ def compare(run_dirs: Sequence[Path | str]) -> Comparison:
         pairs=told,
         readings=readings,
         at_equal_learning=table,
-        step_ratios=ratios,
+        costs=costs,
         headline=verdict.headline(settings, told, readings, [r.name for r in runs if r.damage]),
         verdict=verdict.sentences(settings, told, readings, level, unfinished),
         noise=verdict.about_noise(
@@ -388,7 +389,7 @@ def _as_json(comparison: Comparison) -> dict:
         "pairs": [asdict(pair) for pair in comparison.pairs],
         "between_learning_rates": [asdict(reading) for reading in comparison.readings],
         "at_equal_learning": comparison.at_equal_learning and asdict(comparison.at_equal_learning),
-        "step_ratios": comparison.step_ratios,
+        "costs": {method: asdict(cost) for method, cost in comparison.costs.items()},
         "task_differences": [
             {"first": a, "second": b, "tasks": {task: asdict(d) for task, d in found.items()}}
             for a, b, found in comparison.task_differences

@@ -129,26 +129,47 @@ def settings_of(rows: list[Row]) -> list[Setting]:
     return settings
 
 
-def method_table(rows: list[Row]) -> tuple[AtEqualLearning | None, dict[str, float]]:
+@dataclass(frozen=True)
+class Cost:
+    """Of a method's runs on the same machine, the medians.
+
+    step: its time over the reference's. minutes: of a run's training, publishing and evaluating.
+    memory_gb: at the peak (`Speed`).
+    """
+
+    step: float
+    minutes: float
+    memory_gb: float | None
+
+
+def method_table(rows: list[Row]) -> tuple[AtEqualLearning | None, dict[str, Cost]]:
     """Every method over its learning rates and seeds against fine-tuning (or else the first one),
-    and its median step's time over the reference's on the same machine."""
+    and what it costs."""
     ends: dict[str, dict[int, dict[float, Place]]] = {}
-    seconds: dict[str, list[float]] = {}
+    runs: dict[str, list[Run]] = {}
     for row in rows:
         if row.learned is None or row.forgotten is None or not row.run.finished:
             continue
         seed = int(row.run.recipe.get("seed") or 0)
         rate = labels.learning_rate(row.run)
         ends.setdefault(row.method, {}).setdefault(seed, {})[rate] = (row.learned, row.forgotten)
-        if (mine := _step_seconds(row.run)) and machine_of(row.run) == machine_of(rows[0].run):
-            seconds.setdefault(row.method, []).append(mine)
+        if _step_seconds(row.run) and machine_of(row.run) == machine_of(rows[0].run):
+            runs.setdefault(row.method, []).append(row.run)
     plain = [m for m in ends if m.partition(AS)[0] in ("ft", "lora", "qlora")]
     reference = (plain or list(ends) or [""])[0]
     found = at_equal_learning(ends, reference)
-    if found is None or reference not in seconds:
+    if found is None or reference not in runs:
         return found, {}
-    base = statistics.median(seconds[reference])
-    return found, {m: statistics.median(s) / base for m, s in seconds.items()}
+    steps = {m: statistics.median(_step_seconds(r) or 0 for r in mine) for m, mine in runs.items()}
+    costs = {}
+    for method, mine in runs.items():
+        peaks = complete([_peak_memory(run) for run in mine])
+        costs[method] = Cost(
+            steps[method] / steps[reference],
+            statistics.median(_minutes(run) for run in mine),
+            statistics.median(peaks) if peaks else None,
+        )
+    return found, costs
 
 
 def why_not_equal(row: Row, level: float | None) -> str:
@@ -170,6 +191,16 @@ def _tokens_per_second(run: Run) -> float | None:
     timed = [s for s in run.log.steps if s.get("seconds")]
     seconds = sum(s["seconds"] for s in timed)
     return sum(s.get("tokens", 0) for s in timed) / seconds if seconds else None
+
+
+def _minutes(run: Run) -> float:
+    parts = ("seconds", "publish_seconds", "eval_seconds")
+    return sum(end.get(part) or 0.0 for end in run.log.ends.values() for part in parts) / 60
+
+
+def _peak_memory(run: Run) -> float | None:
+    known = [s["peak_memory_gb"] for s in run.log.steps if s.get("peak_memory_gb")]
+    return max(known, default=None)
 
 
 def _step_seconds(run: Run) -> float | None:

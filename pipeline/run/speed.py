@@ -122,7 +122,7 @@ def training_flops(module: nn.Module, recipe: Recipe) -> tuple[float, float]:
             frozen = not p.requires_grad and not name.endswith(".rest")
             flops[_of_decoder(module, name)] += (4 if frozen else 6) * shape[0] * shape[1]
     head = 6 * hidden * width
-    if not module.config.is_encoder_decoder:
+    if not config.is_encoder_decoder:
         return flops[False], head
     return flops[False], flops[True] - flops[False] + head
 
