@@ -15,7 +15,9 @@ import pytest
 
 from launch.sweep import _typed, main
 from pipeline.errors import UserError
+from pipeline.run.recipe_file import find_recipe, load_recipe
 from pipeline.run.sweep import (
+    SWEEPS,
     Sweep,
     jobs_at_once,
     load_sweep,
@@ -24,6 +26,7 @@ from pipeline.run.sweep import (
     submit_sweep,
     sweep_points,
 )
+from tests.corpora import write_cl_benchmark
 
 ROOT = Path(__file__).resolve().parent.parent
 # Stands for launch/cpt.py: notes what it was asked, and fails as often as a file says.
@@ -227,6 +230,34 @@ def test_sweeps_are_checked(tmp_path):
     given = [p.overrides for p in sweep_points(Sweep("demo", grid={"seed": [4, 5]}))]
     assert given == [("seed=4",), ("seed=5",)]
     assert sweep_points(Sweep("demo"))[0].overrides == ()  # the recipe's own seed
+
+
+def with_files(recipe, overrides):
+    """Read a recipe whose data is elsewhere: empty files in its place."""
+    try:
+        load_recipe(recipe, overrides)
+    except UserError as error:
+        missing = re.findall(r"no such file: (\S+)", str(error))
+        if not missing:
+            raise
+        for path in map(Path, missing):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        load_recipe(recipe, overrides)
+
+
+def test_every_run_of_every_sweep_resolves(tmp_path, monkeypatch):
+    write_cl_benchmark(tmp_path)
+    monkeypatch.setenv("CL_BENCHMARK", str(tmp_path))
+    monkeypatch.setenv("MIGU_DATA", str(tmp_path))
+    names = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
+    assert len(names) > 10
+    for name in names:
+        sweep = load_sweep(name)
+        recipe = find_recipe(sweep.recipe)
+        for point in sweep_points(sweep):
+            if point.seed == 0:
+                with_files(recipe, list(point.overrides))
 
 
 def test_as_many_runs_at_a_time_as_cores_and_memory_take():
