@@ -14,11 +14,12 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.data.objective import targets_of
 from pipeline.data.order import Permutation
 from pipeline.data.span_corruption import sentinels
+from pipeline.errors import UserError
 from pipeline.methods.anchor import STREAM, Anchor
 from pipeline.methods.anchor_text import make_text
 from pipeline.methods.divergence import summed_kl, summed_kl_top_k, top_k
 from pipeline.methods.method import Start, Teacher
-from pipeline.methods.sampled_text import BLOCK, sample_block
+from pipeline.methods.sampled_text import BLOCK, _ends, sample_block, start_of_text
 from pipeline.model.attention import separate_documents
 from pipeline.ranks import rank, world_size
 from pipeline.recipe import Anchor as Settings
@@ -285,6 +286,16 @@ def tokenizer_of(name):
     if name == "roberta":
         names |= {"cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+def test_a_tokenizer_that_begins_no_text_is_refused():
+    for name, asked, lacks in (("llama", start_of_text, "neither bos nor eos"),
+                               ("roberta", _ends, "lacks cls or sep")):  # fmt: skip
+        tokenizer = tokenizer_of(name)
+        for token in ("bos_token", "eos_token", "cls_token"):
+            setattr(tokenizer, token, None)
+        with pytest.raises(UserError, match=lacks):
+            asked(tokenizer)
 
 
 OBJECTIVE = {"roberta": "masked", "llama": "causal", "t5": "seq2seq"}

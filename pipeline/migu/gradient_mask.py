@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
+from pipeline.errors import TrainingStopped, UserError
 from pipeline.migu.clusters import group_means, grouped
 from pipeline.migu.fisher import FisherRecorder
 from pipeline.migu.magnitude import MagnitudeRecorder
@@ -112,6 +112,7 @@ class GradientMask:
 
         Raises:
             NonFiniteMagnitude: the scores cannot be ranked; on every rank alike.
+            TrainingStopped: the ranks have selected other rows; on every rank alike.
             UserError: a target has a gradient, but no output of it was observed to rank its rows
                 by; on every rank alike.
         """
@@ -194,7 +195,9 @@ class GradientMask:
             raise NonFiniteMagnitude(f"non-finite {self.settings.criterion} magnitude in {layer}")
         if differ:
             layer = self.targets[int(differs.nonzero()[0])].name
-            raise RuntimeError(f"mask: the ranks have selected other rows of {layer}")
+            stopped = TrainingStopped(f"the mask: the ranks have selected other rows of {layer}")
+            stopped.everywhere = True  # type: ignore[attr-defined]
+            raise stopped
         if not all_seen:
             rows = self.rows_by_name(keep)
             for name in self._unobserved(shards):

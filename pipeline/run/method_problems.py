@@ -215,7 +215,7 @@ def baseline_problems(r: Recipe) -> list[str]:
             f"{name}: reads a stage's text again from its prepared corpus, and data.prepare=false "
             "makes none; remove one of them",
         )
-    for name in ("ewc", "derpp", "pseudo_replay", "epi"):
+    for name in ("ewc", "derpp", "pseudo_replay", "epi", "olora"):
         need(
             getattr(r, name) is None or len(r.stages) > 1,
             f"{name}: has no effect in a run of one stage: it protects earlier stages; remove it",
