@@ -2,23 +2,26 @@
 
 import json
 import os
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import pipeline.run.memory
 from pipeline.checkpoint import publish
 from pipeline.engine import optimizer
 from pipeline.engine.config import resolve_engine_config
 from pipeline.errors import UserError
+from pipeline.method_settings import Anchor, Distill, Ema, Ewc
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.model.split_linear import merge_rows, merge_weights, split_linears
 from pipeline.ranks import rank, world_size
 from pipeline.recipe import Mask
-from pipeline.run.memory import activations, estimate, memory_lines
-from pipeline.run.recipe_file import load_recipe
+from pipeline.run.memory import activations, estimate, memory_lines, split_as_in_training
+from pipeline.run.recipe_file import find_recipe, load_recipe
 from pipeline.run.run import run_recipe
 from pipeline.run.stage_rows import FrozenRows
 from pipeline.run.train import train_stage
@@ -263,3 +266,33 @@ def test_what_does_not_fit_comes_with_what_to_change(monkeypatch):
     assert "checkpointing" not in last
     assert "chunked" not in last
     assert "micro_batch" not in last
+
+
+def test_memory_of_methods(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model, weights = MODELS["llama"](), sum(p.numel() for p in MODELS["llama"]().parameters())
+    bf16 = {"bf16": {"enabled": True}, "train_micro_batch_size_per_gpu": 1}
+    bf16 |= {"gradient_accumulation_steps": 1}
+
+    def of_methods(stage, **settings):
+        recipe = replace(recipe_for("llama", 1), **settings)
+        config = {**bf16, "zero_optimization": {"stage": stage}}
+        return sum(estimate(model, recipe, config, 2).get("methods", (0, 0)))
+
+    assert of_methods(2) == of_methods(2, anchor=Anchor()) == 0
+    assert of_methods(2, anchor=Anchor(cache=0)) == of_methods(2, kd=Distill()) == 2 * weights
+    assert of_methods(3, kd=Distill()) == weights
+    assert of_methods(2, ema=Ema()) == pytest.approx(4 * weights / 2, abs=8)
+    assert of_methods(0, ewc=Ewc()) == 3 * 4 * weights
+
+
+def test_the_rows_of_7b_are_trained_on_one_gpu_of_80_gb():
+    """As docs/performance.md has it, of one row of 2,048 tokens."""
+    recipe = load_recipe(find_recipe("llama2_magicoder_rows"))
+    config = resolve_engine_config("zero2_one_gpu", recipe, 1, "cuda")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(), dtype=torch.bfloat16)
+    model.gradient_checkpointing_enable()
+    split_as_in_training(model, recipe)
+    sizes = estimate(model, recipe, config, 1)
+    assert 40e9 < sum(device + host for device, host in sizes.values()) < 48e9

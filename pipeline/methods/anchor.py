@@ -26,7 +26,7 @@ from pipeline.data.prepare import prepared_before
 from pipeline.methods.anchor_text import AnchorText, Row, make_text
 from pipeline.methods.divergence import summed_kl, summed_kl_top_k
 from pipeline.methods.extra_rows import ExtraRows
-from pipeline.methods.method import Method, Start, Teacher
+from pipeline.methods.method import Method, Start, Teacher, frozen_teacher
 from pipeline.methods.sampled_text import BLOCK, sampled_sequences
 from pipeline.model.attention import Separation, arrange, separation_of
 from pipeline.model.load import PredictedPositions, predict
@@ -58,6 +58,9 @@ class Anchor(Method):
         self.objective = recipe.model.objective
         self.rows = round(self.settings.fraction * recipe.train.batch_size)  # of a step
         self._extra = ExtraRows(self.rows, recipe.train.micro_batch_size)
+        live = self.settings.loss == "kl" and not self.settings.cache and bool(self.weight)
+        adapter = recipe.model.lora is not None and self.settings.teacher == "base"
+        self.live_teacher = live and not adapter  # which is switched off
         self._text: AnchorText | None = None
         self._separation: Separation | None = None
         self._stage = 0
@@ -74,12 +77,11 @@ class Anchor(Method):
         if not self.weight:
             return
         first = self.settings.teacher == "base" or start.stage == 1
-        teacher = start.teacher("base" if first else "previous")
+        which = "base" if first else "previous"
         if self.settings.teacher == "previous":
-            self._text = self._make_text(start, teacher)
-        live = self.settings.loss == "kl" and not self.settings.cache
-        if live and (self.recipe.model.lora is None or not first):
-            self._copy = start.engine.frozen(teacher.load_on_all())
+            self._text = self._make_text(start, start.teacher(which))
+        if self.live_teacher and (self.recipe.model.lora is None or not first):
+            self._copy = frozen_teacher(start, which, "anchor.cache=64")
 
     def finish(self, engine: Any, stage: int) -> None:
         if self._copy is not None:

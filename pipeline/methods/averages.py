@@ -27,6 +27,7 @@ class StartAverage(Method):
     last)."""
 
     name = "publish_average"
+    kept_weights = 1
     needs = ("old weights",)
 
     def __init__(self, recipe: Recipe):
@@ -58,6 +59,7 @@ class Ema(Method):
     starts from the stage's first weights."""
 
     name = "ema"
+    kept_weights = 1
 
     def __init__(self, recipe: Recipe):
         assert recipe.ema is not None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.methods.method import Method, Start
+from pipeline.methods.method import Method, Start, frozen_teacher
 from pipeline.model.load import predict
 from pipeline.recipe import Recipe
 
@@ -18,6 +18,7 @@ class Distill(Method):
     """The recipe's `kd`: loss + weight * T^2 KL(teacher || model) at the predicted positions."""
 
     name = "kd"
+    live_teacher = True
     needs = ("old weights",)
 
     def __init__(self, recipe: Recipe):
@@ -27,7 +28,7 @@ class Distill(Method):
 
     def prepare(self, start: Start) -> None:
         which = "base" if start.stage == 1 else self.settings.teacher
-        self._teacher = start.engine.frozen(start.teacher(which).load_on_all())
+        self._teacher = frozen_teacher(start, which, "kd=null, or anchor={} in its place")
 
     def weigh(self, losses: Tensor, logits: Tensor, targets: Tensor, inputs: dict) -> Tensor:
         t = self.settings.temperature

@@ -25,6 +25,7 @@ class Ewc(Method):
     """The recipe's `ewc`."""
 
     name = "ewc"
+    kept_weights = 3
     needs = ("task labels",)
 
     def __init__(self, recipe: Recipe):

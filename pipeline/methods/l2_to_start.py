@@ -15,6 +15,7 @@ class L2ToStart(Method):
     """The recipe's `l2_to_start`. Memory: one fp32 copy of this rank's pieces."""
 
     name = "l2_to_start"
+    kept_weights = 1
     needs = ("old weights",)
 
     def __init__(self, recipe: Recipe):

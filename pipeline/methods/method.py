@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.errors import UserError
 from pipeline.model.attention import Separation
 from pipeline.recipe import Recipe
 from pipeline.shard import Shard
@@ -59,6 +61,24 @@ class Start:
     engine: Any = None
 
 
+def frozen_teacher(start: Start, which: str, instead: str) -> Any:
+    """The forward of a teacher beside the model that is trained, sharded as the engine shards.
+
+    instead: settings that need no such copy.
+
+    Raises:
+        UserError: it does not fit the GPU.
+    """
+    try:
+        return start.engine.frozen(start.teacher(which).load_on_all())
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"stage {start.stage}: the frozen teacher does not fit the GPU beside the model that "
+            f"is trained; set {instead}, or shard the weights of both (--config zero3, or "
+            "engine.kind=fsdp)"
+        ) from None
+
+
 class Method:
     """One method of a run, made from its part of the recipe.
 
@@ -73,9 +93,14 @@ class Method:
         next one begins), "old data", "old weights" (other than those that are trained on).
     weight: of its loss beside that of the new text.
     masked: whether the mask is applied to the gradient of its own micro-batches.
+    kept_weights: fp32 numbers that it keeps for every trained weight, sharded as the optimizer's
+        state; live_teacher: whether a frozen model is beside the trained one in some stage. Both
+        for the estimate of memory.
     """
 
     name = ""
+    kept_weights = 0
+    live_teacher = False
     needs: tuple[str, ...] = ()
     weight = 1.0
     masked = True

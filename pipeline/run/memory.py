@@ -17,6 +17,7 @@ from pipeline.model.blocks import block_linears, find_blocks
 from pipeline.model.chunked_loss import CHUNK
 from pipeline.model.split_linear import is_split, split_linears
 from pipeline.recipe import Lora, Recipe
+from pipeline.run.methods import methods_of
 from pipeline.run.stage_rows import split_stage
 
 Sizes = dict[str, tuple[int, int]]  # part -> bytes on (device, host)
@@ -47,6 +48,8 @@ def estimate(model: nn.Module, recipe: Recipe, engine_config: dict[str, Any], ra
     if frozen := _frozen_bytes(model, recipe.model.lora, size):
         like_weights = memory_per_rank(round(frozen / size), engine_config, ranks)["weights"]
         sizes = {"frozen": like_weights, **sizes}
+    if methods := _methods(model, recipe, engine_config, ranks, trained, size):
+        sizes["methods"] = methods
     accumulation = engine_config["gradient_accumulation_steps"]
     k = recipe.mask
     deferred = accumulation if k.enabled and k.backward == "row_sparse" else 1
@@ -61,6 +64,32 @@ def estimate(model: nn.Module, recipe: Recipe, engine_config: dict[str, Any], ra
     count = _buffers(model, engine_config, size)
     sizes["buffers"] = (count, 0) if on_device else (0, count)
     return sizes
+
+
+def _methods(
+    model: nn.Module, recipe: Recipe, config: dict[str, Any], ranks: int, trained: int, size: int
+) -> tuple[int, int] | None:
+    """What methods keep for each trained weight, and their frozen copies of the model."""
+    methods = methods_of(recipe)
+    kept, copies = sum(m.kept_weights for m in methods), sum(m.live_teacher for m in methods)
+    # As the moments of AdamW, of which there are two, and as the weights.
+    device, host = (kept * part // 2 for part in _moments(trained, config, ranks))
+    if copies:
+        weights = sum(p.numel() for p in model.parameters())
+        sharded = "fsdp" in config or zero_stage(config) == 3
+        copy = copies * size * (-(-weights // ranks) if sharded else weights)
+        on_device = torch.cuda.is_available() and not offloads(config, "param")
+        device, host = (device + copy, host) if on_device else (device, host + copy)
+    return (device, host) if device or host else None
+
+
+def _moments(trained: int, config: dict[str, Any], ranks: int) -> tuple[int, int]:
+    """Bytes of AdamW's two moments in fp32."""
+    if "fsdp" in config:
+        return memory_per_rank(trained, config, ranks)["optimizer"]
+    master = 0 if precision_of(config) == "fp32" else 4
+    device, host = memory_per_rank(trained, config, ranks)["optimizer"]
+    return device * 8 // (8 + master), host * 8 // (8 + master)
 
 
 def _frozen_bytes(model: Any, lora: Lora | None, size: int) -> float:
