@@ -10,6 +10,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from pipeline.checkpoint import read_manifest
 from pipeline.data.prepare import prepare
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.engine.config import resolve_engine_config
@@ -96,6 +97,8 @@ def test_an_anchor_in_a_run(tmp_path):
     steps, texts = run(recipe, ["name=one", f"{small}}}"], tmp_path)
     assert len(texts) == 1
     assert abs(steps[0]) < 1e-5 < steps[-1]  # the KL to the model that it was
+    told = json.loads((tmp_path / "runs/one/kept/anchor/stage-00.json").read_text())
+    assert told.items() >= {"folder": str(texts[0]), **read_manifest(texts[0])}.items()
     free, texts = run(recipe, ["name=two", f"{small}, weight: 1.0e-6}}"], tmp_path)
     assert len(texts) == 1
     assert steps[-1] < free[-1]  # of the same text

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.checkpoint import keep_file, read_manifest
 from pipeline.data.mlm import IGNORED, collate
 from pipeline.data.objective import OBJECTIVES, targets_of
 from pipeline.data.order import Permutation
@@ -157,7 +158,11 @@ class Anchor(Method):
         }  # fmt: skip
         folder = start.shared / f"anchor-{self._key(start, identity)}"
         rows = partial(self._make_rows, start, frozen)
-        return make_text(folder, rows, cached, self.settings.cache, info)
+        text = make_text(folder, rows, cached, self.settings.cache, info)
+        told = start.kept / f"anchor/stage-{start.stage:02d}.json"  # 0: for the whole run
+        known = lambda: json.dumps({"folder": str(folder), **read_manifest(folder)}, indent=2)  # noqa: E731
+        on_rank0(lambda: keep_file(told, known()))
+        return text
 
     def _sequences(self) -> int:
         return max(self.rows, int(self.settings.tokens) // self.recipe.data.sequence_length)

@@ -17,6 +17,7 @@ from pipeline.recipe import Recipe, Stage
 from pipeline.run.build import build_engine
 from pipeline.run.dry_run import planned_steps, planned_tokenizer
 from pipeline.run.memory import advice_on_memory, split_as_in_training
+from pipeline.run.methods import methods_of
 from pipeline.run.speed import Speed, peak_memory
 from pipeline.run.stage_rows import mask_of_stage, split_stage
 from pipeline.run.train import train_stage
@@ -89,7 +90,8 @@ def _measure(recipe: Recipe, engine_config: dict[str, Any]) -> list[str]:
         total += steps
         lines.append(f"  {i} {s.name}: {steps * seconds / 60:.1f} minutes of training")
     if total:
-        lines.append(f"  in all {total * seconds / 60:.1f} minutes, and evaluations on top")
+        others = " and ".join(["evaluations", *(f"what {m.name} adds" for m in methods_of(recipe))])
+        lines.append(f"  in all {total * seconds / 60:.1f} minutes, and {others} on top")
     if mask:
         mask.close()
     engine.close()
