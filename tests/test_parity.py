@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from functools import partial
 from unittest.mock import patch
 
 import numpy as np
@@ -73,8 +74,8 @@ class History(GradientMask):
         return kept
 
 
-def zero_engine(model, recipe, zero_optimization):
-    config = {"zero_optimization": zero_optimization}
+def zero_engine(model, recipe, zero_optimization, **more):
+    config = {"zero_optimization": zero_optimization, **more}
     return ZeroEngine(
         model, resolve_ds_config(config, recipe, world_size(), "cpu"), recipe.optimizer
     )
@@ -127,18 +128,22 @@ def compare(
     return flips, max(float((weights[n] - w).abs().max()) for n, w in expected.items())
 
 
-def changed_rows(name, engine, update):
+fp32_sums = partial(zero_engine, data_types={"grad_accum_dtype": "fp32"})
+
+
+def changed_rows(name, engine, update, accumulation=1, build=zero_engine):
     """Train in bf16; how many layers have changed in other rows than those that were kept.
 
     One step of masked gradients without weight decay; or, strict, three with weight decay and the
     momentum of earlier steps: a row that was never kept must have the bits it began with.
     """
     strict = update == "strict"
-    steps = micro_batches(name, 3 if strict else 1, world_size())
+    steps = micro_batches(name, 3 if strict else 1, world_size() * accumulation)
     before = MODELS[name]().bfloat16().state_dict()
     weights, history = train(
-        name, engine, steps, 1, precision="bf16", weight_decay=0.1 if strict else 0.0, update=update
-    )
+        name, engine, steps, accumulation, precision="bf16", update=update, build=build,
+        weight_decay=0.1 if strict else 0.0,
+    )  # fmt: skip
     kept = {n: torch.stack([step[n] for step in history]).any(0) for n in history[0]}
     dim = 0 if name == "gpt2" else 1  # the inputs: GPT-2's weights are [in, out]
     changed = {n: (weights[n] != before[n].float()).any(dim) for n in kept}
@@ -167,6 +172,9 @@ def compare_all():
                 if EVERYTHING or (i, update) == (j % 4, ("gradient", "strict")[j // 2 % 2]):
                     key = f"{name}, {engine}, bf16, {update}"
                     out[key] = changed_rows(name, ENGINES[engine], update), 0.0
+    for stage, update in ((1, "strict"), (2, "gradient"), (3, "strict")):
+        found = changed_rows("llama", ENGINES[f"zero{stage}"], update, 3, fp32_sums)
+        out[f"zero{stage}, bf16 with sums in fp32"] = found, 0.0
     out["checkpointing"] = compare("roberta", ENGINES["zero2"], 3, checkpoint=True)
     uncopied = {"stage": 2, "contiguous_gradients": False}
     out["uncopied gradients"] = compare("llama", uncopied, 3, backward="row_sparse")
