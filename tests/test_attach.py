@@ -77,11 +77,13 @@ def difference(model, expected):
     return max(float((whole[n] - w).abs().max()) for n, w in expected.items())
 
 
-def train_attached(name, kind, strict):
+def train_attached(name, kind, strict, backward="dense"):
     """Largest difference from the reference after three steps in a loop of somebody's own."""
-    steps = micro_batches(name, STEPS, 2 * world_size())
+    accumulation = 2 if backward == "dense" else 1
+    steps = micro_batches(name, STEPS, accumulation * world_size())
     expected, kept = train_reference(name, steps, strict)
     settings = {"threshold": THRESHOLD, "update": "strict" if strict else "gradient"}
+    settings["backward"] = backward
     model = MODELS[name]().train()
     if kind.startswith("zero"):
         config = {
@@ -120,11 +122,14 @@ def train_attached(name, kind, strict):
 def compare_attached():
     kinds = [("roberta", "zero0"), ("llama", "zero1"), ("gpt2", "zero2")]
     kinds += [("roberta", "ddp"), ("roberta", "fsdp2")]
-    return {
+    found = {
         f"{kind}, {'strict' if strict else 'gradient'}": train_attached(name, kind, strict)
         for name, kind in kinds
         for strict in (False, True)
     }
+    for kind in ("ddp", "fsdp2"):
+        found[f"{kind}, row_sparse"] = train_attached("roberta", kind, False, "row_sparse")
+    return found
 
 
 def test_attached_loops_on_two_ranks_equal_the_reference():
