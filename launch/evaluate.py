@@ -246,7 +246,7 @@ def _settings(args: argparse.Namespace, recipe: Any) -> tuple[Any, list[str]]:
         benchmarks=benchmarks,
         humaneval=humaneval,
         end_tasks=_end_tasks(args, settings.end_tasks) if "end_tasks" in tasks else None,
-        batch_size=args.batch_size or settings.batch_size,
+        batch_size=settings.batch_size if args.batch_size is None else args.batch_size,
         benchmark_files=args.benchmark_files or settings.benchmark_files,
         answers=replace(settings.answers, **answers) if "tasks" in tasks else settings.answers,
         overlap=settings.overlap and not args.no_overlap,

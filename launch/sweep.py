@@ -40,6 +40,7 @@ def main() -> None:
     folder = Path(args.runs) / (args.sweep or f"{Path(args.recipe).stem}_sweep")
     gpus = torch.cuda.device_count()
     memory = sweeps.model_bytes(sweep, points)  # reads every point's recipe: mistakes come first
+    sweeps.require_same_runs(sweep, points, folder)
     jobs = args.jobs or sweeps.jobs_at_once(memory, args.threads, gpus)
     now = points if sweep.seeds_of == "all" else [p for p in points if p.seed == 0]
     say(f"{len(now)} runs in {folder}, {min(jobs, len(now))} at a time")

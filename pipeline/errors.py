@@ -56,6 +56,8 @@ ADVICE = {
     errno.EPERM: "Ask for permission to write there, or choose another folder",
     errno.EROFS: "That file system can only be read; choose another folder",
     errno.ENAMETOOLONG: "The file system takes no name of that length; choose a shorter one",
+    errno.EEXIST: "A file is in the place of a folder; choose another",
+    errno.ENOTDIR: "A file is in the place of a folder; choose another",
     errno.EIO: "The device reports errors; choose another folder",
 }
 

@@ -459,7 +459,8 @@ class Recipe:
 
     def tasks(self) -> list[str]:
         """The domains whose answers are measured."""
-        return [n for n in self.heldout_domains() if self.data.domains[n].task]
+        known = self.data.domains
+        return [n for n in self.heldout_domains() if n in known and known[n].task]
 
     def tasks_after(self, stage: int) -> list[str]:
         """Those that the checkpoint of a stage answers (0: before training)."""

@@ -67,6 +67,13 @@ def test_a_wrong_command_is_one_line_with_a_suggestion():
     assert "'recipes'" in result.stderr
 
 
+def test_who_reads_the_first_lines_only_is_no_fault():
+    program = f"{sys.executable} launch/migu.py recipes --keys | head -1"
+    done = subprocess.run(["bash", "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
+
+
 def test_every_recipe_is_described():
     described = described_recipes()
     assert set(described) == {p.stem for p in RECIPES.glob("*.yaml")}

@@ -8,6 +8,7 @@ from eval.measure.checkpoint import Checkpoint
 from eval.measure.classifier import Source, _load
 from pipeline.checkpoint import publish
 from pipeline.data.tokenizer import train_tokenizer
+from pipeline.errors import UserError
 from pipeline.model.load import build_model, load_config
 from pipeline.model.save import adapter_names, save_model
 from pipeline.ranks import world_size
@@ -123,3 +124,18 @@ def test_what_a_recipe_overrides_holds_where_its_base_is_measured_or_teaches(tmp
     known = teacher.identify()
     recipe.model.overrides = {}
     assert teacher_at(recipe, str(tmp_path)).identify() != known
+
+
+def test_an_encoder_is_no_causal_model(tmp_path):
+    for name, decodes in (("roberta", False), ("roberta", True), ("llama", False)):
+        model = MODELS[name]()
+        model.config.is_decoder = decodes
+        model.save_pretrained(tmp_path)
+        settings = Model(path=str(tmp_path), objective="causal")
+        if name == "roberta" and not decodes:
+            with pytest.raises(
+                UserError, match=r"model.objective: causal: roberta reads the tokens"
+            ):
+                load_config(settings)
+        else:
+            load_config(settings)

@@ -87,6 +87,11 @@ CAUSAL = GOOD.replace("roberta}", "llama}").replace("300}", "300, objective: cau
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
+        ("optimizer.lr=.inf", "optimizer.lr: inf is no finite number"),
+        ("stages[0].epochs=.nan", "stages[0].epochs: nan is no finite number"),
+        ("evaluate.domains=[maht]", "evaluate.domains"),
+        ("optimiser.lr=1", "optimiser: unknown key, on the command line"),
+        (f"{'a' * 5000}=1", f"{'a' * 80}...: unknown key"),
         ("data.domains.prose.instruction={}", "embedded corpus 'prose' is text without prompts"),
         ("data.domains.c={embedded: functions}", "data.domains.c.instruction: give {}"),
         ("data.template=chat", "data.template: has no effect"),

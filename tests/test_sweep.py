@@ -15,6 +15,7 @@ import pytest
 
 from launch.sweep import _typed, main
 from pipeline.errors import UserError
+from pipeline.run.folder import open_run
 from pipeline.run.recipe_file import find_recipe, load_recipe
 from pipeline.run.sweep import (
     SWEEPS,
@@ -22,6 +23,7 @@ from pipeline.run.sweep import (
     jobs_at_once,
     load_sweep,
     of_the_best,
+    require_same_runs,
     run_sweep,
     submit_sweep,
     sweep_points,
@@ -205,6 +207,20 @@ def test_a_sweep_lies_over_its_base(tmp_path):
         *(f"migu-lr_{lr}-seed_{seed}" for lr in (1, 2) for seed in (1, 2)),
     ]  # fmt: skip
     assert sweep_points(sweep)[0].overrides == ("mask.enabled=false", "optimizer.lr=2", "seed=1")
+
+
+def test_runs_of_a_recipe_that_has_changed_since_are_refused(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("base: demo\nname: mine\n")
+    sweep = Sweep(str(recipe), grid={"optimizer.lr": [0.1]})
+    [point] = points = sweep_points(sweep)
+    begun = load_recipe(str(recipe), [*point.overrides, f"name={point.name}"])
+    with open_run(tmp_path / point.name, begun, {}):
+        pass
+    require_same_runs(sweep, points, tmp_path)
+    recipe.write_text("base: demo\nname: mine\nseed: 3\n")
+    with pytest.raises(UserError, match=r"another recipe \(seed: 0 there, 3 now\)"):
+        require_same_runs(sweep, points, tmp_path)
 
 
 def test_sweeps_are_checked(tmp_path):

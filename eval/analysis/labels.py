@@ -21,7 +21,7 @@ METHODS = tuple(
     if any(getattr(part, "__module__", None) == method_settings.__name__ for part in get_args(hint))
 )
 """The recipe's keys of methods beside the mask; where one is set, its key is part of the label."""
-FREE = ("mask", "optimizer", "seed", "name", "track", "start_from", *METHODS)
+FREE = ("mask", "optimizer", "seed", "name", "track", "start_from", "resume", *METHODS)
 """What compared runs may differ in; with the adapter, the learning rate and the replay of single
 stages, and how and how often (not on what) the evaluation ran."""
 ALSO_FREE = (
@@ -31,6 +31,8 @@ ALSO_FREE = (
     "evaluate.humaneval.sandbox",
     "evaluate.end_tasks.files",
     "evaluate.end_tasks.processes",
+    "evaluate.benchmark_files",
+    "data.prepared",
     "train.micro_batch_size",
     "train.publish_dtype",
 )

@@ -27,6 +27,7 @@ from eval.measure.benchmark_sources import Source, write_tasks
 from eval.measure.results import write_arrays, write_json
 from pipeline.errors import UserError
 from pipeline.hub_name import cache_only, unreachable
+from pipeline.model.load import reads_ahead
 from pipeline.network import offline
 from pipeline.progress import say
 from pipeline.recipe import Benchmark
@@ -114,16 +115,13 @@ def evaluate_share(
 
 def _check_causal(model: nn.Module) -> None:
     """Raises UserError for a model that gives text no likelihood: lm-eval would score it too."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
     config: Any = model.config
     if config.is_encoder_decoder:
         raise UserError(
             f"evaluate.benchmarks: {config.model_type} is an encoder-decoder; benchmarks are "
             "verified for causal models only. Remove them"
         )
-    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if masked and not getattr(config, "is_decoder", False):
+    if reads_ahead(config):
         raise UserError(
             f"evaluate.benchmarks: {config.model_type} is a masked LM: it gives text no "
             "likelihood, and its scores would mean nothing. Remove them, or take a causal model"

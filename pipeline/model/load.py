@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     PretrainedConfig,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from pipeline.data.objective import targets_of
 from pipeline.errors import UserError
@@ -95,7 +96,19 @@ def load_config(
         if not hasattr(config, key):
             raise UserError(f"model.overrides.{key}: {type(config).__name__} has no such attribute")
         setattr(config, key, value)
+    if model.objective == "causal" and reads_ahead(config):
+        raise UserError(
+            f"model.objective: causal: {config.model_type} reads the tokens that it would predict; "
+            "set model.objective=masked"
+        )
     return config
+
+
+def reads_ahead(config: Any) -> bool:
+    """Whether a model that transformers has as a causal one too is an encoder, as it is set up."""
+    decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return masked and not decodes and not config.is_encoder_decoder
 
 
 def _set_vocabulary(known: PretrainedConfig, values: dict[str, Any], vocab_size: int) -> None:

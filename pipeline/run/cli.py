@@ -77,6 +77,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     sys.excepthook = _show_traceback
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads has had enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except UserError as error:
         _leave(error, f"error: {error}", 2)
     except Interrupted as error:

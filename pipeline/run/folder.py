@@ -17,7 +17,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import PretrainedConfig
 
-from pipeline.checkpoint import replace_file
+from pipeline.checkpoint import is_published, replace_file
 from pipeline.engine.config import describe, precision_of
 from pipeline.errors import UserError, advice
 from pipeline.migu.targets import count_rows, find_targets
@@ -102,28 +102,41 @@ def _fill(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> None:
     """Write what the run is. Raises UserError: the folder is another recipe's, or read-only."""
     _require_writable(folder)
     _require_run(folder)
-    stored, present = folder / "recipe.yaml", base_files(recipe.model)
+    stored = folder / "recipe.yaml"
     if not (folder / "stages").exists():  # nothing measured yet: an attempt that failed early
         for leftover in ("tokenizer", "heldout"):
             shutil.rmtree(folder / leftover, ignore_errors=True)
     elif stored.is_file():
-        before: Any = OmegaConf.load(stored)
-        now = OmegaConf.create(recipe.to_yaml())
-        base = base_differences(folder, before.get("model") or {}, recipe.model, present)
-        known = recipe.data.prepare and (folder / CORPORA).is_file()  # `open_corpora` compares them
-        if different := (base + _differences(before, now, PLACES if known else ()))[:5]:
-            raise UserError(
-                f"{folder} holds a run of another recipe ({'; '.join(different)}). Give this run a "
-                "name of its own (name=...), or delete the old one with --restart."
-            )
+        require_same(folder, recipe)
+        if _is_trained(folder, recipe):
+            return  # how that was done stays as it is
     engine_file = "fsdp.json" if recipe.engine.kind == "fsdp" else "ds_config.json"
     for name, content in (
         (MARK, redacted(_environment(engine_config))),
         (engine_file, redacted(engine_config)),
-        (BASE, present),
+        (BASE, base_files(recipe.model)),
     ):
         replace_file(folder / name, json.dumps(content, indent=2) + "\n")
     replace_file(stored, recipe.to_yaml())
+
+
+def require_same(folder: Path, recipe: Recipe) -> None:
+    """Raises UserError where the run in a folder is another recipe's."""
+    before: Any = OmegaConf.load(folder / "recipe.yaml")
+    now = OmegaConf.create(recipe.to_yaml())
+    present = base_files(recipe.model)
+    base = base_differences(folder, before.get("model") or {}, recipe.model, present)
+    known = recipe.data.prepare and (folder / CORPORA).is_file()  # `open_corpora` compares them
+    if different := (base + _differences(before, now, PLACES if known else ()))[:5]:
+        raise UserError(
+            f"{folder} holds a run of another recipe ({'; '.join(different)}). Give this run a "
+            "name of its own (name=...), or delete the old one with --restart."
+        )
+
+
+def _is_trained(folder: Path, recipe: Recipe) -> bool:
+    stages = enumerate(recipe.stages, start=1)
+    return all(is_published(stage_folder(folder, i, s.name) / "checkpoint") for i, s in stages)
 
 
 def _require_run(folder: Path) -> None:

@@ -81,15 +81,16 @@ def _measure(recipe: Recipe, engine_config: dict[str, Any]) -> list[str]:
         + (f", MFU {fast['mfu']:.0%}" if "mfu" in fast else ""),
         f"  memory    {peak_memory(engine.device) / 1e9:.2f} GB at its peak, on rank 0",
     ]
-    total = 0
+    total, known = 0, True
     for i, s in enumerate(recipe.stages, start=1):
         steps = planned_steps(recipe, i, tokenizer)
         if steps is None:
             lines.append(f"  {i} {s.name}: {1000 * seconds / 60:.1f} minutes per 1,000 steps")
+            known = False
             continue
         total += steps
         lines.append(f"  {i} {s.name}: {steps * seconds / 60:.1f} minutes of training")
-    if total:
+    if known:
         others = " and ".join(["evaluations", *(f"what {m.name} adds" for m in methods_of(recipe))])
         lines.append(f"  in all {total * seconds / 60:.1f} minutes, and {others} on top")
     if mask:

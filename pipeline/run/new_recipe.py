@@ -137,7 +137,7 @@ def _text(
         f"# {name}: {' then '.join(stages)}, one stage each; every domain is measured after each",
         "# stage, so that the page shows what was learned and what was forgotten. Check it with",
         f"#   migu cpt --recipe {name}.yaml --dry-run",
-        "# docs/recipes.md explains every key; any can be given on the command line instead,",
+        "# `migu recipes --keys` explains every key; any can be given on the command line instead,",
         "#   migu cpt --recipe " + f"{name}.yaml optimizer.lr=5e-5 stages[0].epochs=2",
         f"name: {name}",
         f"model: {{path: {_quoted(model)}, objective: {objective}}}  # lora: {{}}: an adapter",

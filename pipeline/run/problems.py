@@ -1,9 +1,12 @@
 """What is wrong with a recipe, beyond what types say; found before anything is loaded."""
 
+import math
 import re
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pipeline.data.reader import check_domain
 from pipeline.errors import UserError, near
@@ -44,6 +47,21 @@ def check_precision(recipe: Recipe, precision: str) -> None:
         raise UserError("\n  ".join(["DeepSpeed's configuration has fp16 enabled:", *found]))
 
 
+def _not_finite(node: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    """The keys of a recipe whose numbers are infinite, or none."""
+    if isinstance(node, float) and not math.isfinite(node):
+        yield key, node
+    elif is_dataclass(node):
+        for part in fields(node):
+            yield from _not_finite(getattr(node, part.name), f"{key}.{part.name}".lstrip("."))
+    elif isinstance(node, dict):
+        for name, value in node.items():
+            yield from _not_finite(value, f"{key}.{name}")
+    elif isinstance(node, list | tuple):
+        for i, value in enumerate(node):
+            yield from _not_finite(value, f"{key}[{i}]")
+
+
 def recipe_problems(r: Recipe) -> list[str]:
     """Every problem as 'key: what is wrong; the fix'."""
     found: list[str] = []
@@ -52,6 +70,7 @@ def recipe_problems(r: Recipe) -> list[str]:
         if not condition:
             found.append(message)
 
+    found += [f"{key}: {value} is no finite number" for key, value in _not_finite(r)]
     m, d, k, o, t = r.model, r.data, r.mask, r.optimizer, r.train
     need(
         0 < len(r.name.encode()) <= 200

@@ -159,6 +159,9 @@ def one_line(error: Exception) -> str:
     return "; ".join(line for line in lines if line)[:500] or type(error).__name__
 
 
+LONGEST = 80  # letters of a key in a message: a file that is none may be read as one
+
+
 def _explain(error: Any, path: Path, overridden: set[str]) -> str:
     """One pydantic error as 'key (file): what is wrong; suggestion'."""
     # Pydantic names the alternatives of a union there too; users name domains as they like.
@@ -174,7 +177,10 @@ def _explain(error: Any, path: Path, overridden: set[str]) -> str:
         owner = _dataclass_at(loc[:-1])
         known = [f.name for f in dataclasses.fields(owner)] if owner else []
         hint = near(str(loc[-1]), known) or f"; known keys: {', '.join(known)}"
-        return f"{key}: unknown key, {where}{hint}"
+        if any(o.startswith((f"{key}.", f"{key}[")) for o in overridden):
+            where = "on the command line"
+        short = key if len(key) <= LONGEST else f"{key[:LONGEST]}..."
+        return f"{short}: unknown key, {where}{hint}"
     if error["type"] in ("missing", "missing_argument"):
         return f"{key}: missing, {where}; add it"
     message = error["msg"].removeprefix("Value error, ")

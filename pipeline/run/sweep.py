@@ -32,6 +32,7 @@ from pipeline.engine.config import memory_per_rank, resolve_engine_config
 from pipeline.errors import UserError, near
 from pipeline.model.load import empty_model, load_config
 from pipeline.progress import say
+from pipeline.run.folder import require_same
 from pipeline.run.problems import NAME
 from pipeline.run.recipe_file import RECIPES, find_recipe, load_recipe, read_over_base
 
@@ -225,6 +226,14 @@ def jobs_at_once(memory: int, threads: int, gpus: int) -> int:
     cores = len(os.sched_getaffinity(0)) // threads
     room = psutil.virtual_memory().available // (memory + OVERHEAD)
     return max(1, min(cores, int(room)))
+
+
+def require_same_runs(sweep: Sweep, points: Sequence[Point], folder: Path) -> None:
+    """Raises UserError where a run that is there is another recipe's: its file has changed."""
+    for point in points:
+        if (folder / point.name / "recipe.yaml").is_file():
+            overrides = [*point.overrides, f"name={point.name}"]
+            require_same(folder / point.name, load_recipe(sweep.recipe, overrides))
 
 
 def run_sweep(

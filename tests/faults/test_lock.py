@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.checkpoint import publish
 from pipeline.errors import TrainingStopped, UserError
 from pipeline.run import folder as run_folder
 from pipeline.run import lock
@@ -193,6 +194,22 @@ def test_what_is_not_a_runs_is_neither_written_nor_deleted(tmp_path):
         assert not (mine / "heldout").exists()
     run_folder.restart(tmp_path, recipe)
     assert not mine.exists()
+
+
+def test_how_a_run_was_trained_stays_as_it_is(tmp_path):
+    recipe = load_recipe(recipe_file(tmp_path), ["name=done"])
+    folder = tmp_path / "done"
+    with run_folder.open_run(folder, recipe, {"first": 1}):
+        pass
+    for i, stage in enumerate(recipe.stages, start=1):
+        published = run_folder.stage_folder(folder, i, stage.name) / "checkpoint"
+        publish(published, lambda temporary: (temporary / "w").touch(), {})
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    other = load_recipe(recipe_file(tmp_path), ["name=done", "train.micro_batch_size=1"])
+    with run_folder.open_run(folder, other, {"second": 2}):
+        pass
+    after = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    assert before == {name: content for name, content in after.items() if name in before}
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_anything_else(tmp_path, monkeypatch):
