@@ -21,7 +21,7 @@ from pipeline.checkpoint import is_published, publish, verify
 from pipeline.data.heldout import load_heldout
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
-from pipeline.methods.repair import Edit, interpolate, write_repaired
+from pipeline.methods.repair import Edit, Weights, interpolate, write_repaired
 from pipeline.model.gguf import local_weights
 from pipeline.model.load import load_for_evaluation
 from pipeline.model.weights import load_pretrained
@@ -152,6 +152,7 @@ def measure_shares(
     Memory: three times the weights, in fp32.
     """
     assert task.heldout is not None
+    Weights(task.checkpoint)  # refuses an adapter
     check_tokens(task.heldout, str(task.checkpoint), lambda: load_tokenizer(str(task.checkpoint)))
     model, start = _loaded(task, task.checkpoint), _loaded(task, base)
     before = dict(start.named_parameters())

@@ -9,7 +9,7 @@ from eval.measure.classifier import Source, _load
 from pipeline.checkpoint import publish
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
-from pipeline.model.load import build_model, load_config
+from pipeline.model.load import build_model, check_objective, load_config
 from pipeline.model.save import adapter_names, save_model
 from pipeline.ranks import world_size
 from pipeline.recipe import Lora, Model
@@ -126,16 +126,18 @@ def test_what_a_recipe_overrides_holds_where_its_base_is_measured_or_teaches(tmp
     assert teacher_at(recipe, str(tmp_path)).identify() != known
 
 
-def test_an_encoder_is_no_causal_model(tmp_path):
-    for name, decodes in (("roberta", False), ("roberta", True), ("llama", False)):
-        model = MODELS[name]()
-        model.config.is_decoder = decodes
-        model.save_pretrained(tmp_path)
-        settings = Model(path=str(tmp_path), objective="causal")
-        if name == "roberta" and not decodes:
-            with pytest.raises(
-                UserError, match=r"model.objective: causal: roberta reads the tokens"
-            ):
-                load_config(settings)
-        else:
-            load_config(settings)
+@pytest.mark.parametrize(
+    ("name", "objective", "decodes", "problem"),
+    [("roberta", "causal", False, "roberta reads the tokens that it would predict"),
+     ("roberta", "causal", True, None), ("roberta", "masked", False, None),
+     ("llama", "causal", False, None), ("llama", "masked", False, "set model.objective=causal"),
+     ("t5", "causal", False, "set model.objective=seq2seq"), ("t5", "seq2seq", False, None)],
+)  # fmt: skip
+def test_the_objective_is_one_that_the_model_has(name, objective, decodes, problem):
+    config = MODELS[name]().config
+    config.is_decoder = decodes
+    if problem is None:
+        check_objective(config, objective)
+    else:
+        with pytest.raises(UserError, match=f"model.objective: .*{problem}"):
+            check_objective(config, objective)

@@ -96,12 +96,24 @@ def load_config(
         if not hasattr(config, key):
             raise UserError(f"model.overrides.{key}: {type(config).__name__} has no such attribute")
         setattr(config, key, value)
-    if model.objective == "causal" and reads_ahead(config):
+    return config
+
+
+def check_objective(config: PretrainedConfig, objective: str) -> None:
+    """Raises UserError where transformers has no model of this kind, or only one that would see
+    what it predicts."""
+    kinds: dict[str, Any] = {name: auto._model_mapping for name, auto in AUTO.items()}
+    if type(config) not in kinds[objective]:
+        known = [name for name, models in kinds.items() if type(config) in models]
+        instead = f"; set model.objective={known[0]}" if known else ""
+        raise UserError(
+            f"model.objective: {objective}: {config.model_type} is no such model{instead}"
+        )
+    if objective == "causal" and reads_ahead(config):
         raise UserError(
             f"model.objective: causal: {config.model_type} reads the tokens that it would predict; "
             "set model.objective=masked"
         )
-    return config
 
 
 def reads_ahead(config: Any) -> bool:
@@ -122,7 +134,8 @@ def _set_vocabulary(known: PretrainedConfig, values: dict[str, Any], vocab_size:
 
 
 def check_model(config: PretrainedConfig, recipe: Recipe, vocabulary: int) -> None:
-    """Raises UserError where the sequences or the tokenizer do not fit the model."""
+    """Raises UserError where the objective, the sequences or the tokenizer do not fit the model."""
+    check_objective(config, recipe.model.objective)
     length = recipe.data.sequence_length
     limit = longest_input(_without_weights(recipe.model, config))
     prompt = recipe.model.prompt

@@ -113,6 +113,8 @@ def _buffers(model: nn.Module, config: dict[str, Any], size: int) -> int:
     zero = config.get("zero_optimization", {})
     stage = zero_stage(config)
     bucket = int(zero.get("reduce_bucket_size", BUCKET)) if stage else 0
+    if not torch.cuda.is_available():  # of the host's memory only what is written to is taken
+        bucket = min(bucket, sum(p.numel() for p in model.parameters() if p.requires_grad))
     twice = 2 if zero.get("overlap_comm", stage == 3) else 1
     return bucket * size * twice + (2 * largest * size if stage == 3 else 0)
 
