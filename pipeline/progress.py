@@ -97,7 +97,7 @@ class StageProgress:
         self._every = max(1, steps // 10)
         self._longest = seconds
         self._start = self._shown = time.perf_counter()
-        self._tokens = 0
+        self._tokens, self._training = 0, 0.0  # seconds of the steps
         self._bar = (
             tqdm(total=steps, initial=behind, desc=title, unit="step", dynamic_ncols=True)
             if sys.stderr.isatty()
@@ -115,8 +115,9 @@ class StageProgress:
     ) -> None:
         """fast: from `Speed.numbers`, of the step."""
         self._tokens += tokens
+        self._training += tokens / fast["tokens_per_second"]
         seconds = time.perf_counter() - self._start
-        speed = self._tokens / seconds
+        speed = self._tokens / self._training  # without evaluations within the stage
         numbers = {
             "loss": f"{loss:.3f}",
             "norm": f"{norm:.2f}",

@@ -254,7 +254,9 @@ def test_nothing_is_tracked_unless_named(tmp_path):
 def test_without_a_terminal_a_stage_is_never_silent_for_long(capsys, monkeypatch, longest, lines):
     monkeypatch.setattr("sys.stderr.isatty", lambda: False)
     progress = StageProgress("stage", 100, behind=5, seconds=longest)
+    fast = {"tokens_per_second": 40.0, "tflops": 1.0, "peak_memory_gb": 1.0}
     for step in range(6, 101):
-        progress.update(step, 8, 1.0, 1.0, 1.0, {"tflops": 1.0, "peak_memory_gb": 1.0})
+        progress.update(step, 8, 1.0, 1.0, 1.0, fast)
     said = capsys.readouterr().out.splitlines()
+    assert "tok/s 40 " in said[-1]  # whatever is between the steps
     assert [line.split("  ")[1] for line in said] == [f"step {n}/100" for n in lines]

@@ -39,7 +39,10 @@ def options_of(task: Task) -> list[str]:
         except ValueError as error:
             raise UserError(f"{where}: not JSON: {error}") from None
     if not isinstance(labels, list) or not all(isinstance(x, str) and x.strip() for x in labels):
-        raise UserError(f"{where}: not a list of labels; write a list of texts, none of them empty")
+        raise UserError(
+            f"{where}: not a list of labels; write a list of texts, none of them empty, in quotes "
+            'where YAML reads something else ("yes", "no", "1")'
+        )
     twice = [x for x, n in Counter(labels).items() if n > 1]
     if twice:
         raise UserError(f"{where}: the label {twice[0]!r} is there twice; remove one")
@@ -158,7 +161,8 @@ def task_problems(name: str, domain: Domain) -> list[str]:
     try:
         options_of(task)
     except UserError as error:
-        found.append(f"data.domains.{name}.task.{error}")
+        where = "labels: " if isinstance(task.labels, str) else ""  # the file is named
+        found.append(f"data.domains.{name}.task.{where}{error}")
     need(texts_of(task), ".task.text", "names no field")
     need(task.instruction.strip(), ".task.instruction", "is empty; say what is to be done")
     for key in ("max_words", "train_rows", "test_rows"):

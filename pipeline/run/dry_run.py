@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline.data.batches import frame_of
 from pipeline.data.encode import Frame
+from pipeline.data.heldout import check_answers
 from pipeline.data.instruct import Example
 from pipeline.data.mixture import Corpus
 from pipeline.data.prepare import describe as describe_domain
@@ -37,6 +38,8 @@ def describe_run(recipe: Recipe, engine_config: dict[str, Any], ranks: int) -> s
     check_quantized(m.lora, engine_config)
     check_compiled(recipe.train.compile, engine_config)
     check_precision(recipe, precision_of(engine_config))
+    if tokenizer is not None:
+        check_answers(recipe, tokenizer)
     if m.path is not None and Path(local_weights(m.path)).exists():  # nothing is fetched for it
         check_pretrained(m, config)
     model = empty_model(m, config)
