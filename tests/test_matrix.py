@@ -1,12 +1,14 @@
 """The metrics of a stage x domain matrix: hand-computed, and properties that must hold."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from eval.analysis import matrix as m
+from eval.analysis.curves import on_the_curve
 
 # prose is a base domain; a is trained first, then b, then c. Losses.
 LOSSES = [
@@ -85,6 +87,20 @@ def test_reading_a_curve():
     )
     back_and_forth = [(0.0, 0.0), (1.0, 0.4), (0.2, 0.6), (1.0, 0.9)]
     assert m.forgotten_at(back_and_forth, 0.5) == pytest.approx(0.2)  # the first crossing
+
+
+@pytest.mark.parametrize(
+    ("base", "kept"), [([], ["1 end", "2", "2 end"]), (["c"], ["0", "1", "1 end", "2", "2 end"])]
+)
+def test_a_curve_begins_where_there_is_something_to_forget(base, kept):
+    domains = ["a", "b", *base]
+    values = [[1.0] * len(domains)] * 3
+    matrix = m.Matrix(["base", "a", "b"], domains, {"a": 1, "b": 2}, values)
+    points = [SimpleNamespace(stage=s, step=x) for s, x in
+              ((0, None), (1, 5), (1, None), (2, 5), (2, None))]  # fmt: skip
+    run = SimpleNamespace(matrix=matrix, points=points)
+    assert on_the_curve(run, ["0", "1", "1 end", "2", "2 end"]) == kept
+    assert on_the_curve(run, [None, None, "1 end", None, "2 end"]) == ["1 end", "2 end"]
 
 
 def test_between_sorts_the_runs_of_a_method():

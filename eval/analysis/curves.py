@@ -7,6 +7,7 @@ ended there: its losses take the place of the stage's row, and what comes later 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import hypot
+from typing import TypeVar
 
 from eval.analysis.load import Run
 from eval.analysis.matrix import Curve, Matrix, complete, curve_errors, learning_curve
@@ -15,7 +16,7 @@ from eval.analysis.points import Point, Row
 POINT_DEFINITIONS = {
     "points_within_stages": "A point within a stage is read as if the stage had ended there; the "
     "best value so far is then that of stage 0 and of the ends of the stages before. Equal "
-    "learning is read between all points.",
+    "learning is read between all points from where there is something to forget.",
     "learned_since_stage_0": "Mean over the domains that the recipe trains on of the improvement "
     "of the held-out loss from stage 0 to the point.",
     "forgotten_since_stage_0": "Mean over the base domains, those that no stage trains on, of the "
@@ -26,6 +27,7 @@ POINT_DEFINITIONS = {
     "standard error takes them as independent.",
 }
 
+T = TypeVar("T")
 Place = tuple[float, float]
 """(learned, forgotten), in nats per token."""
 
@@ -85,8 +87,18 @@ def places(
 
 def curve_of(run: Run) -> Curve:
     """The learning curve through all points of a run that can be read, in order."""
-    found = places(run.matrix, rows_of(run.points), LEARNING_CURVE)
-    return [place for place in found if place]
+    return on_the_curve(run, places(run.matrix, rows_of(run.points), LEARNING_CURVE))
+
+
+def on_the_curve(run: Run, values: Sequence[T | None]) -> list[T]:
+    """Of values of a run's points those that are known where there is something to forget, or
+    where the next stage begins with that: before, nothing forgotten would mean nothing."""
+    found = []
+    for point, value in zip(run.points, values, strict=True):
+        at_its_end = point.step is None and bool(run.matrix.old(point.stage + 1))
+        if value is not None and (run.matrix.old(point.stage) or at_its_end):
+            found.append(value)
+    return found
 
 
 def rows_of(points: Sequence[Point]) -> list[tuple[int, Row]]:

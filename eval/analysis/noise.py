@@ -21,6 +21,7 @@ from eval.analysis.curves import (
     curve_of,
     independent_errors,
     learning_points,
+    on_the_curve,
     places,
     rows_of,
 )
@@ -182,7 +183,7 @@ def _curves(run: Run) -> list[Curve] | None:
     drawn = resample(run)
     if drawn is None:
         return None
-    return [[place for place in places if place] for places in drawn]
+    return [on_the_curve(run, places) for places in drawn]
 
 
 def _end_errors(run: Run) -> Place | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from eval.analysis import labels
 from eval.analysis.at_equal_learning import AtEqualLearning, at_equal_learning
-from eval.analysis.curves import Place, curve_of, learning_points
+from eval.analysis.curves import Place, curve_of, learning_points, on_the_curve
 from eval.analysis.load import Run
 from eval.analysis.matrix import Curve, complete
 from eval.analysis.points import Point, Score
@@ -45,7 +45,8 @@ class Row:
     def curve_errors(self) -> list[Place | None]:
         """The standard errors of the points of `curve`."""
         known = zip(self.learning.curve.places, self.learning.curve.errors, strict=True)
-        return [errors for place, errors in known if place]
+        read = on_the_curve(self.run, [(errors,) if place else None for place, errors in known])
+        return [errors for (errors,) in read]
 
     @property
     def errors(self) -> Place | None:
@@ -175,8 +176,11 @@ def method_table(rows: list[Row]) -> tuple[AtEqualLearning | None, dict[str, Cos
 def why_not_equal(row: Row, level: float | None) -> str:
     if row.run.damage:
         return "damaged: no verdict"
+    run = row.run
     if row.learned is None:
-        alone = row.run.evaluated > 0 and not row.run.matrix.old(row.run.matrix.last)
+        alone = run.evaluated > 0 and not run.matrix.old(run.matrix.last)
+        if not alone and run.evaluated and not run.matrix.old(run.evaluated):
+            return "there was nothing to forget yet"
         return "it has nothing to forget" if alone else "no stage evaluated yet"
     if row.learned <= 0:
         return "learned nothing"
