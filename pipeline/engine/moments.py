@@ -23,7 +23,10 @@ def make_state(adam: Any, weight: Tensor) -> dict[str, Any]:
     if state:
         return state
     if hasattr(adam, "init_state"):  # bitsandbytes
-        adam.init_state(adam.param_groups[0], weight, 0, 0)
+        group = adam.param_groups[0]
+        own, group["params"] = group["params"], [weight]  # it looks there; ZeRO-3's are elsewhere
+        adam.init_state(group, weight, 0, 0)
+        group["params"] = own
         return adam.state[weight]
     on_host = isinstance(adam, DeepSpeedCPUAdam)
     state["step"] = 0 if on_host else torch.zeros((), device=weight.device)
