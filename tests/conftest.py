@@ -3,6 +3,10 @@
 import os
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("any machine", deadline=None)  # busy ones too
+settings.load_profile("any machine")
 
 # Few tests that take long: begun first, so that no worker is left alone with them at the end.
 LONG = {

@@ -303,6 +303,9 @@ def test_the_interval_is_of_tasks_and_seeds():
     expected = np.nanquantile(values, [0.025, 0.975])
     assert bootstrap(bwt, random_tasks) == pytest.approx(expected, abs=0.05)
     found = estimates([accuracy(), accuracy()])
+    values = [[0, 0], [0.5, 0], [0.2, 0.5]]  # one task alone can have been forgotten
+    two = Matrix(["base", "a", "b"], ["a", "b"], {"a": 1, "b": 2}, values, False)
+    assert estimates([two])["bwt"].interval is None
     low, high = found["acc"].interval
     assert 0.399 < low < found["acc"].value < high <= 1
     assert found["acc"].value == pytest.approx(acc(accuracy()))

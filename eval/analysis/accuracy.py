@@ -79,6 +79,9 @@ def bootstrap(
         return None
     # Every metric is a mean over tasks, so that it is known of each task by itself.
     parts = np.array([[metric(_alone(m, task)) for task in tasks] for m in matrices], float)
+    contributing = ~np.isnan(parts).all(axis=0)
+    if len(matrices) < 2 and contributing.sum() < 2:
+        return None  # one number says nothing of how others would differ
     rng = np.random.default_rng(seed)
     chosen = rng.integers(len(tasks), size=(DRAWS, 1, len(tasks)))
     runs = rng.integers(len(matrices), size=(DRAWS, len(matrices), 1))
