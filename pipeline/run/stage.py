@@ -87,7 +87,7 @@ def run_stage(run: Run, stage: int, measure: Callable[[Evaluation], float]) -> d
     if attempt.behind:
         tell(f"stage {stage} {s.name}: goes on behind step {attempt.behind} of {plan.steps}")
     elif guard is not None:
-        guard.begin(run.checkpoint(0).parent, run.checkpoint(stage - 1 if goes_on else 0).parent)
+        guard.begin(run.checkpoint(0).parent, run.checkpoint(source).parent)
     if run.log is not None:
         run.log.write("begin", stage=stage, step=attempt.behind)
     on_rank0(partial(_clear_within, run, stage, attempt.behind))
