@@ -36,8 +36,8 @@ def main() -> None:
     model = kind.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False)
     teacher = copy.deepcopy(model).eval()
     own, _ = sample_block(teacher, tokenizer, LENGTH, "causal" if args.causal else "masked", 0)
-    text = [str(getattr(d, "text", d)) for d in embedded_documents("python")]
-    ids = tokenizer("\n".join(text[:400]), add_special_tokens=False)["input_ids"]
+    text = "\n".join(map(str, embedded_documents("python")[:400]))
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     new = torch.tensor(ids[: len(ids) // LENGTH * LENGTH]).view(-1, LENGTH)
 
     def hidden(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

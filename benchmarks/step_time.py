@@ -53,7 +53,7 @@ from pipeline.model.split_linear import split_linears
 from pipeline.ranks import rank, world_size
 from pipeline.recipe import Data, Domain, Mask, Model, Recipe, Stage, Train
 from pipeline.run.memory import estimate, split_as_in_training
-from pipeline.run.speed import Speed, peak_memory
+from pipeline.run.speed import Speed, peak_memory, predictions
 from pipeline.run.train import train_stage
 
 ROBERTA = {"model_type": "roberta", "hidden_size": 768, "num_attention_heads": 12,
@@ -341,9 +341,9 @@ def profile(turns: Turns) -> str:
 def _mfu(args: argparse.Namespace, engine: Any, seconds: float) -> float:
     """Of the dense step (docs/performance.md); NaN on a GPU whose peak is not known."""
     recipe, tokens = _recipe(args), _tokens(args) * world_size()
-    predicted = round(tokens * (recipe.data.masking if recipe.model.objective == "masked" else 1))
     speed = Speed(engine.module, recipe, engine.device)
-    return speed.numbers(tokens, predicted, seconds).get("mfu", float("nan"))
+    numbers = speed.numbers(tokens, predictions(recipe, tokens), seconds)
+    return numbers.get("mfu", float("nan"))
 
 
 def estimated_memory(args: argparse.Namespace, mode: str) -> float:

@@ -217,6 +217,10 @@ def test_runs_of_a_recipe_that_has_changed_since_are_refused(tmp_path):
     begun = load_recipe(str(recipe), [*point.overrides, f"name={point.name}"])
     with open_run(tmp_path / point.name, begun, {}):
         pass
+    recipe.write_text("base: demo\nname: mine\nseed: 2\n")
+    require_same_runs(sweep, points, tmp_path)  # nothing of it is measured yet
+    recipe.write_text("base: demo\nname: mine\n")
+    (tmp_path / point.name / "stages").mkdir()
     require_same_runs(sweep, points, tmp_path)
     recipe.write_text("base: demo\nname: mine\nseed: 3\n")
     with pytest.raises(UserError, match=r"another recipe \(seed: 0 there, 3 now\)"):

@@ -159,9 +159,13 @@ class Anchor(Method):
         folder = start.shared / f"anchor-{self._key(start, identity)}"
         rows = partial(self._make_rows, start, frozen)
         text = make_text(folder, rows, cached, self.settings.cache, info)
-        told = start.kept / f"anchor/stage-{start.stage:02d}.json"  # 0: for the whole run
-        known = lambda: json.dumps({"folder": str(folder), **read_manifest(folder)}, indent=2)  # noqa: E731
-        on_rank0(lambda: keep_file(told, known()))
+
+        def tell() -> None:
+            told = start.kept / f"anchor/stage-{start.stage:02d}.json"  # 0: for the whole run
+            known = {"folder": str(folder), **read_manifest(folder)}
+            keep_file(told, json.dumps(known, indent=2))
+
+        on_rank0(tell)
         return text
 
     def _sequences(self) -> int:

@@ -106,10 +106,9 @@ def _fill(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> None:
     if not (folder / "stages").exists():  # nothing measured yet: an attempt that failed early
         for leftover in ("tokenizer", "heldout"):
             shutil.rmtree(folder / leftover, ignore_errors=True)
-    elif stored.is_file():
-        require_same(folder, recipe)
-        if _is_trained(folder, recipe):
-            return  # how that was done stays as it is
+    require_same(folder, recipe)
+    if stored.is_file() and _is_trained(folder, recipe):
+        return  # how that was done stays as it is
     engine_file = "fsdp.json" if recipe.engine.kind == "fsdp" else "ds_config.json"
     for name, content in (
         (MARK, redacted(_environment(engine_config))),
@@ -121,8 +120,11 @@ def _fill(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> None:
 
 
 def require_same(folder: Path, recipe: Recipe) -> None:
-    """Raises UserError where the run in a folder is another recipe's."""
-    before: Any = OmegaConf.load(folder / "recipe.yaml")
+    """Raises UserError where what a folder has measured or trained is another recipe's."""
+    stored = folder / "recipe.yaml"
+    if not (stored.is_file() and (folder / "stages").exists()):
+        return
+    before: Any = OmegaConf.load(stored)
     now = OmegaConf.create(recipe.to_yaml())
     present = base_files(recipe.model)
     base = base_differences(folder, before.get("model") or {}, recipe.model, present)

@@ -18,7 +18,7 @@ from pipeline.run.build import build_engine
 from pipeline.run.dry_run import planned_steps, planned_tokenizer
 from pipeline.run.memory import advice_on_memory, split_as_in_training
 from pipeline.run.methods import methods_of
-from pipeline.run.speed import Speed, peak_memory
+from pipeline.run.speed import Speed, peak_memory, predictions
 from pipeline.run.stage_rows import mask_of_stage, split_stage
 from pipeline.run.train import train_stage
 
@@ -73,8 +73,8 @@ def _measure(recipe: Recipe, engine_config: dict[str, Any]) -> list[str]:
         )  # fmt: skip
     seconds = (ends[-1] - ends[WARM]) / MEASURED
     tokens = recipe.train.batch_size * recipe.data.sequence_length
-    predicted = round(tokens * (recipe.data.masking if m.objective == "masked" else 1))
-    fast = Speed(engine.module, recipe, engine.device).numbers(tokens, predicted, seconds)
+    speed = Speed(engine.module, recipe, engine.device)
+    fast = speed.numbers(tokens, predictions(recipe, tokens), seconds)
     lines = [
         f"measured    {seconds:.2f} s a step ({MEASURED} steps of random tokens), "
         f"{fast['tokens_per_second']:,.0f} tokens/s, {fast['tflops']:.3g} TFLOPS a rank"

@@ -100,6 +100,11 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def predictions(recipe: Recipe, tokens: int) -> int:
+    """How many of so many tokens of text a masked or causal model predicts."""
+    return round(tokens * (recipe.data.masking if recipe.model.objective == "masked" else 1))
+
+
 def training_flops(module: nn.Module, recipe: Recipe) -> tuple[float, float]:
     """(for each token, and for each prediction on top) of a dense training step: a product forward,
     one for the input's gradient and, of trained weights, one for their own; attention over whole
@@ -110,6 +115,7 @@ def training_flops(module: nn.Module, recipe: Recipe) -> tuple[float, float]:
     config = config.get_text_config()
     hidden, width = getattr(config, "hidden_size", 0), getattr(config, "vocab_size", 0)
     blocks = find_blocks(module)
+    inside = tuple(f"{name}." for name in blocks)
     attention = 12 * hidden * recipe.data.sequence_length
     flops = {False: 0.0, True: 0.0}  # of a token of the input, and of the decoder
     for name in blocks:
@@ -117,8 +123,7 @@ def training_flops(module: nn.Module, recipe: Recipe) -> tuple[float, float]:
     looked_up = {m.weight for m in module.modules() if isinstance(m, nn.Embedding)}
     for name, p in module.named_parameters():
         shape = _shape(p)
-        of_block = name.startswith(tuple(f"{n}." for n in blocks))
-        if of_block and len(shape) == 2 and p not in looked_up:
+        if name.startswith(inside) and len(shape) == 2 and p not in looked_up:
             frozen = not p.requires_grad and not name.endswith(".rest")
             flops[_of_decoder(module, name)] += (4 if frozen else 6) * shape[0] * shape[1]
     head = 6 * hidden * width

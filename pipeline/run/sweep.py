@@ -231,7 +231,7 @@ def jobs_at_once(memory: int, threads: int, gpus: int) -> int:
 def require_same_runs(sweep: Sweep, points: Sequence[Point], folder: Path) -> None:
     """Raises UserError where a run that is there is another recipe's: its file has changed."""
     for point in points:
-        if (folder / point.name / "recipe.yaml").is_file():
+        if (folder / point.name).is_dir():
             overrides = [*point.overrides, f"name={point.name}"]
             require_same(folder / point.name, load_recipe(sweep.recipe, overrides))
 
