@@ -120,7 +120,7 @@ class Attached:
 
     def _forget(self) -> None:
         self._sums, self._applied, self._had_gradients = None, False, False
-        self.mask.forget()
+        self.mask.forget(self.steps + 1)
 
     def _watch(self, parameters: list[nn.Parameter]) -> None:
         """Look at these for gradients that were dropped."""

@@ -177,6 +177,7 @@ def test_prompts_that_do_not_fit_fail_and_the_others_do_not(problems, tokenizer)
     texts = list(generate(model, tokenizer, block, settings))
     assert [bool(text) for text, _ in texts] == [True, True, False]
     assert texts[2] == ("", True)
+    assert texts == [next(generate(model, tokenizer, [a], settings)) for a in block]
 
 
 def evaluate(folder, model, tokenizer, settings, shares):

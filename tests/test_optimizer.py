@@ -1,5 +1,7 @@
 """AdamW's groups, and its 8-bit moments (bitsandbytes) under the mask."""
 
+import math
+
 import pytest
 import torch
 from transformers import RobertaConfig, RobertaForMaskedLM
@@ -7,8 +9,9 @@ from transformers import RobertaConfig, RobertaForMaskedLM
 from pipeline.engine.config import memory_per_rank, resolve_ds_config
 from pipeline.engine.optimizer import weight_groups
 from pipeline.errors import UserError
+from pipeline.recipe import Optimizer
 from pipeline.run.recipe_file import load_recipe
-from pipeline.run.train import train_stage
+from pipeline.run.train import learning_rate, train_stage
 from tests.reference import micro_batches
 from tests.spawn import run_ranks
 from tests.test_parity import ENGINES, History, recipe_for, zero_engine
@@ -28,6 +31,24 @@ def small_roberta() -> RobertaForMaskedLM:
             type_vocab_size=1,
         )
     )
+
+
+def test_learning_rates_are_those_of_the_closed_form():
+    """Warm-up to the peak, which is reached once, then to 0 behind the last step."""
+    steps, peak = 10, 3.0
+    for schedule, falls in (
+        ("constant", lambda x: 1.0),
+        ("linear", lambda x: 1 - x),
+        ("cosine", lambda x: (1 + math.cos(math.pi * x)) / 2),
+    ):
+        for warmup in (0, 3, 10):
+            optimizer = Optimizer(schedule=schedule, warmup=warmup / steps)
+            found = [learning_rate(optimizer, peak, i, steps) for i in range(1, steps + 1)]
+            rising = [peak * i / warmup for i in range(1, warmup + 1)]
+            behind = [peak * falls(i / (steps - warmup)) for i in range(steps - warmup)]
+            assert found == pytest.approx(rising + behind), (schedule, warmup)
+    # As written: the product of the floats 0.07 and 100 is just above 7.
+    assert learning_rate(Optimizer(warmup=0.07), peak, 7, 100) == peak
 
 
 @pytest.mark.parametrize("largest", [None, 1, 5000, 10**6])

@@ -162,13 +162,14 @@ def test_twenty_steps_are_those_of_the_dense_backward():
             assert difference < 1e-6, case
 
 
-def selections(settings, count=5):
-    """Per step: the rows of the gradient, the rows that magnitudes of this step alone select."""
+def selections(settings, data, dropped=()):
+    """Per step: the rows of the gradient, the rows that magnitudes of this step alone select.
+    dropped: numbers of steps (from 1) that are not taken, and that the result does not have."""
     model = MODELS["llama"]()
     mask, own = GradientMask(model, settings, 0), GradientMask(model, Mask(), 0)
     shards = ParameterShards(model)
     found = []
-    for step, batches in enumerate(micro_batches("llama", count, 1), start=1):
+    for step, batches in enumerate(data, start=1):
         with mask.recording(), own.recording():
             loss = step_loss("llama", model, batches)
         if mask.defers:
@@ -178,8 +179,11 @@ def selections(settings, count=5):
         rows = [(model.get_parameter(t.name).grad != 0).any(1) for t in mask.targets]
         own.select(shards, step)
         assert torch.equal(torch.cat(rows), mask.keep)
-        found.append((mask.keep.clone(), own.keep.clone()))
-        torch.optim.SGD(model.parameters(), 0.5).step()
+        if step in dropped:
+            mask.forget(step)
+        else:
+            found.append((mask.keep.clone(), own.keep.clone()))
+            torch.optim.SGD(model.parameters(), 0.5).step()
         model.zero_grad()
     return found
 
@@ -187,13 +191,25 @@ def selections(settings, count=5):
 @pytest.mark.parametrize("backward", ["dense", "row_sparse", "previous"])
 @pytest.mark.parametrize("refresh", [1, 2])
 def test_which_step_selects_the_rows_of_a_step(backward, refresh):
-    found = selections(Mask(refresh=refresh, backward=backward))
+    found = selections(Mask(refresh=refresh, backward=backward), micro_batches("llama", 5, 1))
     assert not torch.equal(found[0][1], found[2][1])  # or it would show nothing
     for i, (rows, _) in enumerate(found):
         chosen = i - i % refresh  # the last step that selected
         if backward == "previous":
             chosen = max(chosen - refresh if i % refresh == 0 else chosen, 0)
         assert torch.equal(rows, found[chosen][1]), i
+
+
+@pytest.mark.parametrize("dropped", [1, 2, 3])
+@pytest.mark.parametrize("backward", ["dense", "row_sparse", "previous"])
+@pytest.mark.parametrize("refresh", [1, 2, 3])
+def test_a_dropped_step_leaves_its_rows_to_none(backward, refresh, dropped):
+    settings = Mask(refresh=refresh, backward=backward)
+    data = micro_batches("llama", 6, 1)
+    without = [step for i, step in enumerate(data, start=1) if i != dropped]
+    spoilt, expected = selections(settings, data, [dropped]), selections(settings, without)
+    for found, there in zip(spoilt, expected, strict=True):
+        assert all(map(torch.equal, found, there))
 
 
 def attached_weights(backward, drop=False):

@@ -204,6 +204,30 @@ def end_of(encoder, learnt):
     return encoder.end_of(Tokens(np.array(learnt), None, np.ones(len(learnt), bool)))
 
 
+def test_a_prompt_near_the_models_limit_shortens_no_other_answer():
+    texts = ["is it good", "or is it very bad", "a row of words that is rather long"]
+    tokenizer = train_tokenizer([*texts, *LABELS] * 3, 330)
+    model = model_of("causal", tokenizer)
+    encoder = Encoder.of(tokenizer, "causal", "plain")
+    examples = [Example(text, "", LABELS[0]) for text in texts]
+    prompts = encoder.prompts(examples)
+    limit = model.config.max_position_embeddings = max(map(len, prompts)) + 4
+    end = len(tokenizer)  # which it never writes
+    together = written(model, prompts, [end], encoder.pad, 9)
+    assert together == [written(model, [p], [end], encoder.pad, 9)[0] for p in prompts]
+    assert list(map(len, together)) == [min(9, limit - len(p)) for p in prompts]
+    assert len(set(map(len, together))) > 1
+    needed = max(len(tokenizer.encode(" " + label, add_special_tokens=False)) for label in LABELS)
+    for room in (needed, needed - 1):
+        model.config.max_position_embeddings = max(map(len, prompts)) + room
+        settings = Answers(max_new_tokens=9, constrained=True)
+        if room == needed:
+            assert set(answers(model, encoder, examples, LABELS, settings)) <= set(LABELS)
+        else:
+            with pytest.raises(UserError, match=f"its answer up to {needed}, the model takes"):
+                answers(model, encoder, examples, LABELS, settings)
+
+
 def test_an_answer_in_a_chat_ends_with_its_turn():
     tokenizer = train_tokenizer([*LABELS, "is it good"] * 3, 330)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})

@@ -15,6 +15,7 @@ import textwrap
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from eval.sandbox.sandbox import Limits, Outcome, Sandbox, probe
 from pipeline.data.tokenizer import text_start
 from pipeline.errors import UserError
 from pipeline.model.generate import padded
+from pipeline.model.positions import longest_input
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -239,12 +241,27 @@ def generate(
     and max_new_tokens do not fit into the model, fewer tokens are generated, and none if the prompt
     alone does not.
     """
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    fitting = [a for a in block if len(a.prompt) < room]
-    if len(fitting) < len(block):  # the longest, at the end of the block
-        yield from generate(model, tokenizer, fitting, settings) if fitting else ()
-        yield from [("", True)] * (len(block) - len(fitting))
-        return
+    limit = longest_input(model) or math.inf
+
+    def room(attempt: Attempt) -> int:
+        return int(min(settings.max_new_tokens, limit - len(attempt.prompt)))
+
+    for tokens, attempts in groupby(block, room):  # they are sorted by the lengths of their prompts
+        alike = list(attempts)
+        if tokens > 0:
+            yield from _generate(model, tokenizer, alike, settings, tokens)
+        else:
+            yield from [("", True)] * len(alike)
+
+
+def _generate(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerFast",
+    block: list[Attempt],
+    settings: "HumanEval",
+    tokens: int,
+) -> Iterator[tuple[str, bool]]:
+    """`generate`, of at most so many tokens."""
     ends = _ends(model, tokenizer)
     # The model's own settings (a repetition penalty, say) would fill in what is not given here.
     model.generation_config = GenerationConfig(eos_token_id=ends or None)
@@ -257,7 +274,7 @@ def generate(
     output = model.generate(  # type: ignore[operator]
         input_ids=ids.to(model.device),
         attention_mask=attended.to(model.device),
-        max_new_tokens=int(min(settings.max_new_tokens, room - longest)),
+        max_new_tokens=tokens,
         pad_token_id=pad,
         do_sample=sampled,
         stopping_criteria=StoppingCriteriaList([StopWords(tokenizer, longest)] if bare else []),

@@ -87,15 +87,17 @@ def answers(
     prompts = encoder.prompts(examples)
     limit, soft = longest_input(model), prompt_of(model)
     longest = max(map(len, prompts), default=0) + (soft.tokens if soft is not None else 0)
-    if limit is not None and longest > limit - (encoder.objective == "causal"):
+    labels = [Example(e.prompt, "", option) for e in examples[:1] for option in options]
+    each, ends = encoder.encode(labels), encoder.ends_of(labels)
+    said_behind = max(map(encoder.end_of, each), default=1) if encoder.objective == "causal" else 0
+    if limit is not None and longest + said_behind > limit:
+        answer = f" and its answer up to {said_behind}" if said_behind else ""
         raise UserError(
-            f"a prompt has {longest} tokens, the model takes {limit}: lower the task's max_words"
+            f"a prompt has {longest} tokens{answer}, the model takes {limit}: lower the task's "
+            "max_words"
         )
     allowed = None
-    labels = [Example(e.prompt, "", option) for e in examples[:1] for option in options]
-    ends = encoder.ends_of(labels)
     if settings.constrained and examples:
-        each = encoder.encode(labels)
         allowed = Trie([t.ids[t.predicted].tolist() for t in each if t.predicted is not None])
     said = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))

@@ -8,6 +8,7 @@ begins anew with every stage, so it does not move them.
 
 import json
 from collections.abc import Iterable
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -55,11 +56,12 @@ class SourceColumns(Method):
         net = start.teacher("base").load()
         norms = input_norms(net, self._batches(start, net))
         found = {}
+        share = Fraction(str(self.settings.share))  # as written: 0.29 of 100 is 29
         for name, norm in norms.items():
             module: Any = net.get_submodule(name)
             dim = 0 if isinstance(module, Conv1D) else 1  # of the inputs
             scores = module.weight.detach().float().abs().sum(1 - dim) * norm
-            frozen = scores.argsort(descending=True)[: int(self.settings.share * len(scores))]
+            frozen = scores.argsort(descending=True)[: int(share * len(scores))]
             keep = torch.ones(len(scores), dtype=torch.bool).index_fill(0, frozen.cpu(), False)
             found[f"{name}.weight"] = keep.tolist(), dim
         keep_file(kept, json.dumps(found))

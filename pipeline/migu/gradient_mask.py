@@ -72,6 +72,8 @@ class GradientMask:
         self._counts: list[int] | None = None  # of each target, with a row-sparse backward
         self._coming: tuple[Tensor, float] | None = None  # `backward: previous`: the next step's
         self._age = 0  # steps since the last selection
+        self._step: int | None = None  # the one that `_before` is from before
+        self._before: tuple[Any, ...] = ()
         self._shown = False  # that the backwards leave the other rows out
         self._opened = False  # by `all_rows`, in this step
         self._signs: Tensor | None = None  # int64 [sum of rows]: random numbers, alike on all ranks
@@ -91,10 +93,19 @@ class GradientMask:
         """Whether `select` was called and `apply` was not yet."""
         return self.keep is not None and self._age == 0
 
-    def forget(self) -> None:
-        """The step for which rows were selected is dropped: the next one selects anew."""
-        if self.selected:
-            self._age = self.settings.refresh
+    def forget(self, step: int) -> None:
+        """The step is dropped: those that follow go on as if it had not been."""
+        if step != self._step:  # it has not come to the mask
+            return
+        self.keep, self._kept, self._counts, self._coming, self._age = self._before
+        self._step, self._opened = None, False
+        if self.sparse:
+            self.sparse.keep(self._coming[0] if self._coming else self.keep, self._counts)
+
+    def _begin(self, step: int) -> None:
+        if step != self._step:
+            self._step = step
+            self._before = self.keep, self._kept, self._counts, self._coming, self._age
 
     def recording(
         self, real: Tensor | None = None, decoder: Tensor | None = None
@@ -116,6 +127,7 @@ class GradientMask:
             UserError: a target has a gradient, but no output of it was observed to rank its rows
                 by; on every rank alike.
         """
+        self._begin(step)
         self.keep, self._kept = self._select(shards, step)
         self._age = 0
         if self.sparse:
@@ -131,6 +143,7 @@ class GradientMask:
             NonFiniteMagnitude, UserError: as `select`, where that is still to be done.
             UserError: a row-sparse gradient has other rows too.
         """
+        self._begin(step)
         dense = self.sparse is None
         if self.defers:
             raise RuntimeError("backward: row_sparse: `select` was not called before the backward")
@@ -247,6 +260,7 @@ class GradientMask:
             keep = _from_text(known[0], sum(self.sizes))
             return keep.to(self.targets[0].weight.device), known[1]
 
+        self._step = None
         self._coming, self._age = rows(state["coming"]), state["age"]
         known = rows(state["keep"])
         if known is not None:

@@ -52,18 +52,27 @@ def written(
     paired = model.config.is_encoder_decoder
     soft = prompt_of(model)
     whole = [np.append(soft.ids, p) for p in prompts] if soft is not None else prompts
-    ids, attended = padded(whole, pad, left=not paired)  # a decoder goes on behind the last token
+    limit = longest_input(model)
+    room = [
+        max_new_tokens if limit is None else min(max_new_tokens, limit - (1 if paired else len(p)))
+        for p in whole
+    ]
     # The model's own settings (a repetition penalty, say) would fill in what is not given here.
     model.generation_config = GenerationConfig(eos_token_id=list(ends), pad_token_id=pad)
-    before = 1 if paired else ids.shape[1]
-    limit = longest_input(model)
-    output = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=attended.to(model.device),
-        max_new_tokens=max_new_tokens if limit is None else min(max_new_tokens, limit - before),
-        **{"do_sample": False, **how},
-        **({"decoder_start_token_id": start_token(model.config)} if paired else {}),
-        **({"prefix_allowed_tokens_fn": allowed(before)} if allowed else {}),
-    )
-    rows = output[:, before:].tolist()
-    return [list(takewhile(lambda i: i not in ends, row)) for row in rows]
+    said: list[list[int]] = [[]] * len(prompts)
+    for tokens in sorted(set(room)):  # a prompt near the limit shortens its own answer alone
+        rows = [i for i, r in enumerate(room) if r == tokens]
+        # a decoder goes on behind the last token
+        ids, attended = padded([whole[i] for i in rows], pad, left=not paired)
+        before = 1 if paired else ids.shape[1]
+        output = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=attended.to(model.device),
+            max_new_tokens=tokens,
+            **{"do_sample": False, **how},
+            **({"decoder_start_token_id": start_token(model.config)} if paired else {}),
+            **({"prefix_allowed_tokens_fn": allowed(before)} if allowed else {}),
+        )
+        for i, row in zip(rows, output[:, before:].tolist(), strict=True):
+            said[i] = list(takewhile(lambda i: i not in ends, row))
+    return said

@@ -171,6 +171,9 @@ class FrozenRows:
     def select(self, *_: Any) -> None:
         pass
 
+    def forget(self, *_: Any) -> None:
+        pass
+
     def recording(self, *_: Any) -> AbstractContextManager[None]:
         return nullcontext()
 

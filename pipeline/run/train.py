@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -161,6 +162,8 @@ def train_stage(
             applied = _step(engine, bad, step, lr, hold, mean_loss, problem)
             for method in methods if applied else ():
                 method.after_step(engine, step, steps)
+            if mask and not applied:
+                mask.forget(step)
         timer.end()
         done.steps, done.tokens = step, done.tokens + tokens
         if progress is not None and log is not None:
@@ -233,7 +236,7 @@ def _step(
 
 def learning_rate(optimizer: Optimizer, peak: float, step: int, steps: int) -> float:
     """The rate of step 1..steps: linear warm-up to `peak`, then the schedule, to 0 at the end."""
-    warmup = math.ceil(optimizer.warmup * steps)
+    warmup = math.ceil(Fraction(str(optimizer.warmup)) * steps)  # as written: 0.07 of 100 is 7
     if step <= warmup:
         return peak * step / warmup
     done = (step - 1 - warmup) / max(1, steps - warmup)
