@@ -1,4 +1,4 @@
-"""Every method over tasks with a small T5, with and without MIGU, under ZeRO-2 and FSDP2, on 2 ranks.
+"""Every method over tasks with a small T5, with and without MIGU, on 2 ranks of ZeRO-2 and FSDP2.
 
 Two toy tasks; where the environment variables CL_BENCHMARK and T5_TOKENIZER name the folders of the
 paper's files and of T5's tokenizer, the four tasks of its order 1 with that tokenizer.
