@@ -134,12 +134,13 @@ def test_overrides_lie_over_the_file(write):
 def test_all_problems_come_together_with_key_place_and_suggestion(write):
     path = write(GOOD + "mask: {treshold: 0.5}\noptimizer: {lr: fast}\ntrain: {batch_sise: 3}\n")
     message = problems(path, "seed=x", "model.config.model_type=roberta")
-    assert "4 problems" in message
+    assert "5 problems" in message
+    assert "stages[0]: give exactly one of" in message  # of the values that are no numbers too
     assert f"mask.treshold: unknown key, in {path}; did you mean 'threshold'?" in message
     assert "train.batch_sise: unknown key" in message
     assert "'batch_size'" in message
     assert "optimizer.lr:" in message
-    assert "got 'fast'" in message
+    assert "write a number, got 'fast'" in message
     assert "seed:" in message
     assert "on the command line" in message
 
@@ -286,6 +287,7 @@ def test_a_value_over_which_deepspeed_would_stumble_is_named(write, config, part
 def test_a_batch_that_does_not_divide_is_refused(write):
     message = ds_problems({}, recipe(write, "train.batch_size=32"), ranks=3)
     assert "choose train.batch_size a multiple of 30" in message
+    assert "1 problem\n" in message
 
 
 def test_fp16_on_a_cpu_is_refused(write):

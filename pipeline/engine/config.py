@@ -93,13 +93,13 @@ def resolve_ds_config(
         config["zero_optimization"] = {}
     precision = _resolve_precision(config, recipe, device, problems)
     _check_data_types(config, precision, problems)
-    _resolve_batch(config, recipe, ranks, problems)
+    divides = _resolve_batch(config, recipe, ranks, problems)
     _agree(config, "gradient_clipping", recipe.train.gradient_clipping, "train", problems)
     _check_optimizer(config, recipe, problems)
     eight_bit = recipe.optimizer.name == "adamw8bit"
     if eight_bit:  # DeepSpeed's own tests do not cover it
         _agree(config, "zero_allow_untested_optimizer", True, "optimizer.name", problems)
-    for key in _autos(config):
+    for key in _autos(config) if divides else ():  # else those of the batch are left
         problems.append(f'{key}: "auto" is not filled here; write a value or remove the key')
     if problems:
         raise _problems(name, problems)
@@ -259,8 +259,9 @@ def has_bf16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _resolve_batch(config: dict[str, Any], recipe: Recipe, ranks: int, problems: list[str]) -> None:
-    """The recipe's batch, and maybe its micro-batch; numbers in the JSON must agree."""
+def _resolve_batch(config: dict[str, Any], recipe: Recipe, ranks: int, problems: list[str]) -> bool:
+    """The recipe's batch, and maybe its micro-batch; numbers in the JSON must agree. Whether the
+    batch divides."""
     total, where = recipe.train.batch_size, "train.batch_size"
     micro = recipe.train.micro_batch_size
     given = {
@@ -270,7 +271,7 @@ def _resolve_batch(config: dict[str, Any], recipe: Recipe, ranks: int, problems:
     for key, value in given.items():
         if value != "auto" and (type(value) is not int or value < 1):
             problems.append(f'{key}: write a number from 1 on, or "auto", got {value!r}')
-            return
+            return False
     in_json = given["train_micro_batch_size_per_gpu"]
     if micro is None and in_json != "auto":
         micro, where = in_json, "train_micro_batch_size_per_gpu"
@@ -278,7 +279,7 @@ def _resolve_batch(config: dict[str, Any], recipe: Recipe, ranks: int, problems:
         micro = max(1, total // (ranks * given["gradient_accumulation_steps"]))
     accumulation = _accumulation(recipe, ranks, micro, where, problems)
     if accumulation is None:
-        return
+        return False
     micro = recipe.train.micro_batch_size
     _agree(config, "train_batch_size", total, "train.batch_size", problems)
     _agree(config, "train_micro_batch_size_per_gpu", micro, "train.micro_batch_size", problems)
@@ -289,6 +290,7 @@ def _resolve_batch(config: dict[str, Any], recipe: Recipe, ranks: int, problems:
         f"train.batch_size / (ranks x micro-batch) = {total} / ({ranks} x {micro})",
         problems,
     )
+    return True
 
 
 def _accumulation(

@@ -5,6 +5,7 @@ All problems are found before anything is loaded, and reported together in one `
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -43,7 +44,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             parsed = OmegaConf.from_dotlist([f"value={value}"])["value"]
             OmegaConf.update(config, key, parsed, merge=False, force_add=True)
         except (OmegaConfBaseException, YAMLError, ValueError, TypeError) as error:
-            problems.append(f"{override!r}, on the command line: {one_line(error)}")
+            text = one_line(error)
+            if "list index out of range" in text:
+                text = "that list has no such entry; they are counted from 0"
+            problems.append(f"{override!r}, on the command line: {text}")
     try:
         data = OmegaConf.to_container(config, resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:
@@ -58,8 +62,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         recipe = _ADAPTER.validate_python(data)
     except ValidationError as error:
-        problems += [_explain(e, path, given) for e in error.errors()]
-        raise _all(path, problems) from None
+        wrong = error.errors()
+        problems += [_explain(e, path, given) for e in wrong]
+        raise _all(path, [*problems, *_other_problems(data, wrong)]) from None
     _beside(recipe.model, path.parent)
     problems += recipe_problems(recipe)
     if problems:
@@ -159,21 +164,16 @@ def one_line(error: Exception) -> str:
     return "; ".join(line for line in lines if line)[:500] or type(error).__name__
 
 
+_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 LONGEST = 80  # letters of a key in a message: a file that is none may be read as one
 
 
 def _explain(error: Any, path: Path, overridden: set[str]) -> str:
     """One pydantic error as 'key (file): what is wrong; suggestion'."""
-    # Pydantic names the alternatives of a union there too; users name domains as they like.
-    above = [None, *error["loc"]]
-    loc = [
-        x
-        for before, x in zip(above, error["loc"], strict=False)
-        if before in _NAMED or not str(x).startswith(("function-", "str", "list["))
-    ]
-    key = "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in loc).lstrip(".")
+    loc = _place(error)
+    key = _key(loc)
     where = "on the command line" if _is_under(key, overridden) else f"in {path}"
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    if error["type"] in _UNKNOWN:
         owner = _dataclass_at(loc[:-1])
         known = [f.name for f in dataclasses.fields(owner)] if owner else []
         hint = near(str(loc[-1]), known) or f"; known keys: {', '.join(known)}"
@@ -183,8 +183,60 @@ def _explain(error: Any, path: Path, overridden: set[str]) -> str:
         return f"{short}: unknown key, {where}{hint}"
     if error["type"] in ("missing", "missing_argument"):
         return f"{key}: missing, {where}; add it"
-    message = error["msg"].removeprefix("Value error, ")
+    message = _ASKED.get(error["type"], error["msg"].removeprefix("Value error, "))
     return f"{key}: {message[0].lower() + message[1:]}, got {error['input']!r}, {where}"
+
+
+# What to write, by pydantic's name of a mistake.
+_ASKED = {
+    "dataclass_type": "write a mapping of settings ({} takes the defaults)",
+    "dict_type": "write a mapping",
+    "list_type": "write a list, e.g. [a, b]",
+    "int_parsing": "write a whole number",
+    "int_type": "write a whole number",
+    "int_from_float": "write a whole number",
+    "float_parsing": "write a number",
+    "float_type": "write a number",
+    "bool_parsing": "write true or false",
+    "bool_type": "write true or false",
+    "string_type": "write text",
+}
+
+
+def _place(error: Any) -> list[Any]:
+    """The keys that lead to a mistake. Pydantic names the alternatives of a union there too; users
+    name domains as they like."""
+    above = [None, *error["loc"]]
+    return [
+        x
+        for before, x in zip(above, error["loc"], strict=False)
+        if before in _NAMED or not str(x).startswith(("function-", "str", "list["))
+    ]
+
+
+def _key(place: list[Any]) -> str:
+    return "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in place).lstrip(".")
+
+
+def _other_problems(data: Any, wrong: list[Any]) -> list[str]:
+    """What else is wrong with a recipe where some keys have values of other kinds than theirs.
+    Nothing is said of what stands beside those, which may go with them."""
+    data, beside = deepcopy(data), []
+    for error in wrong:
+        *above, last = place = _place(error)
+        try:
+            holder: Any = data
+            for part in above:
+                holder = holder[part]
+            holder.pop(last)
+        except (AttributeError, LookupError, TypeError):
+            return []
+        beside.append(_key(place if error["type"] in _UNKNOWN else above or place))
+    try:
+        problems = recipe_problems(_ADAPTER.validate_python(data))
+    except (ValidationError, UserError):
+        return []
+    return [p for p in problems if not p.startswith(tuple(beside))]
 
 
 def _is_under(key: str, overridden: set[str]) -> bool:
