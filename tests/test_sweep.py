@@ -44,7 +44,8 @@ failures = folder / (name.removeprefix("name=") + ".failures")
 left = int(failures.read_text()) if failures.exists() else 0
 if left:
     failures.write_text(str(left - 1))
-    sys.exit("out of luck")
+    print("error: out of luck", file=sys.stderr)
+    sys.exit(1 if "lr_0.002" in name else 75)
 """
 SWEEP = Sweep(
     "demo",
@@ -73,6 +74,16 @@ def test_points_are_the_products_of_each_methods_own_grid():
     assert points["migu-seed_0"] == ("optimizer.lr=0.004", "seed=0")
     # Ended early it has every setting: with the first seed all of them, then with the next.
     assert [name[-1] for name in points] == ["0"] * 3 + ["1"] * 3
+
+
+def test_a_run_that_would_fail_again_is_not_started_again(tmp_path, capsys):
+    points = sweep_points(replace(SWEEP, methods={"ft": {}}, grids={}, seeds=1))
+    (tmp_path / "ft-lr_0.002.failures").write_text("1")
+    outcomes = run_sweep(points, command(), tmp_path, jobs=2)
+    assert [o.code for o in outcomes.values()] == [0, 1]
+    assert started(tmp_path) == sorted(outcomes)
+    log = outcomes["ft-lr_0.002"].log
+    assert f"ft-lr_0.002 failed: out of luck; see {log}\n" in capsys.readouterr().out
 
 
 def test_every_point_runs_once_and_failures_are_tried_again(tmp_path):

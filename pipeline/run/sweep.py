@@ -77,7 +77,7 @@ class Point:
 class Outcome:
     """What became of a point. seconds: of its processes, one an attempt, since its run folder was
     made; cpu_seconds: of all their threads and of the processes they waited for; memory: their
-    peak, in bytes; attempts: of the last call."""
+    peak, in bytes; attempts: of the last call; code: with which the last one ended."""
 
     overrides: list[str]
     finished: bool
@@ -86,6 +86,7 @@ class Outcome:
     attempts: int
     log: str
     cpu_seconds: float = 0.0
+    code: int = 0
 
 
 def load_sweep(name: str) -> Sweep | None:
@@ -267,6 +268,13 @@ def run_sweep(
         return _Runner(list(points), command, folder, jobs, threads, gpus, attempts).run()
 
 
+def _said(log: str) -> str:
+    """What a run said when it ended, by the last such line of its log."""
+    lines = Path(log).read_text(encoding="utf-8", errors="replace").splitlines()
+    said = [line for line in lines if line.startswith(("error: ", "stopped: "))]
+    return f": {said[-1].partition(': ')[2]}" if said else ""
+
+
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
     """A scheduler's SIGTERM ends the running processes too, as Ctrl-C does."""
@@ -278,6 +286,10 @@ def _sigterm_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+# The exit codes of what starting again would meet again (docs/reliability.md).
+LASTING = (1, 2)
 
 
 class _Runner:
@@ -336,9 +348,12 @@ class _Runner:
                 self.write()
             if outcome.finished:
                 break
+            tried_again = attempt < self.attempts and outcome.code not in LASTING
             if not self.stopped:
-                again = ": once more" if attempt < self.attempts else ""
-                say(f"{point.name} failed, see {outcome.log}{again}")
+                again = "; once more" if tried_again else ""
+                say(f"{point.name} failed{_said(outcome.log)}; see {outcome.log}{again}")
+            if not tried_again:
+                break
         bar.update()
         if bar.disable:
             state = "finished" if outcome.finished else "failed"
@@ -385,6 +400,7 @@ class _Runner:
             attempt,
             str(log),
             round(cpu, 2),
+            process.returncode,
         )
 
     def _end(self) -> None:
