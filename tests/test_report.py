@@ -399,7 +399,12 @@ def test_runs_that_do_not_compare_are_warned_about(tmp_path):
     limited = [{**stage, "max_repetitions": 2} for stage in stages]
     change_recipe(migu, data={"sequence_length": 64}, stages=limited)
     path = migu / "stages" / "00_base" / "eval.json"
-    path.write_text(path.read_text().replace("4.02", "4.12"))
+    base = path.read_text()
+    path.write_text(base.replace("4.02", "4.022"))  # another machine's, say
+    assert "do not start from the same loss" in " ".join(compare([ft, migu]).warnings)
+    assert "At equal learning" in compare([ft, migu]).headline
+    path.write_text(base.replace("4.02", "4.12"))
+    assert "No verdict: the losses of these runs do not compare" in compare([ft, migu]).headline
     for run in (ft, migu):
         (run / "heldout").mkdir()
         manifest = {"files": {"prose.safetensors": f"digest of {run.name}"}}

@@ -129,6 +129,9 @@ def compare(run_dirs: Sequence[Path | str]) -> Comparison:
                 reading.difference = noise.reading(own, other, value)
             readings.append(reading)
     unfinished = any(not run.finished for run in runs)
+    headline = verdict.headline(settings, told, readings, [r.name for r in runs if r.damage])
+    if _other_losses(runs, 1e-2):
+        headline = "No verdict: the losses of these runs do not compare, see the warnings."
     table, costs = method_table(rows)
     return Comparison(
         rows=rows,
@@ -139,7 +142,7 @@ def compare(run_dirs: Sequence[Path | str]) -> Comparison:
         readings=readings,
         at_equal_learning=table,
         costs=costs,
-        headline=verdict.headline(settings, told, readings, [r.name for r in runs if r.damage]),
+        headline=headline,
         verdict=verdict.sentences(settings, told, readings, level, unfinished),
         noise=verdict.about_noise(
             {
@@ -274,19 +277,26 @@ def _percent(score: Score) -> str:
     return f"{percent(score.value)}{error} %"
 
 
-def _warnings(runs: list[Run]) -> list[str]:
-    found = labels.differences(runs)
+def _other_losses(runs: list[Run], tolerance: float) -> list[str]:
+    """Why the losses of the runs do not compare, if they do not. tolerance: nats, of the base: that
+    of other hardware and precisions is a few thousandths."""
+    found = []
     if len({run.heldout for run in runs} - {None}) > 1:
         found.append("The runs were evaluated on different held-out text: losses do not compare.")
     first = runs[0].matrix
     for run in runs[1:]:
         for domain in (d for d in first.domains if d in run.matrix.domains):
             mine, theirs = run.matrix.value(0, domain), first.value(0, domain)
-            if mine is not None and theirs is not None and abs(mine - theirs) > 1e-3:
+            if mine is not None and theirs is not None and abs(mine - theirs) > tolerance:
                 found.append(
                     f"{run.name} and {runs[0].name} do not start from the same loss on {domain} "
                     f"({mine:.3f} and {theirs:.3f}): not the same model or held-out text."
                 )
+    return found
+
+
+def _warnings(runs: list[Run]) -> list[str]:
+    found = labels.differences(runs) + _other_losses(runs, 1e-3)
     if len({machine_of(run) for run in runs}) > 1:
         found.append(
             "The runs differ in hardware, threads, engine, precision or ranks: speeds do not "
