@@ -16,19 +16,23 @@ from pipeline.data.tokenizer import train_tokenizer
 from pipeline.engine.config import resolve_engine_config
 from pipeline.errors import UserError
 from pipeline.methods.anchor import Anchor
+from pipeline.ranks import world_size
 from pipeline.run.recipe_file import load_recipe
 from pipeline.run.run import run_recipe
+from tests.spawn import run_ranks
 from tests.test_run import tiny_recipe, write_corpus
 
 
-def run(recipe, overrides, folder):
-    """The KL of every step of a run in this process, and the folders of anchor text."""
+def run(recipe, overrides, folder, engine="zero0"):
+    """The KL of every step of a run of these ranks, and the folders of anchor text."""
     fixed = [f"data.prepared={folder / 'prepared'}", "optimizer={lr: 1.0e-2, schedule: constant}"]
     dropout = ("hidden_dropout_prob", "attention_probs_dropout_prob")
     if not any("lora" in o for o in overrides):
         fixed += [f"model.config.{key}=0" for key in dropout]
-    whole = load_recipe(recipe, [*fixed, *overrides])
-    config = resolve_engine_config("ds_configs/zero0.json", whole, 1, "cpu")
+    fsdp = ["engine.kind=fsdp"] if engine == "fsdp" else []
+    whole = load_recipe(recipe, [*fixed, *overrides, *fsdp])
+    json_file = None if fsdp else f"ds_configs/{engine}.json"
+    config = resolve_engine_config(json_file, whole, world_size(), "cpu")
     nothing = lambda *_: None  # noqa: E731
     run_recipe(whole, config, folder / "runs", nothing, nothing, nothing)
     lines = (folder / "runs" / whole.name / "log.jsonl").read_text().splitlines()
@@ -51,6 +55,15 @@ def test_with_lora_the_live_teacher_is_the_model_without_its_adapter(tmp_path, q
     )  # fmt: skip
     assert live[-1] > 1e-4
     assert cached == pytest.approx(live, rel=1e-3, abs=1e-6)
+    engines = ("zero2", "zero3") if quantize == "4bit" else ("zero2", "zero3", "fsdp")
+    overrides = [*lora, "anchor={tokens: 300, fraction: 0.5, cache: 0}"]
+    for found in run_ranks(run_on, 2, recipe, overrides, tmp_path, engines):
+        for engine, steps in found.items():
+            assert steps == pytest.approx(live, rel=1e-3, abs=1e-6), engine
+
+
+def run_on(recipe, overrides, folder, engines):
+    return {e: run(recipe, [*overrides, f"name={e}"], folder, e)[0] for e in engines}
 
 
 def build_base(folder):

@@ -205,6 +205,26 @@ def all_steps(folder):
     return {f"{q}, {e}": one_step(folder, q, e) for q, e in quantized}
 
 
+@pytest.mark.parametrize("quantize", ["4bit", "8bit"])
+def test_an_evaluation_changes_no_gradient_of_a_quantized_model(tmp_path, quantize):
+    """On some CPUs bitsandbytes packs 4-bit weights for inference, where they lose theirs."""
+    MODELS["llama"]().save_pretrained(tmp_path)
+    lora = Lora(r=RANK, dropout=0, quantize=quantize)
+    settings = Model(path=str(tmp_path), objective="causal", lora=lora)
+    model = randomize_b(build_model(settings, load_config(settings), None, seed=0)).train()
+    [batches] = micro_batches("llama", 1, 1)
+    found = []
+    for _ in range(2):
+        model.zero_grad()
+        step_loss("llama", model, batches).backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+        with torch.no_grad():
+            step_loss("llama", model.eval(), batches)
+        model.train()
+    first, second = found
+    assert all(g.any() and torch.equal(g, second[n]) for n, g in first.items())
+
+
 def test_a_step_moves_exactly_the_kept_rows(measured):
     """QLoRA, and LoRA with the other criteria."""
     for _, results in measured:

@@ -28,9 +28,9 @@ from pipeline.model.lora import (
     add_adapter,
     add_beside,
     base_of,
-    compute_in_input_dtype,
     is_adapter,
     load_adapter,
+    prepare_4bit,
     quantized_loading,
 )
 from pipeline.model.moe_lora import add_moe_lora, is_moe_lora, load_moe_lora
@@ -227,7 +227,7 @@ def build_model(
                 _add_adapter(net, model.lora, str(source), revision, kind, seed)
             elif model.prompt is not None:
                 add_prompt(net, model.prompt, str(source), revision, seed)
-            compute_in_input_dtype(net)
+            prepare_4bit(net)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model: cannot build {source or config.model_type}: {error}") from None
     if model.gradient_checkpointing:
@@ -299,7 +299,7 @@ def load_for_evaluation(
     )
     if adapter is not None:
         _load_published(net, adapter, TASK_TYPES.get(objective))
-    compute_in_input_dtype(net)
+    prepare_4bit(net)
     return net.eval() if quantized else net.eval().to(device)
 
 

@@ -296,11 +296,14 @@ def quantized_loading(lora: Lora | None, device: str | None = None) -> dict[str,
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def compute_in_input_dtype(net: nn.Module) -> None:
-    """Let 4-bit layers compute in the dtype of their inputs; transformers fixes fp32."""
+def prepare_4bit(net: nn.Module) -> None:
+    """Let 4-bit layers compute in the dtype of their inputs (transformers fixes fp32), and have
+    gradients behind an evaluation too: on a CPU with AVX512-BF16 bitsandbytes would repack their
+    weights there for a kernel that has none, and training would go on with it."""
     layers: list[Any] = [m for m in net.modules() if hasattr(m, "compute_type_is_set")]
     for layer in layers:
         layer.compute_dtype, layer.compute_type_is_set = None, False
+        layer.support_avx512bf16_for_cpu = False
 
 
 def _peft() -> Any:
