@@ -6,11 +6,18 @@ import threading
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
+from eval.measure.lm import measure_in_engine
 from pipeline import signals
+from pipeline.engine.config import resolve_engine_config
 from pipeline.errors import Interrupted
+from pipeline.ranks import world_size
 from pipeline.run.evaluation import Evaluation, one_measures, take_base
 from pipeline.run.recipe_file import load_recipe
+from pipeline.run.run import run_recipe
+from tests.spawn import run_ranks
+from tests.test_anchor_run import build_base
 from tests.test_run import tiny_recipe
 
 OTHER = {"base.json": {"path": {"model.safetensors": "x"}}}
@@ -152,3 +159,52 @@ def test_a_benchmark_whose_file_has_changed_is_measured_again(recipe, tmp_path):
     later = (first.folder / "benchmarks.json").stat().st_mtime + 10
     os.utime(file, (later, later))
     assert take_base(write_run(tmp_path / "runs", "third", recipe), recipe) is None
+
+
+# What draws random numbers (dropout, the anchor's order) or keeps something between steps.
+UNDISTURBED = {
+    "zero0": ("ema={decay: 0.5}",),
+    "zero1": ("mask.refresh=stage",),
+    "zero2": ("mask.refresh=3", "mask.backward=row_sparse"),
+    "zero2_one_gpu": ("LORA",),
+    "zero3": ("train.micro_batch_size=2",),
+    "fsdp": ("anchor={text: random, tokens: 1k, fraction: 0.25, cache: 0}",),
+}
+if not os.environ.get("RUN_EVERYTHING"):
+    UNDISTURBED = {e: UNDISTURBED[e] for e in ("zero2_one_gpu", "zero3", "fsdp")}
+
+
+def with_and_without_evaluations(folder, recipe, base):
+    """By case: whether the weights are the same."""
+    nothing = lambda *_: None  # noqa: E731
+    lora = f"model={{path: {base}, objective: causal, lora: {{r: 4, quantize: 4bit}}}}"
+    found = {}
+    for engine, settings in UNDISTURBED.items():
+        weights = []
+        for measured in (True, False):
+            every = "evaluate_every: 1, " if measured else ""
+            overrides = [
+                *(lora if o == "LORA" else o for o in settings), f"name={engine}-{measured}",
+                f"stages=[{{domain: a, {every}steps: 4}}]", "optimizer.lr=0.01",
+                f"data.prepared={folder}/prepared",
+            ]  # fmt: skip
+            if engine == "fsdp":
+                overrides.append("engine.kind=fsdp")
+            whole = load_recipe(recipe, overrides)
+            json_file = None if engine == "fsdp" else f"ds_configs/{engine}.json"
+            config = resolve_engine_config(json_file, whole, world_size(), "cpu")
+            measure = measure_in_engine if measured else nothing
+            run_recipe(whole, config, folder / "runs", measure, nothing, nothing)
+            checkpoint = folder / "runs" / whole.name / "stages/01_a/checkpoint"
+            [file] = checkpoint.glob("*.safetensors")
+            weights.append(load_file(file))
+        with_them, without = weights
+        found[engine] = all(w.equal(without[n]) for n, w in with_them.items())
+    return found
+
+
+def test_an_evaluation_leaves_training_as_it_is(tmp_path):
+    """After each step and before the first one: to the bit, with dropout."""
+    path, base = tiny_recipe(tmp_path), build_base(tmp_path / "base")
+    for found in run_ranks(with_and_without_evaluations, 2, tmp_path, path, base):
+        assert found == dict.fromkeys(UNDISTURBED, True)
