@@ -4,6 +4,7 @@ Two toy tasks; where the environment variables CL_BENCHMARK and T5_TOKENIZER nam
 paper's files and of T5's tokenizer, the four tasks of its order 1 with that tokenizer.
 """
 
+import json
 import os
 
 import pytest
@@ -11,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from pipeline.engine.config import resolve_engine_config
-from pipeline.errors import UserError
+from pipeline.errors import Interrupted, UserError
 from pipeline.ranks import meet, on_rank0, world_size
 from pipeline.run.methods import METHODS, OTHERS
 from pipeline.run.recipe_file import load_recipe
@@ -75,13 +76,19 @@ def cases(method):
     """(name of the run, overrides)"""
     if method == "together":
         together = [o for name in TOGETHER for o in OVERRIDES[name]]
-        return [(f"together-{e}", (*together, "stages[1].replay=0.1")) for e in ("zero2", "fsdp")]
+        return _on_engines("together", (*together, "stages[1].replay=0.1"))
     found = []
-    ways = (True,) if method.startswith("mask") else (True, False)
+    ways = (True,) if method.startswith("mask") or not EVERYTHING else (True, False)
     for masked in (False,) if method.startswith("model.prompt") else ways:
         off = () if masked else ("mask.enabled=false",)
-        found += [(f"{masked}-{e}", (*OVERRIDES[method], *off)) for e in ("zero2", "fsdp")]
+        found += _on_engines(str(masked), (*OVERRIDES[method], *off))
     return found
+
+
+def _on_engines(name, overrides):
+    """The last one is interrupted in its second stage, and goes on."""
+    interrupted = (f"{name}-interrupted-zero2", (*overrides, "stages[1].evaluate_every=1"))
+    return [(f"{name}-zero2", overrides), (f"{name}-fsdp", overrides), interrupted]
 
 
 def write_recipe(path):
@@ -113,6 +120,11 @@ def run_all(folder, method):
     if any(o in LORA for _, overrides in runs for o in overrides):  # its base
         runs = [("base-zero2", (f"stages=[{{domain: {first}, steps: 1}}]",)), *runs]
     nothing = lambda *_: None  # noqa: E731
+
+    def interrupt(engine, separation, task, recipe):
+        if task.step is not None:
+            raise Interrupted("SIGTERM")
+
     for name, overrides in runs:
         meet()
         if any(o in LORA for o in overrides):
@@ -126,12 +138,16 @@ def run_all(folder, method):
         config = resolve_engine_config(
             None if fsdp else "ds_configs/zero2.json", recipe, world_size(), "cpu"
         )
+        if "interrupted" in name:
+            with pytest.raises(Interrupted):
+                run_recipe(recipe, config, folder, interrupt, nothing, nothing)
         run_recipe(recipe, config, folder, nothing, nothing, nothing)
 
 
-@pytest.mark.parametrize("method", ["together", *(OVERRIDES if EVERYTHING else ())])
+@pytest.mark.parametrize("method", ["together", *(OVERRIDES if EVERYTHING else ("olora",))])
 def test_methods_run_over_tasks_on_every_engine(tmp_path, method):
-    """What is published is finite; the two engines publish the same."""
+    """What is published is finite; the two engines publish the same, and so, to the bit, does a run
+    that goes on in the middle of a stage."""
     run_ranks(run_all, 2, tmp_path, method)
     published = {}
     for name, _ in cases(method):
@@ -141,6 +157,12 @@ def test_methods_run_over_tasks_on_every_engine(tmp_path, method):
         published[name] = load_file(file)
         assert all(w.isfinite().all() for w in published[name].values())
     for name, weights in published.items():
+        if "interrupted" in name:
+            log = (tmp_path / name / "log.jsonl").read_text().splitlines()
+            begun = [r for r in map(json.loads, log) if r["event"] == "begin" and r["stage"] == 2]
+            assert [r["step"] for r in begun] == [0, 1]
+        whole = published[name.replace("interrupted-", "")]
+        assert all(w.equal(whole[key]) for key, w in weights.items()), name
         other = published.get(name.replace("zero2", "fsdp"), weights)
         assert max(float((other[key] - w).abs().max()) for key, w in weights.items()) < 1e-5
 
