@@ -7,6 +7,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -133,6 +134,28 @@ def test_an_epoch_of_batches_holds_every_document_once(run):
             first += length
     assert not read
     assert set(times) <= {drawn // documents, -(-drawn // documents)}
+
+
+@pytest.mark.parametrize("other", ["seed", "stage"])
+def test_another_seed_or_stage_has_another_order_and_no_two_rows_have_one_mask(other):
+    """Each row is one document, so that a mask's places depend on its draws alone."""
+    ends = frame_of(recipe_of([], {}, "masked"), TOKENIZER).ends
+    corpora = {"d": MemoryCorpus([LENGTH - ends] * 120)}
+    orders, masks = [], set()
+    for change in (0, 1):
+        recipe = recipe_of(
+            [Stage(domain="d", epochs=0.29)] * 2, {"d": text()}, "masked",
+            seed=change * (other == "seed"), masking=0.5, whole_word=False,
+        )  # fmt: skip
+        stage = 1 + change * (other == "stage")
+        batches = training_batches(recipe, stage, TOKENIZER, corpora, 0, 1)
+        rows = torch.cat([batch["labels"] for (batch,) in batches])
+        rows = rows[(rows >= 0).any(1)]  # the last step has some without a document
+        masks |= {tuple(row.tolist()) for row in rows >= 0}
+        orders.append(((rows.max(1).values - 100) // (LENGTH - ends)).tolist())
+        assert len(orders[-1]) == len(set(orders[-1])) == 35  # 34.8 documents
+    assert orders[0] != orders[1]
+    assert len(masks) == 70
 
 
 def test_a_position_is_small_and_speaks_of_what_was_taken_not_of_what_is_prepared():
