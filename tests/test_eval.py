@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from eval.measure import lm
 from eval.measure.evaluator import Evaluator
 from eval.measure.lm import evaluate_share, losses_of, merge_shares
 from launch.evaluate import main
@@ -124,6 +125,24 @@ def test_the_losses_by_sequence_add_up_to_the_mean(prepared):
             assert len(loss) == len(tokens) == cell["sequences"]
             assert tokens.sum() == cell["tokens"]
             assert loss.sum() / tokens.sum() == pytest.approx(cell["loss"])
+
+
+def test_the_standard_error_is_that_of_a_ratio_over_sequences(tmp_path, monkeypatch):
+    """One sequence of one token with 3 nats and one of three tokens with 1: a mean of 1 nat a
+    token, from which they are 2 and -2 nats away; of a single sequence nothing is known."""
+    manifest = {"objective": "masked", "unigram_loss": {"two": 3.0, "one": 3.0}}
+    labels = torch.tensor([[5, -100, -100], [5, 6, 7]])
+    domains = {"two": {"labels": labels}, "one": {"labels": labels[1:]}}
+    monkeypatch.setattr(lm, "load_heldout", lambda folder: (manifest, domains))
+    for i, losses in enumerate(([3.0, 0.0], [0.0, 1.0])):
+        np.savez(tmp_path / f"{i}.npz", **{"loss/two": losses, "loss/one": losses[1:]})
+    parts = [tmp_path / "0.npz", tmp_path / "1.npz"]
+    merge_shares(parts, tmp_path, tmp_path / "eval.json", 0.7, {})
+    found = json.loads((tmp_path / "eval.json").read_text())["domains"]
+    assert (found["two"]["loss"], found["two"]["tokens"]) == (1.0, 4)
+    # The residuals' variance is 8, hence that of their sum 16, and that of the mean 16 / 4**2.
+    assert found["two"]["stderr"] == pytest.approx(1.0)
+    assert found["one"]["stderr"] is None
 
 
 def test_the_masks_do_not_depend_on_the_seed_of_the_run(prepared, tmp_path):
