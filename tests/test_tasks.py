@@ -195,6 +195,8 @@ def test_answers_are_greedy_however_they_are_batched(objective):
         expected = [longhand(model, encoder, e, 6) for e in examples]
         for size in (1, 3):
             settings = Answers(max_new_tokens=6, batch_size=size)
+            # What a checkpoint may bring along, and the paper's evaluation does not have.
+            model.generation_config.update(repetition_penalty=50.0, min_new_tokens=6)
             assert answers(model, encoder, examples, LABELS, settings) == expected
         settings = Answers(max_new_tokens=30, constrained=True)
         assert set(answers(model, encoder, examples, LABELS, settings)) <= set(LABELS)
@@ -266,6 +268,7 @@ def test_an_answer_must_have_room_for_each_label():
 
 def test_the_scores_are_those_of_every_answer(tmp_path):
     said = [("Good.", "good"), ("very  BAD", "very bad"), ("bad", "very bad"), ("", "good")]
+    said.append(("it is good", "good"))
     rows = [
         {"task": "a", "row": i, "answer": answer, "said": text}
         for i, (text, answer) in enumerate(said)
@@ -276,10 +279,13 @@ def test_the_scores_are_those_of_every_answer(tmp_path):
         write_rows(parts[-1], rows[share::2])
     merge_shares(parts, tmp_path / "tasks.json", {"stage": 1})
     result = json.loads((tmp_path / "tasks.json").read_text())["tasks"]["a"]
-    assert result["value"] == 0.5
-    assert result["rows"] == 4
-    assert result["majority"] == 0.5
-    assert result["rouge_l"] == pytest.approx((1 + 1 + 2 / 3 + 0) / 4, abs=1e-4)
+    assert result["value"] == 0.4
+    # Two are 0.6 over the mean and three 0.4 below it; their variance is of 5 - 1 degrees.
+    variance = (2 * 0.6**2 + 3 * 0.4**2) / 4
+    assert result["stderr"] == pytest.approx((variance / 5) ** 0.5)
+    assert result["rows"] == 5
+    assert result["majority"] == 0.6
+    assert result["rouge_l"] == pytest.approx((1 + 1 + 2 / 3 + 0 + 1 / 2) / 5, abs=1e-4)
     kept = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [row["said"] for row in kept] == [text for text, _ in said]
     assert rouge_l("the cat sat on a mat", "the cat on the mat") == pytest.approx(2 * 4 / 11)
@@ -326,6 +332,14 @@ def test_the_interval_is_of_tasks_and_seeds():
         values.append(np.mean([v for m in again if (v := bwt(m)) is not None] or [np.nan]))
     expected = np.nanquantile(values, [0.025, 0.975])
     assert bootstrap(bwt, random_tasks) == pytest.approx(expected, abs=0.05)
+    for tasks in (
+        6,
+        8,
+    ):  # half of them right: binomial, 1.6 % of 6 have none, 3.5 % of 8 at most one
+        names = [str(i) for i in range(tasks)]
+        after = [float(i % 2) for i in range(tasks)]
+        half = Matrix(["base", "all"], names, dict.fromkeys(names, 1), [after, after], False)
+        assert bootstrap(acc, [half]) == pytest.approx((1 / tasks, 1 - 1 / tasks))
     found = estimates([accuracy(), accuracy()])
     values = [[0, 0], [0.5, 0], [0.2, 0.5]]  # one task alone can have been forgotten
     two = Matrix(["base", "a", "b"], ["a", "b"], {"a": 1, "b": 2}, values, False)
