@@ -22,7 +22,7 @@ from eval.measure.humaneval import (
     pass_at_k,
     plan,
 )
-from eval.sandbox.sandbox import probe
+from eval.sandbox.sandbox import Outcome, Sandbox, probe
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.errors import UserError
 from pipeline.recipe import HumanEval
@@ -167,6 +167,8 @@ def test_padding_on_the_left_changes_nothing(problems, model, tokenizer):
     assert lengths == sorted(lengths)
     assert lengths[-1] > 2 * lengths[0]
     together = list(generate(model, tokenizer, block, settings))
+    # Nor does what a checkpoint may bring along.
+    model.generation_config.update(repetition_penalty=50.0)
     assert together == [next(generate(model, tokenizer, [a], settings)) for a in block]
 
 
@@ -226,6 +228,26 @@ def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path, box, mo
     ]
     texts = {r["completion"] for r in completions if r["sample"] is not None}
     assert len(texts) > 15  # the samples differ
+
+
+def test_samples_are_drawn_anew_for_each_block_and_seed(tmp_path, model, tokenizer, monkeypatch):
+    """All blocks are of one problem; what was drawn before, or by other processes, is nothing to
+    them."""
+    judged = Outcome(False, "", 0.1)
+    monkeypatch.setattr(humaneval, "probe", lambda wanted: Sandbox(wanted, ""))
+    monkeypatch.setattr(humaneval, "judge", lambda *of: judged)
+    settings = HumanEval(limit=1, samples=6, max_new_tokens=8, batch_size=2)
+
+    def samples(seed, share=(0, 1)):
+        evaluate_share(model, tokenizer, settings, seed, tmp_path / "part.jsonl", share)
+        _, *lines = (tmp_path / "part.jsonl").read_text().splitlines()
+        records = map(json.loads, lines)
+        return {r["sample"]: r["completion"] for r in records if r["sample"] is not None}
+
+    first = samples(3)
+    assert len(first) == len(set(first.values())) == 6
+    assert samples(3, (1, 2)) | samples(3, (0, 2)) == first
+    assert not set(first.values()) & set(samples(1000).values())
 
 
 def test_the_scores_are_those_of_the_verdicts(tmp_path, problems):
