@@ -627,6 +627,20 @@ def test_auto_goes_on_to_landlock_where_namespaces_are_forbidden(tmp_path, monke
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="process limits of Linux")
+def test_a_program_has_the_limits_of_its_process():
+    """Also where nothing else protects, so that it can ask for them."""
+    wanted = {"AS": 256 << 20, "CPU": 1 + 1, "FSIZE": 1 << 20, "NOFILE": 64, "CORE": 0, "NPROC": 0}
+    program = f"""
+        import resource
+        def f():
+            return {{n: resource.getrlimit(getattr(resource, "RLIMIT_" + n)) for n in {[*wanted]}}}
+    """
+    tests = f"assert f() == { ({n: (value, value) for n, value in wanted.items()}) }, f()"
+    outcome = Sandbox("unsafe", "").run(textwrap.dedent(program), "f", tests, LIMITS)
+    assert outcome.passed, outcome
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="process limits of Linux")
 def test_the_probe_notices_a_sandbox_that_leaks():
     assert "a program could" in str(sandbox._breach(Sandbox("unsafe", "")))
 
