@@ -355,6 +355,24 @@ def test_magnitudes_are_sums_of_absolute_outputs():
     torch.testing.assert_close(normalized[at], each.abs().sum((0, 1)))
 
 
+@pytest.mark.parametrize("normalize", ["none", "token"])
+def test_magnitudes_of_small_bf16_outputs_are_added_up_in_fp32(normalize, monkeypatch):
+    """Part by part: 301 tokens of two outputs each, one 256 times as large as the other. In bf16
+    neither their norm, 257, nor a part's sum, of 301 times the same, would be exact."""
+    monkeypatch.setattr(magnitude, "CACHED", 2 * 301)
+    layer, small = nn.Identity(), 2.0**-20
+    recorder = MagnitudeRecorder([Target("x", torch.empty(2, 2), layer, "x", 2)], normalize)
+    outputs = torch.tensor([[-256 * small, small]]).repeat(1001, 1)
+    real = torch.ones(1, 1001, dtype=torch.bool)
+    real[0, 5] = real[0, 700] = False
+    outputs[~real[0]] = 3 * small
+    with recorder.recording(real):
+        layer(outputs.bfloat16())
+    unit = small if normalize == "none" else 1 / 257
+    expected = 999 * unit * torch.tensor([256.0, 1.0])
+    torch.testing.assert_close(recorder.reduce(), expected, rtol=1e-5, atol=0)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("normalize", ["none", "token"])
 @pytest.mark.parametrize("name", FAMILIES)
