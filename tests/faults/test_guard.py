@@ -11,6 +11,7 @@ from eval.analysis.log import interventions
 from pipeline.engine.config import resolve_engine_config
 from pipeline.errors import Interrupted, UserError
 from pipeline.recipe import Guard
+from pipeline.run import stage as stage_module
 from pipeline.run.guard import Watch
 from pipeline.run.recipe_file import load_recipe
 from pipeline.run.run import run_recipe
@@ -22,7 +23,8 @@ CAUSAL = [
     "model={objective: causal, train_tokenizer: 300, config: {model_type: gpt2, n_embd: 16,"
     " n_layer: 1, n_head: 2, n_positions: 34}}",
     "stages=[{domain: a, steps: 6}, {domain: b, steps: 2}]", "evaluate.benchmarks={b: {}}",
-    "guard={benchmark: b, max_fall: 5, steps: 2}",
+    "guard={benchmark: b, max_fall: 5, steps: 2, against: stage}", "ema={decay: 0.5}",
+    "start_from=nearest",
 ]  # fmt: skip
 
 
@@ -111,9 +113,10 @@ def test_the_guard_ends_a_stage_that_forgets_and_publishes_what_was_before(recip
 
 
 def watched(recipe):
-    """A run whose benchmark falls by two points a step of its first stage and stays in its second;
-    the evaluation behind step 4 is ended by a signal, the first time. The stages and steps that
-    were evaluated, and what the log says of the first stage."""
+    """A run whose benchmark falls by two points a step of its first stage and stays in its second,
+    which starts from the base; the evaluation behind step 4 is ended by a signal, the first time.
+    What is published is an average. The stages and steps that were evaluated, and what the log says
+    of the first stage and of the second's check."""
     from eval.measure.lm import losses_in_engine, measure_in_engine
 
     runs = recipe.parent / "runs"
@@ -132,6 +135,8 @@ def watched(recipe):
             raise Interrupted("SIGTERM")
         result = {**task.describe(), "benchmarks": {"b": {"value": 0.9 - fallen}}, "skipped": {}}
         (task.folder / "benchmarks.json").write_text(json.dumps(result))
+
+    stage_module.nearest_start = lambda *_: 0  # in a process of its own
 
     def run():
         run_recipe(
@@ -156,19 +161,20 @@ def watched(recipe):
         text = "sequences.npz"
         assert (end / text).read_bytes() == (end / "step-000002" / text).read_bytes()
     records = [json.loads(line) for line in (runs / "tiny/log.jsonl").open()]
-    first = [r for r in records if r["event"] == "guard" and r["stage"] == 1]
+    *first, second = [r for r in records if r["event"] == "guard"]
     checks = [(r["step"], r["points"], r["action"]) for r in first]
     [ended, whole] = [r["guard"] for r in records if r["event"] == "stage"]
     assert whole is None
     told = interventions(SimpleNamespace(guards={1: first[-1]}, bad_steps=[]), ["base", "a", "b"])
-    return evaluated, checks, ended, told
+    return evaluated, checks, ended, told, second
 
 
 def test_a_benchmark_is_watched_within_a_stage_and_measured_once_for_each_weights(recipe):
-    [(evaluated, checks, end, told)] = run_ranks(watched, 1, recipe)
+    [(evaluated, checks, end, told, second)] = run_ranks(watched, 1, recipe)
     assert evaluated == [(0, None), (1, 2), (1, 4), (1, 4), (2, 2)]
     assert checks == [(2, pytest.approx(86), None), (4, pytest.approx(82), "stop")]
     assert end == {"stopped_at": 4, "published": 2}
+    assert (second["stage"], second["fall"]) == (2, 0)  # since the base, not since stage 1
     assert told[0].startswith(
         "The guard ended stage 1 (a): b had fallen by 8.000 points, over 5, at step 4."
     )
