@@ -24,10 +24,10 @@ ROOT = Path(__file__).resolve().parents[2]
 # Dropout is drawn by rank; a small eps would make steps of the rounding of gradients of nearly 0.
 EXACT = ["model.config.hidden_dropout_prob=0.0", "model.config.attention_probs_dropout_prob=0.0",
          "optimizer.eps=1.0e-4", "seed=4294967295"]  # fmt: skip
-# How an attempt is ended by a signal to rank 0, and on what the next one goes on.
-PLACES = ("saving", "measuring")
+# Where an attempt is ended by a signal to rank 0, and by which.
+PLACES = {"saving": signal.SIGUSR1, "measuring": signal.SIGTERM}
 if EVERYTHING:
-    PLACES += ("preparing", "step", "publishing")
+    PLACES |= {"preparing": signal.SIGUSR1, "step": signal.SIGINT, "publishing": signal.SIGTERM}
 # Ranks, engine, sequences of a micro-batch, the last step.
 HOPS = ((2, "zero2", 6, (1, 4)), (1, "zero3", 4, (1, 7)), (3, "fsdp", 2, (2, 5)),
         (2, "zero1", 6, None))  # fmt: skip
@@ -107,12 +107,12 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(recipe):
 
 
 def send(wanted, place, stage, step):
-    """Send SIGTERM to this process there: before there is a stage, or in the first one behind its
-    first steps."""
+    """Send its signal to this process there: before there is a stage, or in the first one behind
+    its first steps."""
     there = stage == 0 if wanted == "preparing" else stage == 1 and step >= 4
     if place == wanted and there and not os.environ.get("SENT"):
         os.environ["SENT"] = "1"
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), PLACES[place])
         time.sleep(0.2)  # it is heard by a thread
 
 
@@ -122,7 +122,7 @@ def test_a_signal_to_one_rank_ends_all_and_the_run_goes_on(place, unbroken):
     assert attempt(scene, 2, act=partial(send, place)) == [RETRY, RETRY], output(scene)
     text = (scene.notes / "output.txt").read_text()
     assert "Traceback" not in text
-    assert "interrupted (SIGTERM); run the same command again to continue" in text
+    assert f"interrupted ({PLACES[place].name}); run the same command again to continue" in text
     saved = list(scene.folder.glob("stages/01_a/resume/step-*"))
     assert saved or place in ("preparing", "publishing")
     assert attempt(scene, 2) == [0, 0], output(scene)
