@@ -415,6 +415,11 @@ def test_a_layer_that_sees_some_tokens_only_is_refused_where_some_are_padding():
     with recorder.recording(torch.ones(2, 3)):
         layer(torch.randn(4, 3))
     assert recorder.reduce().all()
+    assert recorder.observed.all()
+    with recorder.recording():
+        layer(torch.randn(0, 3))  # an expert that no token has chosen
+    assert not recorder.reduce().any()
+    assert not recorder.observed.any()
 
 
 def test_a_module_called_twice_adds_up_and_a_recompute_does_not():
