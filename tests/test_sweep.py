@@ -218,6 +218,9 @@ def test_a_sweep_lies_over_its_base(tmp_path):
         *(f"migu-lr_{lr}-seed_{seed}" for lr in (1, 2) for seed in (1, 2)),
     ]  # fmt: skip
     assert sweep_points(sweep)[0].overrides == ("mask.enabled=false", "optimizer.lr=2", "seed=1")
+    (tmp_path / "one.yaml").write_text("base: seeds.yaml\nmethods: {ft: null}\n")
+    left = sweep_points(load_sweep(str(tmp_path / "one.yaml")))
+    assert {p.method for p in left} == {"migu"}
 
 
 def test_runs_of_a_recipe_that_has_changed_since_are_refused(tmp_path):

@@ -43,7 +43,7 @@ OVERHEAD = 2_000_000_000  # bytes of a process beside its model: libraries, eval
 @dataclass
 class Sweep:
     """A YAML file of launch/recipes/sweeps, or what the command line says. A file may be laid over
-    another, its `base`, as recipes may.
+    another, its `base`, as recipes may; a method of it that is null here is left out.
 
     Every method is a set of overrides of the recipe; it runs over the product of `grid`, its own
     entry in `grids` (which goes before `grid` key by key), and, with several `seeds`, 0..seeds-1;
@@ -101,6 +101,7 @@ def load_sweep(name: str) -> Sweep | None:
         content = OmegaConf.to_container(read_over_base(path, _find_base))
         if not isinstance(content, dict) or "recipe" not in content:
             return None
+        _leave_out(content)
         try:
             sweep = TypeAdapter(Sweep).validate_python(content)
         except ValidationError as error:
@@ -114,6 +115,16 @@ def load_sweep(name: str) -> Sweep | None:
                 raise UserError(f"{path}: grids.{method}: no such method{hint}")
         return sweep
     return None
+
+
+def _leave_out(content: dict[Any, Any]) -> None:
+    """The base's methods that are null."""
+    methods, grids = content.get("methods"), content.get("grids")
+    if isinstance(methods, dict):
+        for name in [n for n, settings in methods.items() if settings is None]:
+            del methods[name]
+            if isinstance(grids, dict):
+                grids.pop(name, None)
 
 
 def _find_base(name: str) -> Path:
