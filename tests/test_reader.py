@@ -59,6 +59,7 @@ def long_window(data):
         ("a.jsonl", json.dumps([{"text": t} for t in TEXTS]).encode()),
         ("a.json.gz", gzip.compress(json.dumps([{"text": t} for t in TEXTS], indent=1).encode())),
         ("a.txt", "\n\n".join(TEXTS).encode("utf-16")),
+        ("A.TXT", "\n\n".join(TEXTS).encode()),
         ("jsonl.txt", "\n\n".join(TEXTS).replace("\n", "\r\n").encode("utf-8-sig")),
         ("a.parquet", parquet(pa.array(TEXTS, pa.large_string()))),
         ("a.parquet", parquet(pa.array(TEXTS).dictionary_encode())),

@@ -127,7 +127,7 @@ def check_domain(name: str, domain: Domain) -> list[str]:
             "has no effect with `chat_field`; remove it",
         )
         need(
-            not any(".txt" in Path(f).suffixes for f in [*domain.files, *domain.heldout_files]),
+            not any(".txt" in Path(f.lower()).suffixes for f in [*domain.files, *domain.heldout_files]),
             ".files",
             "a .txt file has no field for messages; use .jsonl or .parquet",
         )

@@ -82,8 +82,8 @@ def _domain(entry: str) -> tuple[str, list[str]]:
             raise UserError(f"{entry}: write NAME=FILE or NAME=FILE,FILE")
         return name, files.split(",")
     stem = Path(entry).name
-    suffix = next((s for s in sorted(SUFFIXES, key=len, reverse=True) if stem.endswith(s)), "")
-    stem = stem.removesuffix(suffix)
+    known = (s for s in sorted(SUFFIXES, key=len, reverse=True) if stem.lower().endswith(s))
+    stem = stem[: len(stem) - len(next(known, ""))]
     if not NAME.fullmatch(stem):
         raise UserError(f"{entry}: give the domain a name, as in news={entry}")
     return stem, [entry]

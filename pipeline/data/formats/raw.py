@@ -69,7 +69,7 @@ class Layout:
 
 def kind_by_name(path: str) -> Rows | None:
     """What the last suffixes of a name say, None if they say nothing."""
-    suffix = next((s for s in SUFFIXES if path.endswith(s)), None)
+    suffix = next((s for s in SUFFIXES if path.lower().endswith(s)), None)
     return KINDS["." + suffix.split(".")[1]] if suffix else None
 
 
