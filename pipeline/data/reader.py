@@ -127,7 +127,7 @@ def check_domain(name: str, domain: Domain) -> list[str]:
             "has no effect with `chat_field`; remove it",
         )
         need(
-            not any(".txt" in Path(f.lower()).suffixes for f in [*domain.files, *domain.heldout_files]),
+            not any(kind_by_name(f) == "text" for f in [*domain.files, *domain.heldout_files]),
             ".files",
             "a .txt file has no field for messages; use .jsonl or .parquet",
         )
