@@ -12,15 +12,22 @@ from contextlib import redirect_stdout
 import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from safetensors.torch import load_file
 
 from pipeline.errors import UserError
+from pipeline.method_settings import Ema as EmaSettings
+from pipeline.method_settings import Ewc as EwcSettings
+from pipeline.method_settings import L2ToStart as L2Settings
+from pipeline.method_settings import PublishAverage
+from pipeline.methods.method import Start
 from pipeline.migu.gradient_mask import GradientMask
 from pipeline.ranks import meet, rank, world_size
 from pipeline.recipe import Resume
 from pipeline.run import saver as saving
+from pipeline.run.methods import methods_of
 from pipeline.run.resume import Attempt
 from pipeline.run.saver import Saver, newest
-from pipeline.run.stage_state import StageState
+from pipeline.run.stage_state import STATE, StageState
 from pipeline.run.train import StageResult, train_stage
 from tests.reference import MODELS, micro_batches
 from tests.spawn import run_ranks
@@ -354,6 +361,84 @@ def test_a_mask_goes_on_with_the_rows_that_it_keeps(results):
         assert set(found.values()) == {0.0}
 
 
+def a_stage_goes_on(folder):
+    """A stage with dropout and all methods that keep something by weight, saved behind its second
+    step; and in an engine that begins with rounded weights, from there: what differs of the weights
+    that are published and of this rank's Fisher information; the seconds and tokens of both.
+    """
+    found, counted = [], []
+    for goes_on in (False, True):
+        settings = recipe_for("roberta", 2 * BATCH)
+        settings.l2_to_start, settings.ewc = L2Settings(weight=0.5), EwcSettings()
+        settings.ema, settings.publish_average = EmaSettings(0.5), PublishAverage(0.2)
+        engine = zero_engine(MODELS["roberta"]().train(), settings, ENGINES["zero2"])
+        for part in engine.module.modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.p = 0.2
+        if goes_on:
+            engine.load_weights((n, w.bfloat16()) for n, w in engine.full_weights())
+        methods, kept = methods_of(settings), folder / f"kept {goes_on}"
+        for method in methods:
+            method.prepare(Start(1, settings, None, None, None, kept, kept, None, engine))
+        state = StageState(engine, Position(), None, methods)
+        saver = Saver(folder, Resume(), state)
+        done, rows = StageResult(), micro_batches("roberta", 4, BATCH)
+        if goes_on:
+            done.steps = state.load(newest(folder))
+        else:
+            torch.manual_seed(rank())
+
+        def after_step(step, state=state, saver=saver, goes_on=goes_on):
+            if step == 2 and not goes_on:
+                state.seconds, state.tokens = 77.5, 55
+                saver.save(step)
+                assert saver.finish() is None
+
+        mine = iter([row[rank() :: world_size()] for row in rows[done.steps :]])
+        train_stage(
+            engine, None, mine, settings, 1, 4, None, after_step, methods=methods, done=done
+        )
+        for method in methods:
+            method.finish(engine, 1)
+        fisher = load_file(kept / f"ewc/stage-01/rank-{rank():04d}.safetensors")
+        found.append(fisher | {n: w.clone() for n, w in engine.full_weights()})
+        counted.append((state.seconds, state.tokens))
+        engine.close()
+    one, other = found
+    return [n for n, w in one.items() if not torch.equal(w, other[n])], counted
+
+
+def test_methods_and_dropout_go_on_as_if_nothing_had_been(results):
+    assert results["stage"] == [([], [(77.5, 55)] * 2)] * 2
+
+
+def drawn_by_other_ranks(folder):
+    """What this rank draws where three ranks saved: behind two steps, twice, and behind three."""
+    engine, _ = engine_of("roberta", "zero2", "fp32")
+    state, out = StageState(engine, Position(), seed=5), []
+    for step in (2, 3):
+        save(folder, engine, step)
+        path = newest(folder) / STATE
+        content = json.loads(path.read_text())
+        meet()
+        if rank() == 0:
+            path.write_text(json.dumps({**content, "ranks": 3}))
+        meet()
+        for _ in range(2):
+            state.load(path.parent)
+            out.append(torch.rand(3).tolist())
+    engine.close()
+    return out
+
+
+def test_other_ranks_draw_numbers_of_their_own(results):
+    first, second = results["drawn"]
+    for two, again, three, once_more in (first, second):
+        assert two == again
+        assert three == once_more
+    assert len({tuple(d) for d in (*first, *second)}) == 4
+
+
 def without_a_shared_folder(folder):
     """Two nodes that do not see each other's files: what one wrote reaches the other."""
     own = folder / f"node-{rank()}" / "resume"
@@ -378,7 +463,7 @@ def everything(folder):
         "same": in_the_same_engine, "across": across_engines, "damaged": damaged,
         "when": in_every_way, "nodes": without_a_shared_folder,
         "full": one_rank_cannot_write, "eight": eight_bits_go_on, "scale": loss_scale_goes_on,
-        "masks": masks_go_on,
+        "masks": masks_go_on, "stage": a_stage_goes_on, "drawn": drawn_by_other_ranks,
     }  # fmt: skip
     return {name: part(folder / name) for name, part in parts.items()}
 
