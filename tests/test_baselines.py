@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.errors import UserError
 from pipeline.method_settings import Das as DasSettings
@@ -17,7 +18,7 @@ from pipeline.methods.das import TEMPERATURE, Das, _losses, _proxies
 from pipeline.methods.derpp import DerPlusPlus
 from pipeline.methods.distill import Distill
 from pipeline.methods.ewc import Ewc
-from pipeline.methods.importance import gates_of, measure_importance, soft_masks
+from pipeline.methods.importance import accumulated, gates_of, measure_importance, soft_masks
 from pipeline.methods.method import Start, Teacher
 from pipeline.methods.sampled_text import one_document
 from pipeline.model.attention import separate_documents
@@ -178,6 +179,31 @@ def test_a_step_that_is_left_out_is_not_in_the_fisher_information(tmp_path):
     assert ewc._fisher["weight"].tensor.tolist() == [4.0 * recipe.train.batch_size] * 6
 
 
+def test_the_fisher_information_is_the_mean_over_all_stages_before(tmp_path):
+    """By hand: of gradients of one value a step. The third stage is of an attempt of its own."""
+    recipe = recipe_with("roberta", ewc=EwcSettings(weight=3.0))
+    net = torch.nn.Linear(3, 2, bias=False)
+    engine = SimpleNamespace(
+        module=net, shards=ParameterShards(net), device=torch.device("cpu")
+    )  # fmt: skip
+    ewc, size = Ewc(recipe), recipe.train.batch_size
+    means = [(1 + 4) / 2, 9.0, (1 + 1 + 16) / 3]
+    for stage, values in enumerate(([1.0, 2.0], [3.0], [1.0, 1.0, 4.0]), start=1):
+        if stage == 3:
+            ewc = Ewc(recipe)
+        ewc.prepare(start_of(engine, recipe, stage, tmp_path))
+        fisher = size * sum(means[: stage - 1]) / max(stage - 1, 1)
+        net.weight.data += 0.5
+        for step, value in enumerate(values, start=1):
+            net.weight.grad = torch.full((2, 3), value)
+            ewc.edit(engine.shards, step, 0.1)
+            expected = torch.full((2, 3), value + 3.0 * fisher * 0.5)
+            torch.testing.assert_close(net.weight.grad, expected)
+        ewc.finish(engine, stage)
+    ewc.prepare(start_of(engine, recipe, 4, tmp_path))
+    assert ewc._fisher["weight"].tensor.tolist() == pytest.approx([size * sum(means) / 3] * 6)
+
+
 def importance_of(name, general):
     recipe = recipe_with(name, das=DasSettings(sequences=70))
     net = MODELS[name]().eval().requires_grad_(False)
@@ -238,6 +264,27 @@ def test_importance_is_the_gradient_of_a_gate(name):
         if gate.kind == "heads":
             expected = expected.repeat_interleave(gate.size // len(expected))
         torch.testing.assert_close(found[gate.key], expected, atol=2e-3, rtol=2e-3)
+
+
+def test_what_mattered_to_any_stage_is_protected_and_of_shared_heads_the_most_important():
+    """Four heads of two features, of which the first two, and the last two, share key and value."""
+    net = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=4,
+            num_key_value_heads=2, intermediate_size=6,
+        )
+    )  # fmt: skip
+    found = {g.key: torch.zeros(g.size) for g in gates_of(net)}
+    key = "model.layers.0:heads"
+    first = {**found, key: torch.tensor([0.25, 0.75, 0.0, 0.125]).repeat_interleave(2)}
+    second = {**found, key: torch.tensor([0.5, 0.0, 0.0, 0.25]).repeat_interleave(2)}
+    importance = accumulated([first, second, found])
+    assert importance[key].tolist() == [0.5, 0.5, 0.75, 0.75, 0.0, 0.0, 0.25, 0.25]
+    masks = soft_masks(net, importance)
+    kept = {n.split(".")[-2]: (keep.tolist(), along) for n, (keep, along) in masks.items()}
+    assert kept["q_proj"] == ([0.5, 0.5, 0.25, 0.25, 1.0, 1.0, 0.75, 0.75], 0)
+    assert kept["k_proj"] == kept["v_proj"] == ([0.25, 0.25, 0.75, 0.75], 0)
+    assert kept["o_proj"] == (kept["q_proj"][0], 1)
 
 
 def contrasted(name, kind):
@@ -348,6 +395,32 @@ def replayed(name, folder):
         return total / count
 
     return worst(weights, plain(name, term=term))
+
+
+def test_the_buffer_has_rows_of_every_earlier_stage(tmp_path):
+    """In the third stage those of the first as they were kept, and other rows every step."""
+    recipe = recipe_with("llama", derpp=DerSettings(sequences=6, fraction=0.75))
+    recipe.stages = [Stage(domain, steps=STEPS) for domain in "abc"]
+    rows, nets = texts(18), [MODELS["llama"]().eval(), teacher_of("llama")]
+    of = {domain: rows[6 * i : 6 * i + 6] for i, domain in enumerate("abc")}
+    for stage, net in enumerate(nets, start=2):
+        method = DerPlusPlus(recipe)
+        start = start_of(None, recipe, stage, tmp_path, net)
+        method.prepare(replace(start, domain=lambda domain, count: iter(of[domain][:count])))
+    ids = torch.stack([torch.from_numpy(row.ids) for row in (*of["a"], *of["b"])]).long()
+    assert torch.equal(method._buffer["input_ids"], ids)
+    for net, part in zip(nets, (slice(6), slice(6, 12)), strict=True):
+        with torch.no_grad():
+            hidden = net.base_model(ids[part])[0][:, 1:]  # nothing is predicted at the first token
+        torch.testing.assert_close(method._buffer["hidden"][part, 1:], hidden)
+    steps = [torch.cat([b["input_ids"] for b in method.batches(s)]).tolist() for s in range(9)]
+    assert {len(step) for step in steps} == {3}
+    drawn = {tuple(row) for step in steps for row in step}
+    for part in (slice(6), slice(6, 12)):
+        assert drawn & {tuple(row) for row in ids[part].tolist()}
+    assert len({str(step) for step in steps}) > 5
+    again = torch.cat([b["input_ids"] for b in method.batches(8)])
+    assert again.tolist() == steps[8]  # as behind an interruption
 
 
 def compare_alone(folder):
