@@ -1,5 +1,7 @@
 """Pseudo-replay: what the model writes of earlier tasks, and what a step learns of it."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from pipeline.recipe import PseudoReplay as Settings
 from pipeline.recipe import Stage
 from pipeline.run.recipe_file import load_recipe
 from tests.reference import MODELS
+from tests.spawn import run_ranks
 from tests.test_anchor import tokenizer_of
 from tests.test_finetune import RECIPE
 from tests.test_parity import recipe_for
@@ -19,23 +22,29 @@ from tests.test_parity import recipe_for
 END, INSTRUCTION, ASKED = 2, [10, 11], [12]
 
 
-def example(i):
+def example(i, instruction=INSTRUCTION):
     """A row of a task: its instruction, a text, the question, and the answer."""
-    source = [*INSTRUCTION, 20 + i, 30 + i, *ASKED, END]
+    source = [*instruction, 20 + i, 30 + i, *ASKED, END]
     ids = np.array([*source, 40 + i % 2, END, 1], np.int32)
     learnt = np.arange(len(ids)) >= len(source)
     segments = np.where(np.arange(len(ids)) < len(ids) - 1, 0, -1).astype(np.int16)
     return Sequence(ids, segments.astype(np.int32), segments, learnt & (segments == 0), segments)
 
 
-def test_the_model_writes_earlier_tasks_and_answers_them(tmp_path):
+def writer_of(*tasks):
+    """(the model, the recipe of a stage a task)"""
     net = MODELS["t5"]().eval()
     torch.manual_seed(1)
     net.lm_head.weight.data.normal_(std=0.3)  # it writes this and that
     recipe = recipe_for("t5", 8)
     recipe.model.objective, recipe.data.template = "seq2seq", "plain"
-    recipe.stages = [Stage("one", steps=2), Stage("two", steps=2)]
+    recipe.stages = [Stage(task, steps=2) for task in tasks]
     recipe.pseudo_replay = Settings(sequences=6, fraction=0.5, weight=0.3)
+    return net, recipe
+
+
+def test_the_model_writes_earlier_tasks_and_answers_them(tmp_path):
+    net, recipe = writer_of("one", "two")
     method = PseudoReplay(recipe)
     assert (method.weight, method.rows) == (0.3, 4)
 
@@ -80,6 +89,38 @@ def test_the_model_writes_earlier_tasks_and_answers_them(tmp_path):
     recipe.data.sequence_length = len(cue) + 2  # a text has two tokens and its end
     with pytest.raises(UserError, match=r"no text of one fits behind its cue .*sequence_length="):
         prepare(1)
+
+
+def of_three_tasks(folder):
+    """What is written before the third of three tasks, whose second has another instruction; its
+    asked examples by instruction; and the learnt tokens of this rank's rows of a step."""
+    net, recipe = writer_of("one", "two", "three")
+    recipe.pseudo_replay.sequences = 34  # in two blocks a task
+    instructions = {"one": INSTRUCTION, "two": [13, 14], "three": [15, 16]}
+    method = PseudoReplay(recipe)
+    for stage in (1, 2, 3):
+        method.prepare(
+            Start(stage, recipe, tokenizer_of("t5"), lambda _: Teacher(lambda: net, dict),
+                  lambda d, count: [example(i % 8, instructions[d]) for i in range(count)],
+                  folder, folder)
+        )  # fmt: skip
+    content = (folder / "pseudo_replay/stage-03.json").read_text()
+    asked = {d: sum(s[:2] == two for s, _ in json.loads(content)["texts"])
+             for d, two in instructions.items()}  # fmt: skip
+    learnt = sum(method.predictions(batch) for batch in method.batches(1))
+    return content, asked, len(method._old), learnt
+
+
+def test_every_earlier_task_is_written_whatever_the_ranks(tmp_path):
+    """Each rank writes its share, and together they write what one process does."""
+    alone, asked, count, learnt = of_three_tasks(tmp_path / "alone")
+    assert asked["one"] > 32 > 0 == asked["three"]
+    assert asked["two"] > 32
+    assert count == 2 * (asked["one"] + asked["two"])  # a text and its answer
+    ranks = run_ranks(of_three_tasks, 2, tmp_path / "ranks")
+    assert [content == alone for content, *_ in ranks] == [True, True]
+    assert [rank[2] for rank in ranks] == [count] * 2
+    assert sum(rank[3] for rank in ranks) == learnt
 
 
 @pytest.mark.parametrize(
