@@ -5,7 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.data.objective import targets_of
+from pipeline.ranks import rank
 from pipeline.run.domain_losses import DomainLosses
+from tests.spawn import run_ranks
 
 
 @pytest.mark.parametrize("objective", ["masked", "causal"])
@@ -33,3 +35,21 @@ def test_losses_by_domain_sum_to_the_loss_of_the_step(objective):
     assert sum(d["tokens"] for d in found.values()) == tokens
     assert found["unseen"] == {"loss": None, "predicted": 0, "tokens": 0}
     assert all(d["predicted"] == 0 for d in sums.reduce().values())  # a new step
+
+
+def shared():
+    """Rank r has 1 + r tokens of a domain both have, of 1 + r nats each, and one of its own."""
+    sums = DomainLosses(["a", "b", "both"], torch.device("cpu"))
+    domains = torch.tensor([[2] * (1 + rank()) + [rank()]])
+    sums.count(domains)
+    sums.add(torch.full((domains.numel(),), 1.0 + rank()), domains.flatten())
+    return sums.reduce()
+
+
+def test_the_losses_by_domain_are_of_the_text_of_all_ranks():
+    one, other = run_ranks(shared, 2)
+    assert one == other == {
+        "a": {"loss": 1.0, "predicted": 1, "tokens": 1},
+        "b": {"loss": 2.0, "predicted": 1, "tokens": 1},
+        "both": {"loss": (1 * 1 + 2 * 2) / 3, "predicted": 3, "tokens": 3},
+    }  # fmt: skip

@@ -13,6 +13,7 @@ from pipeline.engine.config import resolve_engine_config
 from pipeline.errors import UserError
 from pipeline.methods.half import Half
 from pipeline.methods.l2_to_start import L2ToStart
+from pipeline.methods.method import Start, Teacher
 from pipeline.methods.olora import OLora
 from pipeline.methods.source_columns import SourceColumns, input_norms
 from pipeline.model.lora import EARLIER, add_adapter
@@ -21,6 +22,7 @@ from pipeline.recipe import L2ToStart as L2Settings
 from pipeline.recipe import Lora, Recipe
 from pipeline.recipe import OLora as OLoraSettings
 from pipeline.recipe import SourceColumns as SourceSettings
+from pipeline.run import nearest
 from pipeline.run.methods import METHODS, NEEDS, needs_table, teacher_at
 from pipeline.run.problems import check_precision
 from pipeline.run.recipe_file import load_recipe
@@ -31,6 +33,7 @@ from tests.reference import MODELS, micro_batches
 from tests.spawn import run_ranks
 from tests.test_anchor import BUILDS
 from tests.test_anchor_run import build_base
+from tests.test_baselines import texts
 from tests.test_parity import recipe_for
 from tests.test_run import ROOT, tiny_recipe
 
@@ -272,6 +275,26 @@ def test_a_stage_may_start_from_the_nearest_of_all_before(tmp_path):
     )
     assert all(float((three[n] - w).abs().max()) < 1e-20 for n, w in one.items())
     assert not any(torch.equal(three[n], w) for n, w in two.items())
+
+
+def mean_loss_of_shares():
+    """Of 40 rows, in batches of which one rank has two and the other one."""
+    rows, net = texts(40), MODELS["llama"]().eval()
+    recipe = recipe_for("llama", 4)
+    nearest.teacher_at = lambda *_: Teacher(lambda: net, dict)  # in this rank's process alone
+    start = Start(0, recipe, None, None, lambda _, count: iter(rows[:count]), None, None)
+    ids = torch.stack([torch.from_numpy(row.ids) for row in rows]).long()
+    with torch.no_grad():
+        logits = net(input_ids=ids).logits[:, :-1]
+    expected = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    return nearest.mean_loss(start, 1, "unused"), float(expected)
+
+
+def test_the_loss_by_which_a_start_is_chosen_is_of_the_text_of_all_ranks():
+    found = run_ranks(mean_loss_of_shares, 2)
+    assert len({loss for loss, _ in found}) == 1
+    for loss, expected in found:
+        assert loss == pytest.approx(expected, abs=1e-5)
 
 
 def test_source_columns_in_a_run(tmp_path):
