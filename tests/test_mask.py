@@ -33,9 +33,11 @@ from pipeline.migu.gradient_mask import GradientMask, NonFiniteMagnitude
 from pipeline.migu.magnitude import MagnitudeRecorder
 from pipeline.migu.mask import kept_count, select_rows
 from pipeline.migu.targets import Target, count_rows, find_targets
+from pipeline.ranks import rank
 from pipeline.recipe import Mask
 from pipeline.shard import Shard
 from tests.reference import MODELS, masked_linears
+from tests.spawn import run_ranks
 
 SIZES = {
     "vocab_size": 29,
@@ -586,3 +588,24 @@ def test_a_non_finite_magnitude_stops_before_the_gradient_is_touched():
     engine = SimpleNamespace(gradient_shards=pytest.fail)
     with pytest.raises(NonFiniteMagnitude, match=r"layers\.1\.mlp\.up_proj"):
         mask.apply(engine, 1)
+
+
+def refused_unobserved():
+    """What a rank is told where nothing observed a layer that has a gradient on rank 1 alone."""
+    model = MODELS["llama"]()
+    mask = GradientMask(model, Mask(), seed=0)
+    mask.recorder._hooks[-1].remove()
+    with mask.recording():
+        loss = model(input_ids=torch.arange(5, 15)[None]).logits.square().sum()
+    loss.backward()
+    if rank() == 0:
+        model.get_parameter(mask.targets[-1].name).grad.zero_()
+    try:
+        mask.apply(Plain(model), 1)
+    except UserError as error:
+        return mask.targets[-1].name, str(error)
+
+
+def test_a_layer_that_nothing_observed_is_refused_on_every_rank():
+    for name, message in run_ranks(refused_unobserved, 2):
+        assert f"{name} has a gradient in this step, but its layer was not called" in message
