@@ -201,7 +201,7 @@ class ZeroEngine:
             self._dropping = False
         if self._scaler is not None:
             vars(self._scaler).update(scale)
-        if not self._adam.state:
+        if not any(self._adam.state.values()):  # the views are of moments that are not made yet
             self._unlink_moments()
 
     @property

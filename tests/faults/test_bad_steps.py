@@ -8,6 +8,8 @@ import re
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.utils import safe_get_full_optimizer_state
 
 from pipeline.errors import TrainingStopped
 from pipeline.methods.method import Method
@@ -72,14 +74,18 @@ class Edits(Method):
 
 
 def trained(build, settings, kind, at, policy="skip", steps=4, **mask_settings):
-    """Weights (whole) after training on `steps` batches, of which number `at` (from 0) is spoilt on
-    rank 1, or left out of the data (kind None); the message where it stops; how many steps a method
-    has seen."""
+    """Weights (whole) and moments after training on `steps` batches, of which number `at` (from 0)
+    is spoilt on rank 1, or left out of the data (kind None); the message where it stops; how many
+    steps a method has seen; the loss scale."""
     recipe = recipe_for("roberta", 4)
     for key, value in mask_settings.items():
         setattr(recipe.mask, key, value)
     recipe.bad_steps = BadSteps(policy, budget=1, spike=6.0 if kind == "spike" else None, window=2)
     engine = build(MODELS["roberta"]().train(), recipe, settings)
+    partitioned = settings.get("stage") in (1, 2)
+    if partitioned:  # a CPU does not train in fp16, but these scale the loss in fp32 too
+        scaler = DynamicLossScaler(2.0**10, 1, 1, 2, False)
+        engine._scaler = engine._engine.optimizer.loss_scaler = scaler
     mask = GradientMask(engine.module, recipe.mask, seed=0)
     data = [step[rank() :: 2] for step in micro_batches("roberta", steps, 2)]
     if kind is None:
@@ -102,9 +108,13 @@ def trained(build, settings, kind, at, policy="skip", steps=4, **mask_settings):
         message = str(error)
     weights = {n: w.clone() for n, w in engine.full_weights()}
     moments = [s["exp_avg"].clone() for s in optimizer_of(engine).state.values() if "exp_avg" in s]
+    if partitioned and message is None:  # of a first group, of which DeepSpeed keeps views
+        weight = engine.module.get_parameter(f"{LAYER}.weight")
+        moments.append(safe_get_full_optimizer_state(weight, "exp_avg"))
+    scale = engine.loss_scale() if partitioned else {}
     mask.close()
     engine.close()
-    return weights, moments, message, edits.count
+    return weights, moments, message, edits.count, scale
 
 
 def optimizer_of(engine):
@@ -135,8 +145,8 @@ def compare_all(everything):
                 else torch.equal(a.to_local(), b.to_local())
                 for a, b in zip(spoilt[1], without[1], strict=True)
             )  # fmt: skip
-            if kind != "gradient":  # whose norm the engine finds behind the edits
-                same = same and spoilt[3] == without[3]
+            if kind != "gradient":  # whose norm the engine finds behind the edits, in its step
+                same = same and spoilt[3:] == without[3:]
             out[name, kind] = same, spoilt[2]
     out["stop"] = trained(zero_engine, ENGINES["zero2"], "magnitude", 1, policy="stop")[2]
     return out
