@@ -1,15 +1,22 @@
 """What a step's seconds come to."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.engine.config import resolve_engine_config
 from pipeline.model.load import build_model, load_config
+from pipeline.ranks import world_size
 from pipeline.recipe import Lora, Model
+from pipeline.run.measure import measure_steps
+from pipeline.run.recipe_file import load_recipe
 from pipeline.run.speed import training_flops
 from tests.reference import MODELS
+from tests.spawn import run_ranks
+from tests.test_run import tiny_recipe
 
 
 def recipe_of(objective, length):
@@ -44,3 +51,38 @@ def test_packed_weights_count_as_what_they_are(tmp_path):
         model = build_model(settings, load_config(settings, 300), None, 0)
         found.add(training_flops(model, recipe_of("causal", 8)))
     assert len(found) == 1
+
+
+def measured(path):
+    """By objective: the lines of `--measure`, for a run of two stages on two ranks."""
+    found = {}
+    for objective, config in CONFIGS.items():
+        change = [f"model.config={config}", f"model.objective={objective}", "mask.threshold=0.5"]
+        recipe = load_recipe(path, change)
+        config = resolve_engine_config("ds_configs/zero2.json", recipe, world_size(), "cpu")
+        found[objective] = measure_steps(recipe, config)
+    return found
+
+
+CONFIGS = {
+    "masked": "{model_type: roberta, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2,"
+    " intermediate_size: 24, max_position_embeddings: 34}",
+    "causal": "{model_type: gpt2, n_embd: 16, n_layer: 1, n_head: 2, n_positions: 34}",
+    "seq2seq": "{model_type: t5, d_model: 16, d_kv: 8, d_ff: 24, num_layers: 1, num_heads: 2}",
+}
+
+
+def test_some_steps_of_every_objective_are_measured_and_nothing_is_written(tmp_path):
+    path = tiny_recipe(tmp_path)
+    there = set(tmp_path.iterdir())
+    for found in run_ranks(measured, 2, path):
+        assert found.keys() == CONFIGS.keys()
+        for steps, memory, first, second, whole in found.values():
+            seconds = float(re.search(r"([\d.]+) s a step", steps)[1])
+            assert "tokens/s" in steps
+            assert "GB at its peak" in memory
+            assert first.startswith("  1 a: ")
+            assert second.startswith("  2 b: ")
+            minutes = float(re.search(r"in all ([\d.]+) minutes", whole)[1])
+            assert minutes == pytest.approx(24 * seconds / 60, abs=0.06)
+    assert set(tmp_path.iterdir()) == there

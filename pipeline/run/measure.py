@@ -32,14 +32,12 @@ def measure_steps(recipe: Recipe, engine_config: dict[str, Any]) -> list[str]:
     What methods add, evaluations and checkpoints are not in it.
 
     Raises:
-        UserError: the objective is neither masked nor causal; a step does not fit the GPU.
+        UserError: a step does not fit the GPU.
     """
-    m = recipe.model
-    if m.objective not in ("masked", "causal"):
-        raise UserError(f"--measure: not of objective {m.objective}; run some steps of a stage")
     try:
         return _measure(recipe, engine_config)
     except torch.OutOfMemoryError:
+        m = recipe.model
         model = empty_model(m, load_config(m, planned_tokenizer(m)[1]))
         split_as_in_training(model, recipe)
         advice = "; ".join(advice_on_memory(model, recipe, engine_config, world_size()))
@@ -76,7 +74,7 @@ def _measure(recipe: Recipe, engine_config: dict[str, Any]) -> list[str]:
     speed = Speed(engine.module, recipe, engine.device)
     fast = speed.numbers(tokens, predictions(recipe, tokens), seconds)
     lines = [
-        f"measured    {seconds:.2f} s a step ({MEASURED} steps of random tokens), "
+        f"measured    {seconds:.2f} s a step ({MEASURED} steps of full rows of random tokens), "
         f"{fast['tokens_per_second']:,.0f} tokens/s, {fast['tflops']:.3g} TFLOPS a rank"
         + (f", MFU {fast['mfu']:.0%}" if "mfu" in fast else ""),
         f"  memory    {peak_memory(engine.device) / 1e9:.2f} GB at its peak, on rank 0",
@@ -100,7 +98,8 @@ def _measure(recipe: Recipe, engine_config: dict[str, Any]) -> list[str]:
 
 
 def _step(recipe: Recipe, vocabulary: int) -> list[dict[str, Any]]:
-    """This rank's micro-batches of a step of full rows."""
+    """This rank's micro-batches of a step of full rows; an encoder-decoder's have `data.masking` of
+    their tokens as the target."""
     generator = np.random.default_rng(0)
     size = recipe.train.micro_batch_size or recipe.train.batch_size // world_size()
     length = recipe.data.sequence_length
@@ -108,8 +107,10 @@ def _step(recipe: Recipe, vocabulary: int) -> list[dict[str, Any]]:
     def row() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         ids = generator.integers(5, vocabulary, length)
         labels = ids.copy()
-        if recipe.model.objective != "causal":
+        if recipe.model.objective == "masked":
             labels[generator.random(length) >= recipe.data.masking] = IGNORED
+        elif recipe.model.objective == "seq2seq":
+            labels[: length - max(1, round(length * recipe.data.masking))] = IGNORED
         return ids, labels, np.zeros(length, dtype=np.int64)
 
     count = recipe.train.batch_size // (world_size() * size)

@@ -101,8 +101,8 @@ def peak_memory(device: torch.device) -> int:
 
 
 def predictions(recipe: Recipe, tokens: int) -> int:
-    """How many of so many tokens of text a masked or causal model predicts."""
-    return round(tokens * (recipe.data.masking if recipe.model.objective == "masked" else 1))
+    """How many of so many tokens of text a model predicts."""
+    return round(tokens * (1 if recipe.model.objective == "causal" else recipe.data.masking))
 
 
 def training_flops(module: nn.Module, recipe: Recipe) -> tuple[float, float]:
