@@ -150,7 +150,7 @@ def test_a_killed_run_continues_and_ends_like_an_unbroken_one(recipe):
     assert ends[1]["seconds"] > 0
     code, output = finish(command(recipe, "name=killed", halved, "stages[0].steps=5"))
     assert code == 2
-    assert "holds a run of another recipe (stages: " in output
+    assert "holds a run of another recipe (stages[0].steps: 12 there, 5 now). Give" in output
     assert "--restart" in output
     assert "Traceback" not in output
 

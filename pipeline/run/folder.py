@@ -191,8 +191,13 @@ def _differences(old: Any, new: Any, places: tuple[str, ...] = ()) -> list[str]:
     domains' `places`. A key that the version of `old` did not know has its default."""
 
     def flat(node: Any, path: str = "") -> dict[str, Any]:
-        if isinstance(node, dict) and node:  # an empty one is a setting too: `hft: {}`
-            return {k: v for key, n in node.items() for k, v in flat(n, f"{path}.{key}").items()}
+        inner: dict[str, Any] = {}
+        if isinstance(node, dict):
+            inner = {f"{path}.{key}": n for key, n in node.items()}
+        elif isinstance(node, list) and all(isinstance(n, dict) for n in node):  # the stages
+            inner = {f"{path}[{i}]": n for i, n in enumerate(node)}
+        if inner:  # an empty one is a setting too: `hft: {}`
+            return {k: v for key, n in inner.items() for k, v in flat(n, key).items()}
         return {path.lstrip("."): node}
 
     then: Any = OmegaConf.to_container(old)
