@@ -131,7 +131,7 @@ def new(arguments: list[str]) -> None:
         f"wrote {path}; read it, then\n"
         f"  migu cpt --recipe {path} --dry-run   check it: steps, tokens, memory\n"
         f"  migu cpt --recipe {path}             train and measure; the same again continues\n"
-        f"  migu report runs/{o.name}            its page"
+        f"  migu report runs/{path.stem}            its page"
     )
 
 

@@ -112,8 +112,10 @@ def test_a_new_recipe_asks_the_model_and_the_files(
         Path(name).write_text(TEXT, encoding="utf-8")
     model = save(config, architecture, tmp_path / "model")
     data = ["law.txt", "notes=my notes.txt,law.txt", "no.txt"]
-    recipe = load_recipe(write_recipe("first", model, data, ["old.txt"]))
+    recipe = load_recipe(write_recipe("first.yaml", model, data, ["old.txt"]))
     assert recipe.name == "first"
+    fractions = {n: d.heldout_fraction for n, d in recipe.data.domains.items()}
+    assert fractions.pop("old") > 10 * max(fractions.values())  # it is measured alone
     assert [s.domain for s in recipe.stages] == ["law", "notes", "no"]
     assert list(recipe.data.domains) == ["law", "notes", "no", "old"]
     assert recipe.data.domains["notes"].files == ["my notes.txt", "law.txt"]
@@ -127,7 +129,9 @@ def test_a_new_recipe_asks_the_model_and_the_files(
         ({"name": "there"}, "there.yaml is there already"),
         ({"data": ["none.txt"]}, "none.txt"),
         ({"data": ["a.txt", "a.txt"]}, "two corpora are called 'a'"),
-        ({"data": ["rows.jsonl"]}, "'body'"),
+        ({"data": ["rows.jsonl"]}, "'body'. Set `text_field`"),
+        ({"data": ["chats.jsonl"]}, "set `chat_field: messages`"),
+        ({"data": ["asked.jsonl"]}, "set `instruction: {prompt: prompt, response: output}`"),
         ({"model": "mute"}, "--objective"),
         ({"model": "nowhere/at/all"}, "--model: no such folder: nowhere/at/all"),
         ({"data": ["law="]}, "law=: write NAME=FILE"),
@@ -141,6 +145,8 @@ def test_a_new_recipe_that_cannot_be_is_said_and_nothing_is_written(
     Path("a.txt").write_text(TEXT, encoding="utf-8")
     Path("there.yaml").write_text("mine", encoding="utf-8")
     Path("rows.jsonl").write_text('{"body": "some text"}\n' * 3, encoding="utf-8")
+    Path("chats.jsonl").write_text('{"messages": []}\n' * 3, encoding="utf-8")
+    Path("asked.jsonl").write_text('{"prompt": "a", "output": "b"}\n' * 3, encoding="utf-8")
     save(RobertaConfig(**SIZES), "RobertaForMaskedLM", tmp_path / "model")
     save(RobertaConfig(**SIZES), "RobertaModel", tmp_path / "mute")
     with pytest.raises(UserError) as error:

@@ -39,7 +39,7 @@ def write_recipe(
     objective: str | None = None,
     text_field: str = "text",
 ) -> Path:
-    """Write `name`.yaml: train `model` on the corpora of `data`, one stage each, in their order.
+    """Write `name`.yaml (a `name` that ends so is that file): train `model` on the corpora of `data`, one stage each, in their order.
 
     data, keep: a file or glob (the domain is called like the file), or NAME=FILE[,FILE...]; those
     of `keep` are only measured. objective: masked, causal or seq2seq; None asks the model's
@@ -49,6 +49,7 @@ def write_recipe(
         UserError: NAME.yaml is there already, a file cannot be read, the model's configuration
             cannot be, or says nothing about the objective.
     """
+    name = name.removesuffix(".yaml")
     path = Path(f"{name}.yaml")
     if not NAME.fullmatch(name):
         raise UserError(f"{name!r}: a name is made of letters, digits, '.', '_' and '-'")
@@ -146,13 +147,19 @@ def _text(
     ]
     for domain, files in domains.items():
         listed = ", ".join(map(_quoted, files))
-        only = "" if domain in stages else "  # only measured: what may be forgotten"
-        lines += [f"    {_quoted(domain)}: {{files: [{listed}]{field}}}{only}"]
+        own, only = field, ""
+        if domain not in stages:
+            own, only = (
+                f"{field}, heldout_fraction: 0.5",
+                "  # only measured: what may be forgotten",
+            )
+        lines += [f"    {_quoted(domain)}: {{files: [{listed}]{own}}}{only}"]
     lines += [
         f"  sequence_length: {length}  # tokens",
         "stages:  # one of epochs, steps, tokens; replay: 0.01 repeats a share of earlier domains",
         *(f"  - {{domain: {_quoted(domain)}, epochs: 1}}" for domain in stages),
         "mask: {threshold: 0.7}  # MIGU: the share of rows that an update leaves alone",
+        "# anchor: {}  # forgets least, and what it costs: docs/methods.md",
         "optimizer: {lr: 5.0e-5, schedule: linear, warmup: 0.1}",
         "train: {batch_size: 32}  # sequences; micro_batch_size: how many at a time on a device",
     ]

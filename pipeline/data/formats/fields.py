@@ -90,11 +90,23 @@ class Fields:
             if self.instruction
             else "Set `chat_field` of the domain to the one that holds the messages."
             if self.chat
-            else "Set `text_field` of the domain to the one that holds the text."
+            else _how_to_read(seen)
         )
         return UserError(
             f"{where}: no row has the field {missing or self.needed}; fields seen: {names}. {fix}"
         )
+
+
+def _how_to_read(seen: set[str]) -> str:
+    """What to set for rows that have these fields, where one text a row was expected."""
+    if chats := seen & {"messages", "conversations", "conversation"}:
+        return f"If it holds chats, set `chat_field: {min(chats)}` in place of `text_field`."
+    prompts = seen & {"instruction", "prompt", "question"}
+    responses = seen & {"response", "output", "completion", "answer"}
+    if prompts and responses:
+        fields = f"{{prompt: {min(prompts)}, response: {min(responses)}}}"
+        return f"If they are instructions, set `instruction: {fields}` in place of `text_field`."
+    return "Set `text_field` of the domain to the one that holds the text."
 
 
 def is_blank(value: object) -> bool:
