@@ -115,7 +115,8 @@ def test_a_new_recipe_asks_the_model_and_the_files(
     recipe = load_recipe(write_recipe("first.yaml", model, data, ["old.txt"]))
     assert recipe.name == "first"
     fractions = {n: d.heldout_fraction for n, d in recipe.data.domains.items()}
-    assert fractions.pop("old") > 10 * max(fractions.values())  # it is measured alone
+    assert fractions.pop("old") == 0.5  # only measured
+    assert set(fractions.values()) == {Domain().heldout_fraction}
     assert [s.domain for s in recipe.stages] == ["law", "notes", "no"]
     assert list(recipe.data.domains) == ["law", "notes", "no", "old"]
     assert recipe.data.domains["notes"].files == ["my notes.txt", "law.txt"]

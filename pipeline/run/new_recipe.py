@@ -39,8 +39,9 @@ def write_recipe(
     objective: str | None = None,
     text_field: str = "text",
 ) -> Path:
-    """Write `name`.yaml (a `name` that ends so is that file): train `model` on the corpora of `data`, one stage each, in their order.
+    """Write `name`.yaml: train `model` on the corpora of `data`, one stage each, in their order.
 
+    name: may end with .yaml already.
     data, keep: a file or glob (the domain is called like the file), or NAME=FILE[,FILE...]; those
     of `keep` are only measured. objective: masked, causal or seq2seq; None asks the model's
     configuration.
