@@ -14,6 +14,7 @@ from transformers import BertConfig, LlamaConfig, PretrainedConfig, RobertaConfi
 from launch.migu import OWN, programs
 from pipeline.engine.config import DS_CONFIGS, load_ds_config
 from pipeline.errors import UserError
+from pipeline.recipe import Domain
 from pipeline.run.completion import completion_script
 from pipeline.run.new_recipe import described_recipes, write_recipe
 from pipeline.run.recipe_file import RECIPES, load_recipe

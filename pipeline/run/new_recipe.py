@@ -148,13 +148,10 @@ def _text(
     ]
     for domain, files in domains.items():
         listed = ", ".join(map(_quoted, files))
-        own, only = field, ""
+        half, only = "", ""
         if domain not in stages:
-            own, only = (
-                f"{field}, heldout_fraction: 0.5",
-                "  # only measured: what may be forgotten",
-            )
-        lines += [f"    {_quoted(domain)}: {{files: [{listed}]{own}}}{only}"]
+            half, only = ", heldout_fraction: 0.5", "  # only measured: what may be forgotten"
+        lines += [f"    {_quoted(domain)}: {{files: [{listed}]{field}{half}}}{only}"]
     lines += [
         f"  sequence_length: {length}  # tokens",
         "stages:  # one of epochs, steps, tokens; replay: 0.01 repeats a share of earlier domains",
