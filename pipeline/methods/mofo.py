@@ -7,7 +7,6 @@ that of the parameter tensors). The threshold is exact: fp32 numbers that are no
 the order of their bits, which are found from the highest down by counting.
 """
 
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from pipeline.methods.method import Method, Start
 from pipeline.methods.weights import copies
+from pipeline.quantity import as_written
 from pipeline.ranks import summed
 from pipeline.recipe import Recipe
 
@@ -66,7 +66,7 @@ def least_kept(
     """
     known = torch.zeros(weights, dtype=torch.int64, device=device)
     wanted = known  # so many of the largest are still to be found among those that begin as known
-    part = Fraction(str(share))
+    part = as_written(share)
     for low, width in DIGITS:
         counts = torch.zeros(weights, 1 << width, dtype=torch.int64, device=device)
         for weight, numbers in pieces:

@@ -8,7 +8,6 @@ begins anew with every stage, so it does not move them.
 
 import json
 from collections.abc import Iterable
-from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -22,6 +21,7 @@ from pipeline.methods.method import Method, Start
 from pipeline.methods.sampled_text import sampled_sequences
 from pipeline.model.attention import arrange, separation_of
 from pipeline.model.blocks import block_linears
+from pipeline.quantity import as_written
 from pipeline.ranks import on_rank0
 from pipeline.recipe import Recipe
 
@@ -56,7 +56,7 @@ class SourceColumns(Method):
         net = start.teacher("base").load()
         norms = input_norms(net, self._batches(start, net))
         found = {}
-        share = Fraction(str(self.settings.share))  # as written: 0.29 of 100 is 29
+        share = as_written(self.settings.share)
         for name, norm in norms.items():
             module: Any = net.get_submodule(name)
             dim = 0 if isinstance(module, Conv1D) else 1  # of the inputs

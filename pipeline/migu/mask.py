@@ -2,22 +2,22 @@
 
 import math
 from collections import defaultdict
-from fractions import Fraction
 from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from pipeline.quantity import as_written
+
 
 def kept_count(rows: int, threshold: float, rule: Literal["exact", "quantile"] = "exact") -> int:
     """How many of `rows` rows are updated.
 
     "exact" is the paper's d_out - floor(T * d_out) (Eq. 3). "quantile" is what the authors' code
-    does, rows >= quantile(n, T): d_out - ceil(T * (d_out - 1)), without ties. T is taken as
-    written: 0.7 * 90 is 63, although the product of the floats is just below it.
+    does, rows >= quantile(n, T): d_out - ceil(T * (d_out - 1)), without ties.
     """
-    T = Fraction(str(threshold))
+    T = as_written(threshold)
     return rows - math.floor(T * rows) if rule == "exact" else rows - math.ceil(T * (rows - 1))
 
 

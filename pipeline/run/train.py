@@ -5,7 +5,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -22,6 +21,7 @@ from pipeline.model.attention import Separation, arrange
 from pipeline.model.chunked_loss import ChunkedLoss
 from pipeline.model.load import PredictedPositions, predict, predicted_places
 from pipeline.progress import EventLog, StageProgress
+from pipeline.quantity import as_written
 from pipeline.ranks import rank, summed, totals, world_size
 from pipeline.recipe import Optimizer, Recipe
 from pipeline.run.bad_steps import BadStepRule
@@ -236,7 +236,7 @@ def _step(
 
 def learning_rate(optimizer: Optimizer, peak: float, step: int, steps: int) -> float:
     """The rate of step 1..steps: linear warm-up to `peak`, then the schedule, to 0 at the end."""
-    warmup = math.ceil(Fraction(str(optimizer.warmup)) * steps)  # as written: 0.07 of 100 is 7
+    warmup = math.ceil(as_written(optimizer.warmup) * steps)
     if step <= warmup:
         return peak * step / warmup
     done = (step - 1 - warmup) / max(1, steps - warmup)
