@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from pipeline.data.bad_lines import BadLines
-from pipeline.data.formats.raw import SUFFIXES
+from pipeline.data.formats.raw import suffix_of
 from pipeline.data.reader import check_domain, read_file
 from pipeline.errors import UserError
 from pipeline.recipe import Domain, Model
@@ -84,8 +84,7 @@ def _domain(entry: str) -> tuple[str, list[str]]:
             raise UserError(f"{entry}: write NAME=FILE or NAME=FILE,FILE")
         return name, files.split(",")
     stem = Path(entry).name
-    known = (s for s in sorted(SUFFIXES, key=len, reverse=True) if stem.lower().endswith(s))
-    stem = stem[: len(stem) - len(next(known, ""))]
+    stem = stem[: len(stem) - len(suffix_of(stem))]
     if not NAME.fullmatch(stem):
         raise UserError(f"{entry}: give the domain a name, as in news={entry}")
     return stem, [entry]

@@ -67,9 +67,14 @@ class Layout:
     array: bool = False
 
 
+def suffix_of(path: str) -> str:
+    """The known suffixes that a name ends with, in small letters; empty where there are none."""
+    return next((s for s in SUFFIXES if path.lower().endswith(s)), "")
+
+
 def kind_by_name(path: str) -> Rows | None:
     """What the last suffixes of a name say, None if they say nothing."""
-    suffix = next((s for s in SUFFIXES if path.lower().endswith(s)), None)
+    suffix = suffix_of(path)
     return KINDS["." + suffix.split(".")[1]] if suffix else None
 
 
