@@ -38,6 +38,7 @@ from pipeline.run.recipe_file import RECIPES, find_recipe, load_recipe, read_ove
 
 SWEEPS = RECIPES / "sweeps"
 OVERHEAD = 2_000_000_000  # bytes of a process beside its model: libraries, evaluation
+LASTING = (1, 2)  # the exit codes of what starting again would meet again (docs/reliability.md)
 
 
 @dataclass
@@ -77,7 +78,8 @@ class Point:
 class Outcome:
     """What became of a point. seconds: of its processes, one an attempt, since its run folder was
     made; cpu_seconds: of all their threads and of the processes they waited for; memory: their
-    peak, in bytes; attempts: of the last call; code: with which the last one ended."""
+    peak, in bytes; attempts: of the last call; code and said: with which the last one
+    ended, and its message, if it had one."""
 
     overrides: list[str]
     finished: bool
@@ -87,6 +89,7 @@ class Outcome:
     log: str
     cpu_seconds: float = 0.0
     code: int = 0
+    said: str = ""
 
 
 def load_sweep(name: str) -> Sweep | None:
@@ -279,13 +282,6 @@ def run_sweep(
         return _Runner(list(points), command, folder, jobs, threads, gpus, attempts).run()
 
 
-def _said(log: str) -> str:
-    """What a run said when it ended, by the last such line of its log."""
-    lines = Path(log).read_text(encoding="utf-8", errors="replace").splitlines()
-    said = [line for line in lines if line.startswith(("error: ", "stopped: "))]
-    return f": {said[-1].partition(': ')[2]}" if said else ""
-
-
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
     """A scheduler's SIGTERM ends the running processes too, as Ctrl-C does."""
@@ -297,10 +293,6 @@ def _sigterm_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-# The exit codes of what starting again would meet again (docs/reliability.md).
-LASTING = (1, 2)
 
 
 class _Runner:
@@ -362,7 +354,8 @@ class _Runner:
             tried_again = attempt < self.attempts and outcome.code not in LASTING
             if not self.stopped:
                 again = "; once more" if tried_again else ""
-                say(f"{point.name} failed{_said(outcome.log)}; see {outcome.log}{again}")
+                why = f": {outcome.said}" if outcome.said else ""
+                say(f"{point.name} failed{why}; see {outcome.log}{again}")
             if not tried_again:
                 break
         bar.update()
@@ -383,6 +376,7 @@ class _Runner:
             earlier = None  # deleted: it begins anew
         start = time.monotonic()
         with log.open("ab") as output:
+            begun = output.tell()  # behind earlier attempts
             process = subprocess.Popen(
                 [*command, *point.overrides],
                 stdin=subprocess.DEVNULL,
@@ -412,6 +406,7 @@ class _Runner:
             str(log),
             round(cpu, 2),
             process.returncode,
+            _said(log, begun),
         )
 
     def _end(self) -> None:
@@ -449,6 +444,13 @@ class _Runner:
     def write(self) -> None:
         content = {name: asdict(o) for name, o in self.outcomes.items()}
         replace_file(self.folder / "sweep.json", json.dumps(content, indent=2) + "\n")
+
+
+def _said(log: Path, begun: int) -> str:
+    """With which message a run ended, whose log begins there."""
+    lines = log.read_bytes()[begun:].decode(errors="replace").splitlines()
+    said = [line for line in lines if line.startswith(("error: ", "stopped: "))]
+    return said[-1].partition(": ")[2] if said else ""
 
 
 def model_bytes(sweep: Sweep, points: Sequence[Point]) -> int:
