@@ -34,6 +34,7 @@ def main() -> None:
 
     from pipeline.progress import say
     from pipeline.run import sweep as sweeps
+    from pipeline.run import sweep_runs
 
     sweep = _sweep(args)
     points = sweeps.sweep_points(sweep, args.overrides)
@@ -41,7 +42,7 @@ def main() -> None:
     gpus = torch.cuda.device_count()
     memory = sweeps.model_bytes(sweep, points)  # reads every point's recipe: mistakes come first
     sweeps.require_same_runs(sweep, points, folder)
-    jobs = args.jobs or sweeps.jobs_at_once(memory, args.threads, gpus)
+    jobs = args.jobs or sweep_runs.jobs_at_once(memory, args.threads, gpus)
     now = points if sweep.seeds_of == "all" else [p for p in points if p.seed == 0]
     say(f"{len(now)} runs in {folder}, {min(jobs, len(now))} at a time")
     if args.dry_run:
@@ -50,13 +51,13 @@ def main() -> None:
         if len(now) < len(points):
             say(f"then the seeds 1 to {sweep.seeds - 1} of the best setting of each method")
         return
-    command = sweeps.program(sweep.program)
+    command = sweep_runs.program(sweep.program)
     command += ["--recipe", sweep.recipe] + (["--config", sweep.config] if sweep.config else [])
     shared: dict[str, Any] = {"command": command, "folder": folder, "threads": args.threads}
-    run: Any = partial(sweeps.run_sweep, jobs=jobs, gpus=gpus, **shared)
+    run: Any = partial(sweep_runs.run_sweep, jobs=jobs, gpus=gpus, **shared)
     if args.cluster:
         options = {key: _typed(value) for key, value in map(_pair, args.option)}
-        run = partial(sweeps.submit_sweep, cluster=args.cluster, options=options, **shared)
+        run = partial(sweep_runs.submit_sweep, cluster=args.cluster, options=options, **shared)
     outcomes = run(now)
     if len(now) < len(points) and all(o.finished for o in outcomes.values()):
         from eval.analysis.load import load_run

@@ -20,14 +20,12 @@ from pipeline.run.recipe_file import find_recipe, load_recipe
 from pipeline.run.sweep import (
     SWEEPS,
     Sweep,
-    jobs_at_once,
     load_sweep,
     of_the_best,
     require_same_runs,
-    run_sweep,
-    submit_sweep,
     sweep_points,
 )
+from pipeline.run.sweep_runs import jobs_at_once, run_sweep, submit_sweep
 from tests.corpora import write_cl_benchmark
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,7 +122,8 @@ def test_an_interrupted_sweep_ends_its_runs_and_goes_on(tmp_path, number):
     script = f"""
 import signal, sys
 from pathlib import Path
-from pipeline.run.sweep import Sweep, run_sweep, sweep_points
+from pipeline.run.sweep import Sweep, sweep_points
+from pipeline.run.sweep_runs import run_sweep
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is born ignoring it
 slow = "import os, time\\nprint(os.getpid(), flush=True)\\ntime.sleep(100)"
 points = sweep_points(Sweep("demo", seeds=2))
@@ -189,7 +188,9 @@ fake_run(
 
 
 def test_the_command_chooses_by_what_was_measured(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("pipeline.run.sweep.program", lambda _: [sys.executable, "-c", MEASURED])
+    monkeypatch.setattr(
+        "pipeline.run.sweep_runs.program", lambda _: [sys.executable, "-c", MEASURED]
+    )
     file = tmp_path / "rates.yaml"
     file.write_text(json.dumps({"recipe": "demo", "methods": SWEEP.methods, "seeds": 2}))
     given = ["sweep.py", "--recipe", str(file), "--grid", "optimizer.lr=1e-6,1e-3"]
