@@ -17,7 +17,8 @@ class Shard:
 
     tensor: 1-D view of the elements [start, start + numel) of the row-major weight of `shape`.
     ZeRO's partitions are cut anywhere, so a shard may begin and end in the middle of a row.
-    What works on rows or columns is for matrices only.
+    What works on output features is for matrices, and for experts [experts, ., .], one matrix
+    each, whose features follow each other.
     """
 
     name: str
@@ -32,47 +33,43 @@ class Shard:
             self.tensor.copy_(piece)
 
     def mask(self, keep: Tensor, output_dim: int = 0) -> None:
-        """Multiply by `keep` (bool [shape[output_dim]]) along the output features, in place.
+        """Multiply by `keep` (bool [output features]) along them, in place; `output_dim` is the
+        dimension of a matrix that they are.
 
         A product, not an assignment: inf * 0 is nan, so an overflow in a masked row still shows.
         """
         factor = keep.to(self.tensor.dtype)  # a product of one type is faster
-        for piece, row, column in self._pieces():
-            if output_dim == 0:
-                piece.mul_(factor[row : row + piece.shape[0], None])
-            else:
-                piece.mul_(factor[None, column : column + piece.shape[1]])
+        for piece, features in self._pieces(output_dim):
+            piece.mul_(factor[features].unsqueeze(1 - output_dim))
 
     def restore(self, old: Tensor, keep: Tensor, output_dim: int = 0) -> None:
         """Put back, in place, the output features that are not in `keep` from `old` (a clone)."""
         before = Shard(self.name, old, self.start, self.shape)
-        for (piece, row, column), (old_piece, _, _) in zip(
-            self._pieces(), before._pieces(), strict=True
-        ):
-            if output_dim == 0:
-                kept = keep[row : row + piece.shape[0], None]
-            else:
-                kept = keep[None, column : column + piece.shape[1]]
+        pieces = zip(self._pieces(output_dim), before._pieces(output_dim), strict=True)
+        for (piece, features), (old_piece, _) in pieces:
+            kept = keep[features].unsqueeze(1 - output_dim)
             piece.copy_(torch.where(kept, piece, old_piece))
 
     def add_magnitudes(self, total: Tensor, output_dim: int = 0) -> None:
-        """Add sum(abs(.)) of each output feature to `total` (fp32 [shape[output_dim]])."""
-        for piece, row, column in self._pieces():
-            first = row if output_dim == 0 else column
-            sums = piece.abs().float().sum(dim=1 - output_dim).to(total.device)
-            total[first : first + piece.shape[output_dim]] += sums
+        """Add sum(abs(.)) of each output feature to `total` (fp32 [output features])."""
+        for piece, features in self._pieces(output_dim):
+            total[features] += piece.abs().float().sum(dim=1 - output_dim).to(total.device)
 
-    def _pieces(self) -> Iterator[tuple[Tensor, int, int]]:
-        """The end of a row, whole rows, the start of a row: (2-D view, first row, first column)."""
-        columns = self.shape[1]
+    def _pieces(self, output_dim: int) -> Iterator[tuple[Tensor, slice]]:
+        """The end of a row, whole rows, the start of a row: (2-D view, which output features its
+        dimension `output_dim` is of)."""
+        height, width = self.shape[-2:]
         end = self.start + self.tensor.numel()
         at = self.start
         while at < end:
-            row, column = divmod(at, columns)
-            rows = (end - at) // columns if column == 0 else 0
-            size = rows * columns or min(columns - column, end - at)
-            local = self.tensor[at - self.start : at - self.start + size]
-            yield local.view(rows or 1, -1), row, column
+            row, column = divmod(at, width)
+            rows = (end - at) // width if column == 0 else 0
+            if output_dim:  # the next matrix has other features
+                rows = min(rows, height - row % height)
+            size = rows * width or min(width - column, end - at)
+            piece = self.tensor[at - self.start : at - self.start + size].view(rows or 1, -1)
+            first = row // height * width + column if output_dim else row
+            yield piece, slice(first, first + piece.shape[output_dim])
             at += size
 
 

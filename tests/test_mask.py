@@ -22,8 +22,6 @@ from transformers import (
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
-    MixtralConfig,
-    MixtralForCausalLM,
 )
 
 from pipeline.attachment import attach
@@ -54,7 +52,10 @@ BART = {f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in SIDES.it
 Q_K_V = {"q", "k", "v", "o", "ffn_in", "ffn_out"}
 GATED = {*Q_K_V, "ffn_gate"}
 FUSED = {"qkv", "o", "ffn_in", "ffn_out"}
-FAMILIES = {  # (model type, configuration, components, linears in the blocks): docs/models.md
+EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}
+MIXTURE = {**GROUPED, **EXPERTS, "initializer_range": 0.5}
+QWEN = {**MIXTURE, "num_experts": 3, "moe_intermediate_size": 12}
+FAMILIES = {  # (model type, configuration, components, masked weights): docs/models.md
     "roberta": ("roberta", SIZES, Q_K_V, 6),
     "bert": ("bert", SIZES, Q_K_V, 6),
     "electra": ("electra", {**SIZES, "embedding_size": 6}, Q_K_V, 6),
@@ -93,8 +94,14 @@ FAMILIES = {  # (model type, configuration, components, linears in the blocks): 
     "t5": ("t5", T5, Q_K_V, 16),
     "t5_gated": ("t5", {**T5, "feed_forward_proj": "gated-gelu"}, GATED, 18),
     "bart": ("bart", {**BART, "vocab_size": 29, "d_model": 8}, Q_K_V, 16),
+    "mixtral": ("mixtral", MIXTURE, Q_K_V, 6),
+    "qwen2_moe": ("qwen2_moe", {**QWEN, "shared_expert_intermediate_size": 12}, GATED, 9),
+    "qwen3_moe": ("qwen3_moe", {**QWEN, "head_dim": 6}, Q_K_V, 6),
+    "olmoe": ("olmoe", QWEN, Q_K_V, 6),
+    "gpt_oss": ("gpt_oss", {**MIXTURE, "head_dim": 4}, Q_K_V, 6),
 }
-CAUSAL = ("llama", "mistral", "qwen3", "phi3", "opt", "bloom", "gpt2", "gpt_neox")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")
+CAUSAL = ("llama", "mistral", "qwen3", "phi3", "opt", "bloom", "gpt2", "gpt_neox", *MIXTURES)
 
 
 def family(name):
@@ -106,32 +113,29 @@ def family(name):
 
 
 @given(
-    rows=st.integers(1, 9),
-    columns=st.integers(1, 9),
+    shape=st.lists(st.integers(1, 9), min_size=2, max_size=3),
     output_dim=st.integers(0, 1),
     data=st.data(),
 )
 @settings(max_examples=300, deadline=None)
-def test_masking_any_cut_of_a_matrix_equals_masking_the_whole(rows, columns, output_dim, data):
-    weight = torch.randn(rows, columns)
-    keep = torch.tensor(
-        data.draw(
-            st.lists(
-                st.booleans(), min_size=weight.shape[output_dim], max_size=weight.shape[output_dim]
-            )
-        )
-    )
-    cuts = data.draw(st.lists(st.integers(0, rows * columns), max_size=5))
-    bounds = sorted({0, *cuts, rows * columns})
-    flat = weight.clone().flatten()
-    magnitudes = torch.zeros(weight.shape[output_dim])
+def test_masking_any_cut_of_a_weight_equals_masking_the_whole(shape, output_dim, data):
+    """A matrix, or the experts of a mixture."""
+    weight, old, inputs = torch.randn(shape), torch.randn(shape), -1 - output_dim
+    broadcast = torch.rand(shape).amax(inputs, keepdim=True) < 0.7
+    keep = broadcast.flatten()
+    cuts = data.draw(st.lists(st.integers(0, weight.numel()), max_size=5))
+    bounds = sorted({0, *cuts, weight.numel()})
+    masked, restored = weight.flatten().clone(), weight.flatten().clone()
+    magnitudes = torch.zeros(len(keep))
     for start, end in pairwise(bounds):
-        shard = Shard("w", flat[start:end], start, (rows, columns))
+        shard = Shard("w", masked[start:end], start, tuple(shape))
         shard.add_magnitudes(magnitudes, output_dim)
         shard.mask(keep, output_dim)
-    broadcast = keep[:, None] if output_dim == 0 else keep[None, :]
-    assert torch.equal(flat.view(rows, columns), weight * broadcast)
-    torch.testing.assert_close(magnitudes, weight.abs().sum(1 - output_dim))
+        shard = Shard("w", restored[start:end], start, tuple(shape))
+        shard.restore(old.flatten()[start:end], keep, output_dim)
+    assert torch.equal(masked.view(shape), weight * broadcast)
+    assert torch.equal(restored.view(shape), torch.where(broadcast, weight, old))
+    torch.testing.assert_close(magnitudes, weight.abs().sum(inputs).flatten())
 
 
 def test_an_overflow_in_a_masked_row_still_shows():
@@ -299,17 +303,13 @@ def test_conv1d_counts_its_columns_as_outputs():
 def test_models_that_cannot_be_masked_are_refused():
     with pytest.raises(UserError, match="nothing to mask"):
         find_targets(nn.Sequential(nn.Embedding(3, 4), nn.LayerNorm(4)))
-    sizes = {
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "vocab_size": 11,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "num_local_experts": 2,
-    }
-    with pytest.raises(UserError, match="experts"):
-        find_targets(MixtralForCausalLM(MixtralConfig(**sizes)))
+    config = AutoConfig.for_model("llama4_text", **MIXTURE, intermediate_size_mlp=8)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UserError, match=r"layers\.0\S*experts.*in a way of their own"):
+        find_targets(model)
+    assert {t.component for t in find_targets(model, ["attention"])} == {"q", "k", "v", "o"}
+    found = find_targets(model, partly=True)
+    assert "experts.gate_up_proj" not in {t.name for t in found}
 
 
 def test_a_weight_of_two_linears_is_refused_by_name():
@@ -323,10 +323,7 @@ def test_a_weight_of_two_linears_is_refused_by_name():
     assert find_targets(model, ["k"])
 
 
-def test_experts_are_left_out_where_nothing_is_masked_and_mamba_has_none():
-    sizes = {**GROUPED, "num_local_experts": 2}
-    mixtral = MixtralForCausalLM(MixtralConfig(**sizes))
-    assert {t.component for t in find_targets(mixtral, experts=True)} == {"q", "k", "v", "o"}
+def test_mamba_has_no_experts():
     sizes = {"vocab_size": 29, "hidden_size": 8, "num_hidden_layers": 1, "state_size": 4}
     mamba = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **sizes))
     assert len(find_targets(mamba)) == 4  # in_proj, x_proj, dt_proj, out_proj

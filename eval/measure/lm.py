@@ -173,7 +173,7 @@ def _evaluate(
     domains = {n: d for n, d in domains.items() if only is None or n in only}
     # A layer's rows are its outputs': of an adapter B alone, which is masked by them.
     overlap = overlap and prompt_of(model) is None  # with a prompt no linear is trained
-    found = find_targets(model, experts=True) if overlap else []
+    found = find_targets(model, partly=True) if overlap else []
     linears = [t for t in found if ".lora_A." not in t.name]
     recorder = MagnitudeRecorder(linears) if overlap else None
     head = PredictedPositions(model)

@@ -38,7 +38,7 @@ def magnitudes_of(
         if name not in data:
             raise UserError(f"--domains: {heldout} has no {name!r}{near(name, data)}")
     device, separation = next(model.parameters()).device, separation_of_heldout(model, heldout)
-    targets = [t for t in find_targets(model, experts=True) if ".lora_A." not in t.name]
+    targets = [t for t in find_targets(model, partly=True) if ".lora_A." not in t.name]
     recorder = MagnitudeRecorder(targets)
     found = {}
     for name in names:

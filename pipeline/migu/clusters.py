@@ -47,7 +47,8 @@ def grouped(targets: list[Target], groups: dict[str, Tensor]) -> Tensor:
     """
     found, first = [], 0
     for target in targets:
-        layer = target.name.split(".lora_B.")[0].removesuffix(".weight") + ".weight"
+        adapted, _, adapter = target.name.partition(".lora_B.")
+        layer = f"{adapted}.weight" if adapter else target.name
         own = torch.arange(target.rows) if ".lora_A." in target.name else groups[layer]
         found.append(own + first)
         first += int(own.max()) + 1

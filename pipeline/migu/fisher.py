@@ -25,11 +25,12 @@ class FisherRecorder(RowScores):
     def add(self) -> None:
         """Count the gradient of a sample's loss, as its backward has left it, and forget
         it."""
-        parts = zip(self._targets, self.scores.split(self.sizes), self.seen, strict=True)
-        for target, rows, seen in parts:
+        views = self.scores.split(self.sizes), self.seen.split(self.parts)
+        for target, rows, seen in zip(self._targets, *views, strict=True):
             gradient = target.weight.grad
             if gradient is not None:
-                rows += gradient.float().square().sum(1 - target.output_dim)
+                inputs = -2 if target.output_dim else -1
+                rows += gradient.float().square().sum(inputs).reshape(-1)
                 seen += 1
                 target.weight.grad = None
 

@@ -119,7 +119,7 @@ class GradientMask:
     def select(self, shards: ShardedModel, step: int) -> None:
         """Select the rows of this step from its forwards.
 
-        Of a target that took no part in the step no row is kept.
+        Of a target, or an expert, that took no part in the step no row is kept.
 
         Raises:
             NonFiniteMagnitude: the scores cannot be ranked; on every rank alike.
@@ -212,10 +212,9 @@ class GradientMask:
             stopped.everywhere = True  # type: ignore[attr-defined]
             raise stopped
         if not all_seen:
-            rows = self.rows_by_name(keep)
-            for name in self._unobserved(shards):
-                kept -= int(rows[name][0].sum())
-                rows[name][0].fill_(False)
+            self._require_observed(shards)
+            keep &= seen.repeat_interleave(torch.tensor(self.parts, device=seen.device))
+            kept = int(keep.sum())
             self._counts = None  # to be counted anew
         return keep, kept / keep.numel()
 
@@ -293,13 +292,13 @@ class GradientMask:
             dist.all_reduce(scores)
         return scores
 
-    def _unobserved(self, shards: ShardedModel) -> list[str]:
-        """Targets without an output in this step: experts that got no token, say."""
-        assert self.recorder is not None
-        seen = self.recorder.observed.tolist()
-        names = [t.name for t, yes in zip(self.targets, seen, strict=True) if not yes]
+    def _require_observed(self, shards: ShardedModel) -> None:
+        """Raises UserError where a target without an output in this step has a gradient; those
+        that have none were not called: an expert, say, that got no token."""
         if self.settings.backward == "row_sparse":  # no gradient yet: see `_require_sparse`
-            return names
+            return
+        seen = [any(p.tolist()) for p in self.recorder.observed.split(self.recorder.parts)]
+        names = [t.name for t, yes in zip(self.targets, seen, strict=True) if not yes]
         place = {name: i for i, name in enumerate(names)}
         gradient = torch.zeros(len(names), device=self.recorder.observed.device)
         for shard in shards.gradient_shards(names):
@@ -314,7 +313,6 @@ class GradientMask:
                     "before the mask came), so its rows cannot be ranked. Leave the layer out "
                     "with mask.components, or choose another mask.criterion."
                 )
-        return names
 
     def _differs(self, keep: Tensor) -> Tensor:
         """bool [targets], alike on every rank: where the ranks have selected other rows."""

@@ -1,7 +1,9 @@
 """Record the L1 magnitude of every output feature (paper, Eq. 2 and section 3.3)."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.migu.targets import Target
+from pipeline.model.stacked_experts import look_away, observe
 
 CACHED = 2**18  # magnitudes that a CPU still has in its cache when it adds them up
 
@@ -18,17 +21,18 @@ class RowScores:
     """A number for every row of the targets, summed over what is seen, in one flat fp32 buffer.
 
     The flat layout (targets in order, `rows` entries each) lets one all-reduce and a batched
-    selection serve the whole model. `observed` says of which targets any rank has seen something:
-    bool [targets].
+    selection serve the whole model. `observed` says of which parts of the targets any rank has seen
+    something: bool [parts].
     """
 
     def __init__(self, targets: list[Target]):
         device = targets[0].weight.device
         self.sizes = [t.rows for t in targets]
+        self.parts = [len(t.parts) for t in targets]
         # One tensor, so that one all-reduce serves both.
-        self._sums = torch.zeros(sum(self.sizes) + len(targets), device=device)
-        self.scores, self.seen = self._sums.split([sum(self.sizes), len(targets)])
-        self.observed = torch.ones(len(targets), dtype=torch.bool, device=device)
+        self._sums = torch.zeros(sum(self.sizes) + sum(self.parts), device=device)
+        self.scores, self.seen = self._sums.split([sum(self.sizes), sum(self.parts)])
+        self.observed = torch.ones(sum(self.parts), dtype=torch.bool, device=device)
 
     def take(self) -> Tensor:
         """What this rank has recorded since the last time, to be given to `put`; resets."""
@@ -68,20 +72,59 @@ class MagnitudeRecorder(RowScores):
         self._open = False
         self._real: dict[str, Tensor | None] = {}
         self._hooks = []
-        views = zip(targets, self.scores.split(self.sizes), self.seen.split(1), strict=True)
-        for target, view, calls in views:
+        self._experts: dict[nn.Module, dict[str, tuple[Target, Tensor, Tensor]]] = defaultdict(dict)
+        views = self.scores.split(self.sizes), self.seen.split(self.parts)
+        for target, view, calls in zip(targets, *views, strict=True):
+            if target.experts:
+                name = target.name.rsplit(".", 1)[-1]
+                self._experts[target.observed][name] = target, view, calls
+                continue
             hook = self._hook(target, view, calls)
             self._hooks.append(target.observed.register_forward_hook(hook))
+        for module, places in self._experts.items():
+            observe(module, partial(self._see, places))
 
     def _hook(self, target: Target, view: Tensor, calls: Tensor):
-        def observe(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+        def see(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:
             if self._open:
                 real = self._real.get(target.tokens)
-                self._add(view, output.detach(), _places(target, output, real))
+                tokens = output.numel() // target.rows
+                self._add(view, output.detach(), _places(target, tokens, real))
                 if output.numel():  # an expert may be called without a token
                     calls.add_(1)
 
-        return observe
+        return see
+
+    @torch.no_grad()
+    def _see(
+        self,
+        places: dict[str, tuple[Target, Tensor, Tensor]],
+        name: str,
+        output: Tensor,
+        counts: Tensor,
+        token: Tensor,
+        tokens: int,
+    ) -> None:
+        """Of stacked experts; see `stacked_experts.See`."""
+        if not self._open or name not in places:
+            return
+        target, view, calls = places[name]
+        real = _places(target, tokens, self._real.get(target.tokens))
+        output = self._counted(output.detach(), None if real is None else real[token])
+        sums = torch.segment_reduce(
+            output.abs().float(), "sum", lengths=counts, axis=0, unsafe=True
+        )  # [experts, rows of one]
+        view += sums.reshape(-1)
+        calls.view(target.experts, -1).add_(sums.any(1, keepdim=True))
+
+    def _counted(self, output: Tensor, real: Tensor | None) -> Tensor:
+        """[tokens, rows] with zeros for what is not real, and normalized."""
+        if real is not None:
+            output = output.masked_fill(~real[:, None], 0)
+        if self._normalize:
+            total = output.abs().sum(dim=1, dtype=torch.float32, keepdim=True)
+            output = output / total.clamp_min(torch.finfo(torch.float32).tiny)
+        return output
 
     @torch.no_grad()
     def _add(self, view: Tensor, output: Tensor, real: Tensor | None) -> None:
@@ -92,12 +135,7 @@ class MagnitudeRecorder(RowScores):
             size = len(outputs)
         kept = outputs.split(size) if real is None else real.split(size)
         for part, those in zip(outputs.split(size), kept, strict=True):
-            if real is not None:
-                part = part.masked_fill(~those[:, None], 0)
-            if self._normalize:
-                total = part.abs().sum(dim=1, dtype=torch.float32, keepdim=True)
-                part = part / total.clamp_min(torch.finfo(torch.float32).tiny)
-            view += _absolute_sums(part)
+            view += _absolute_sums(self._counted(part, None if real is None else those))
 
     @contextmanager
     def recording(
@@ -123,6 +161,8 @@ class MagnitudeRecorder(RowScores):
         """Remove the hooks from the model."""
         for hook in self._hooks:
             hook.remove()
+        for module in self._experts:
+            look_away(module)
 
 
 def _absolute_sums(x: Tensor) -> Tensor:
@@ -145,15 +185,15 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[1], dtype=torch.float32)
 
 
-def _places(target: Target, output: Tensor, real: Tensor | None) -> Tensor | None:
-    """real, flattened as the output's tokens are; None: all of them count.
+def _places(target: Target, tokens: int, real: Tensor | None) -> Tensor | None:
+    """real, flattened as the `tokens` that a layer sees are; None: all of them count.
 
     Raises:
         UserError: the layer sees some of the tokens only, and which are padding is not known.
     """
     if real is None:
         return None
-    tokens, count = output.numel() // target.rows, real.numel()
+    count = real.numel()
     if tokens == count:
         return real.reshape(-1)
     if tokens == (found := int(real.sum())) or found == count:

@@ -9,8 +9,9 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import UserError
 from pipeline.migu.mask import kept_count
-from pipeline.model.blocks import block_linears, is_adapted
+from pipeline.model.blocks import has_experts, is_adapted, linears_and_experts
 from pipeline.model.split_linear import SplitLinear
+from pipeline.model.stacked_experts import expert_weights
 
 # Component -> the names that transformers gives to such a linear, most specific first.
 # A name with a dot is compared with the end of the module's path.
@@ -71,8 +72,9 @@ class Target:
     magnitudes; rows: its output features; output_dim: the dimension of the weight that indexes
     them (0 for nn.Linear's [out, in], 1 for GPT-2's Conv1D [in, out]); parts: the sizes of the
     consecutive pieces of the rows in which rows are selected separately, by default one of all;
-    tokens: what the outputs are of: the model's input, the decoder's input (of an
-    encoder-decoder), or something that is no token.
+    experts: how many, of a mixture in one weight, a matrix of each behind the other, whose rows
+    follow each other likewise; 0: it is a matrix; tokens: what the outputs are of: the model's
+    input, the decoder's input (of an encoder-decoder), or something that is no token.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Target:
     rows: int
     output_dim: int = 0
     parts: tuple[int, ...] = ()
+    experts: int = 0
     tokens: Literal["input", "decoder", "none"] = "input"
 
     def __post_init__(self) -> None:
@@ -93,7 +96,7 @@ def find_targets(
     model: nn.Module,
     components: list[str] | None = None,
     split_fused: bool = False,
-    experts: bool = False,
+    partly: bool = False,
 ) -> list[Target]:
     """The weights that MIGU masks in `model`, in the order of its modules.
 
@@ -103,8 +106,8 @@ def find_targets(
 
     components: a subset of COMPONENTS, GROUPS and "head" (an untied output head, which the
     authors' code masks too). Default: everything in the blocks.
-    experts: leave out the experts of a block that are one 3-D parameter, rather than refuse them:
-        to measure, not to mask.
+    partly: leave out experts whose outputs cannot be recorded, rather than refuse them: to
+        measure, not to mask.
     split_fused: give the linears that hold several in one weight (q, k, v; gate, up) their parts.
 
     Raises:
@@ -114,7 +117,10 @@ def find_targets(
     wanted = _wanted(components)
     _check_adapters(model)
     found: list[Target] = []
-    for name, module in block_linears(model, experts):
+    for name, module in linears_and_experts(model):
+        if has_experts(module):
+            found += _experts_in(name, module, wanted, partly)
+            continue
         component = component_of(name)
         if wanted is None or component in wanted:
             found += _targets_of(name, module, component)
@@ -154,7 +160,7 @@ def _split(model: nn.Module, targets: list[Target]) -> list[Target]:
     rows are those of the rank."""
     config = _config(model)
     split = [t if ".lora_A." in t.name else replace(t, parts=_parts(t, config)) for t in targets]
-    if all(len(t.parts) == 1 for t in split):
+    if split == targets:
         raise UserError(
             f"mask.split_fused: has no effect, no masked linear of {type(model).__name__} is "
             "fused; remove it"
@@ -189,6 +195,10 @@ def _parts(target: Target, config: Any) -> tuple[int, ...]:
     """
     path = target.name.removesuffix(".weight").split(".lora_B.")[0]
     name, rows = path.rsplit(".", 1)[-1], target.rows
+    if target.experts:
+        halves = name == "gate_up_proj" and target.observed.is_concatenated
+        each = rows // target.experts
+        return ((each // 2,) * 2 if halves else (each,)) * target.experts
     if target.component not in ("qkv", "other") and name not in ("gate_up_proj", "Wi"):
         return (rows,)
     kind = getattr(config, "model_type", type(config).__name__)
@@ -230,6 +240,35 @@ def _targets_of(name: str, module: nn.Module, component: str) -> list[Target]:
             targets.append(Target(a_name, a.weight, a, component, a.out_features))
             targets.append(Target(b_name, b.weight, layer, component, b.out_features))
     return targets
+
+
+def _experts_in(
+    path: str, module: nn.Module, wanted: set[str] | None, partly: bool
+) -> list[Target]:
+    """Those of the wanted components that are trained; an expert's rows are selected by
+    themselves, as if each had linears of its own."""
+    trained = [n for n, p in module.named_parameters(recurse=False) if p.requires_grad]
+    if not any(wanted is None or component_of(n) in wanted for n in trained):
+        return []
+    try:
+        weights = expert_weights(path, module)
+    except UserError:
+        if partly:
+            return []
+        raise
+    found = []
+    for name, weight in weights.items():
+        component, output_dim = component_of(name), int(module.is_transposed)  # type: ignore[arg-type]
+        experts, *sizes = getattr(weight, "ds_shape", weight.shape)
+        rows = sizes[output_dim]
+        if wanted is None or component in wanted:
+            found.append(
+                Target(
+                    f"{path}.{name}", weight, module, component, rows * experts, output_dim,
+                    parts=(rows,) * experts, experts=experts,
+                )
+            )  # fmt: skip
+    return found
 
 
 def _check_adapters(model: nn.Module) -> None:
@@ -312,7 +351,7 @@ def count_rows(targets: list[Target], threshold: float, rule: Literal["exact", "
     found: dict[str, dict[str, int]] = {}
     for target in targets:
         counts = found.setdefault(target.component, {"linears": 0, "rows": 0, "kept": 0})
-        counts["linears"] += 1
+        counts["linears"] += target.experts or 1
         counts["rows"] += target.rows
         counts["kept"] += sum(kept_count(part, threshold, rule) for part in target.parts)
     return found

@@ -42,6 +42,19 @@ def block_linears(model: nn.Module, experts: bool = False) -> Iterator[tuple[str
         UserError: the experts of a block are a 3-D parameter; not with `experts`, which leaves
             them out.
     """
+    for name, module in linears_and_experts(model):
+        if not has_experts(module):
+            yield name, module
+        elif not experts:
+            raise UserError(
+                f"{name}: the experts of this model are one 3-D parameter, no linear layers, which "
+                "LoRA, das, hft and ssu need. For LoRA on the other layers set model.lora.targets."
+            )
+
+
+def linears_and_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of the linears in the blocks and of modules whose weights are the experts of
+    a mixture, one 3-D parameter a matrix; without routers. LoRA layers are one module."""
     blocks = tuple(f"{name}." for name in find_blocks(model))
     adapted: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -51,16 +64,15 @@ def block_linears(model: nn.Module, experts: bool = False) -> Iterator[tuple[str
             adapted += (f"{name}.",)  # what is inside belongs to it
         if _is_router(name, module):
             continue
-        if is_adapted(module) or isinstance(module, (nn.Linear, Conv1D, SplitLinear)):
+        linear = is_adapted(module) or isinstance(module, (nn.Linear, Conv1D, SplitLinear))
+        if linear or has_experts(module):
             yield name, module
-        elif isinstance(module, nn.Conv1d):  # Mamba's, whose weight is 3-D too
-            continue
-        elif not experts and any(_dimensions(p) == 3 for p in module.parameters(False)):
-            raise UserError(
-                f"{name}: the experts of this model are one 3-D parameter, whose outputs MIGU "
-                "cannot record and LoRA does not adapt. Set mask.enabled=false and, for LoRA, "
-                "model.lora.targets."
-            )
+
+
+def has_experts(module: nn.Module) -> bool:
+    """Whether its own weights are those of several experts; Mamba's convolution is 3-D too."""
+    three = any(_dimensions(p) == 3 for p in module.parameters(False))
+    return three and not isinstance(module, nn.Conv1d)
 
 
 def is_adapted(module: nn.Module) -> bool:

@@ -131,9 +131,9 @@ def split_linears(model: nn.Module, rows: Mapping[str, Tensor]) -> None:
         for p in module._parameters.values():
             users.setdefault(id(p), []).append(name)
     for name, keep in rows.items():
-        path = name.removesuffix(".weight")
+        path, _, last = name.rpartition(".")
         linear = model.get_submodule(path)
-        if type(linear).forward not in (nn.Linear.forward, Conv1D.forward):
+        if last != "weight" or type(linear).forward not in (nn.Linear.forward, Conv1D.forward):
             raise UserError(
                 f"mask.refresh: stage splits plain linears, and {path} is a "
                 f"{type(linear).__name__}; leave it out with mask.components"

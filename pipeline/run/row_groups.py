@@ -52,7 +52,7 @@ def _make(begun: Start) -> dict[str, Tensor]:
 
 def _weight_rows(target: Target) -> Tensor:
     weight = target.weight.detach().float()
-    return weight if target.output_dim == 0 else weight.t().contiguous()
+    return (weight.mT if target.output_dim else weight).flatten(0, -2).contiguous()
 
 
 def _profiles(begun: Start, net: Any, targets: list[Target]) -> list[Tensor]:

@@ -4,6 +4,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
@@ -107,10 +108,10 @@ def predictions(recipe: Recipe, tokens: int) -> int:
 
 def training_flops(module: nn.Module, recipe: Recipe) -> tuple[float, float]:
     """(for each token, and for each prediction on top) of a dense training step: a product forward,
-    one for the input's gradient and, of trained weights, one for their own; attention over whole
-    rows; the head where there is a prediction. An encoder-decoder's decoder reads what it predicts,
-    and the rest is read by its encoder. Recomputed activations and what a mask spares do not count,
-    so that modes compare."""
+    one for the input's gradient and, of trained weights, one for their own; of a mixture the
+    experts that a token is sent to; attention over whole rows; the head where there is a
+    prediction. An encoder-decoder's decoder reads what it predicts, and the rest is read by its
+    encoder. Recomputed activations and what a mask spares do not count, so that modes compare."""
     config: Any = module.config
     config = config.get_text_config()
     hidden, width = getattr(config, "hidden_size", 0), getattr(config, "vocab_size", 0)
@@ -123,9 +124,10 @@ def training_flops(module: nn.Module, recipe: Recipe) -> tuple[float, float]:
     looked_up = {m.weight for m in module.modules() if isinstance(m, nn.Embedding)}
     for name, p in module.named_parameters():
         shape = _shape(p)
-        if name.startswith(inside) and len(shape) == 2 and p not in looked_up:
+        if name.startswith(inside) and len(shape) in (2, 3) and p not in looked_up:
             frozen = not p.requires_grad and not name.endswith(".rest")
-            flops[_of_decoder(module, name)] += (4 if frozen else 6) * shape[0] * shape[1]
+            chosen = 1 if len(shape) == 2 else getattr(config, "num_experts_per_tok", 0)
+            flops[_of_decoder(module, name)] += (4 if frozen else 6) * chosen * prod(shape[-2:])
     head = 6 * hidden * width
     if not config.is_encoder_decoder:
         return flops[False], head
