@@ -3,6 +3,7 @@ outputs, on every engine."""
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.errors import UserError
@@ -13,6 +14,8 @@ from pipeline.model.lora import adapted_linears
 from pipeline.model.split_linear import split_linears
 from pipeline.ranks import world_size
 from pipeline.recipe import Lora, Mask
+from pipeline.run.memory import activations
+from pipeline.run.speed import training_flops
 from pipeline.shard import ParameterShards
 from tests.reference import (
     BETAS,
@@ -217,6 +220,35 @@ def test_a_gate_and_what_it_gates_are_parts_of_an_expert():
     assert parts["ffn_out"] == (12,) * EXPERTS
     with pytest.raises(UserError, match="split_fused: has no effect"):  # its gates alternate
         find_targets(tiny("gpt_oss"), split_fused=True)
+
+
+def test_operations_and_activations_are_counted():
+    """Of the experts that a token is sent to: as torch counts, and as autograd keeps."""
+    model, kept = tiny("mixtral"), {}
+    model.set_experts_implementation("eager")
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    ids = torch.randint(5, 53, (2, 12))
+
+    def keep(t):
+        kept[t.untyped_storage()._cdata] = t
+        return t
+
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            logits = model(input_ids=ids).logits
+        logits.sum().backward()
+    recipe = recipe_for("llama", 2)
+    recipe.data.sequence_length = 0
+    per_token, per_prediction = training_flops(model, recipe)
+    counted = counter.get_flop_counts()["Global"].items()
+    products = sum(n for op, n in counted if str(op) in ("aten.mm", "aten.addmm"))
+    assert 24 * (per_token + per_prediction) == pytest.approx(products, rel=1e-6)
+    recipe.data.sequence_length = 12
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    guess = activations(empty, recipe, "fp32") - 12 * logits.numel()
+    real = sum(t.untyped_storage().nbytes() for k, t in kept.items() if k not in own)
+    assert guess == pytest.approx(real, rel=0.15), (guess, real)
 
 
 def test_what_experts_cannot_have_is_refused_by_name():

@@ -27,16 +27,23 @@ def expert_weights(path: str, module: nn.Module) -> dict[str, nn.Parameter]:
     Raises:
         UserError: its experts compute in another way than the library's.
     """
-    experts: dict[str, nn.Parameter] = dict(module.named_parameters(recurse=False))
-    names = ["gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj"]
-    known = hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")
-    if not known or any(name not in experts for name in names):
+    if not can_observe(module):
         raise UserError(
             f"{path}: the experts of this model are one 3-D parameter and compute in a way of "
             "their own, so that MIGU does not see their outputs. Leave them out with "
             "mask.components, or set mask.enabled=false."
         )
-    return {name: experts[name] for name in names}
+    return {name: module.get_parameter(name) for name in _names(module)}
+
+
+def can_observe(module: nn.Module) -> bool:
+    """Whether the experts of a module compute as the library's do, so that they can do it here."""
+    known = hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")
+    return known and set(_names(module)) <= set(module._parameters)
+
+
+def _names(module: Any) -> tuple[str, str]:
+    return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
 
 
 def observe(module: nn.Module, see: See) -> None:
@@ -68,12 +75,9 @@ def _forward(module: nn.Module, see: See) -> Callable[[Tensor, Tensor, Tensor], 
             see(name, y, counts, token, len(hidden_states))
             return y
 
-        x = hidden_states[token]
-        if m.has_gate:
-            x = m._apply_gate(linear("gate_up_proj", x))
-        else:
-            x = m.act_fn(linear("up_proj", x))
-        x = linear("down_proj", x)
+        up, down = _names(module)
+        x = linear(up, hidden_states[token])
+        x = linear(down, m._apply_gate(x) if m.has_gate else m.act_fn(x))
         if m.has_post_expert_norm:
             x = m.post_expert_norm(x)
         x = x * top_k_weights.reshape(-1)[order, None]
@@ -88,7 +92,7 @@ def _products(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     weights [experts, in, out]; ends: int32 [experts], where the rows of each end."""
     aligned = all(n * x.element_size() % 16 == 0 for n in weights.shape[1:])
     ampere = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0)
-    traced = torch.compiler.is_compiling() and x.dtype != torch.bfloat16
+    traced = (torch.compiler.is_compiling() or x.is_meta) and x.dtype != torch.bfloat16
     if aligned and ampere and not traced:
         return F.grouped_mm(x, weights, offs=ends)
     return torch.ops.transformers.grouped_mm_fallback(x, weights, ends)  # one after the other

@@ -13,9 +13,10 @@ from pipeline.engine.config import DTYPES, memory_per_rank, offloads, precision_
 from pipeline.engine.optimizer import zero_groups
 from pipeline.migu.mask import kept_count
 from pipeline.migu.targets import find_targets
-from pipeline.model.blocks import block_linears, find_blocks
+from pipeline.model.blocks import block_linears, find_blocks, linears_and_experts
 from pipeline.model.chunked_loss import CHUNK
 from pipeline.model.split_linear import is_split, split_linears
+from pipeline.model.stacked_experts import can_observe, look_away, observe
 from pipeline.recipe import Lora, Recipe
 from pipeline.run.methods import methods_of
 from pipeline.run.stage_rows import split_stage
@@ -214,6 +215,7 @@ def _kept_by(
     if head is not None:  # the logits are counted apart
         hooks.append(head.register_forward_pre_hook(lambda _m, x: (x[0][:, :1], *x[1:])))
     width = _width(model)
+    mixtures = [m for _, m in linears_and_experts(model) if can_observe(m)]
     before = {p: p.data for p in model.parameters()}
     ids = torch.zeros(shape, dtype=torch.long, device="meta")
     two_sides = getattr(model.config, "is_encoder_decoder", False)
@@ -222,6 +224,8 @@ def _kept_by(
         for p in before:
             if p.is_floating_point():
                 p.data = p.data.to(dtype)
+        for experts in mixtures:  # the library's do not run there
+            observe(experts, lambda *_: None)
         own |= {t.untyped_storage()._cdata for t in (*before, *model.buffers())}
         with _fused_attention(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             output = model(input_ids=ids, **also)  # kept until all is counted
@@ -229,6 +233,8 @@ def _kept_by(
     finally:
         for p, data in before.items():
             p.data = data
+        for experts in mixtures:
+            look_away(experts)
         for hook in hooks:
             hook.remove()
     return kept, inputs, width
