@@ -11,11 +11,11 @@ from pipeline.migu.gradient_mask import GradientMask
 from pipeline.migu.mask import kept_count
 from pipeline.migu.targets import count_rows, find_targets
 from pipeline.model.lora import adapted_linears
-from pipeline.model.split_linear import split_linears
 from pipeline.ranks import world_size
 from pipeline.recipe import Lora, Mask
 from pipeline.run.memory import activations
 from pipeline.run.speed import training_flops
+from pipeline.run.stage_rows import masked_targets
 from pipeline.shard import ParameterShards
 from tests.reference import (
     BETAS,
@@ -252,12 +252,15 @@ def test_operations_and_activations_are_counted():
 
 
 def test_what_experts_cannot_have_is_refused_by_name():
-    model = tiny("mixtral")
+    """Of a model without weights, so before any is loaded."""
+    with torch.device("meta"):
+        model = tiny("mixtral")
     with pytest.raises(UserError, match=r"experts.gate_up_proj belongs to a MixtralExperts"):
-        GradientMask(model, Mask(backward="row_sparse"), seed=0)
-    name = "model.layers.0.mlp.experts.down_proj"
+        masked_targets(model, Mask(backward="row_sparse"))
     with pytest.raises(UserError, match=r"mask.refresh: stage splits plain linears.*experts"):
-        split_linears(model, {name: torch.ones(60, dtype=torch.bool)})
+        masked_targets(model, Mask(refresh="stage"))
+    attention = Mask(refresh="stage", backward="row_sparse", components=["attention"])
+    assert {t.component for t in masked_targets(model, attention)} == {"q", "k", "v", "o"}
     with pytest.raises(UserError, match=r"LoRA, das, hft and ssu.*model.lora.targets"):
         adapted_linears(model, Lora())
     assert len(adapted_linears(model, Lora(targets=["q_proj"]))) == 2

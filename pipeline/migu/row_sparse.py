@@ -27,12 +27,11 @@ class RowSparseLinears:
     every row before it was told any.
 
     Raises:
-        UserError: a target is an adapter, quantized, or shares its weight with another module; or
-            its module computes in a way of its own.
+        UserError: as `require_plain_linears`.
     """
 
     def __init__(self, model: nn.Module, targets: list[Target]):
-        _check(model, targets)
+        require_plain_linears(model, targets)
         self._rows = [_Rows() for _ in targets]
         self._sizes = [t.rows for t in targets]
         # int64 [2, sum of rows]: of each row its number within its target, and which target that
@@ -150,7 +149,9 @@ def _weight_gradient(
     return product.index_select(0, rows.source)
 
 
-def _check(model: nn.Module, targets: list[Target]) -> None:
+def require_plain_linears(model: nn.Module, targets: list[Target]) -> None:
+    """Raises UserError where a target is an adapter, quantized, or shares its weight with another
+    module; or its module computes in a way of its own."""
     for target in targets:
         module = target.observed
         if is_adapted(module) or ".lora_" in target.name:

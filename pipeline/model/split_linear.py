@@ -124,13 +124,24 @@ def split_linears(model: nn.Module, rows: Mapping[str, Tensor]) -> None:
         rows: bool [output features] by the weight's name; True: trained.
 
     Raises:
-        UserError: a weight is not a linear's own: quantized, an adapter's, tied to another.
+        UserError: as `require_splittable`.
     """
+    require_splittable(model, rows)
+    for name, keep in rows.items():
+        path, _, _ = name.rpartition(".")
+        parent, _, child = path.rpartition(".")
+        split = SplitLinear(model.get_submodule(path), keep)
+        setattr(model.get_submodule(parent), child, split)
+
+
+def require_splittable(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises UserError where one of the named weights is not a linear's own: quantized, an
+    adapter's, an expert's, tied to another."""
     users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for p in module._parameters.values():
             users.setdefault(id(p), []).append(name)
-    for name, keep in rows.items():
+    for name in names:
         path, _, last = name.rpartition(".")
         linear = model.get_submodule(path)
         if last != "weight" or type(linear).forward not in (nn.Linear.forward, Conv1D.forward):
@@ -143,8 +154,6 @@ def split_linears(model: nn.Module, rows: Mapping[str, Tensor]) -> None:
                 f"mask.refresh: stage cannot split {name}, which is tied to a weight of "
                 f"{next(s for s in shared if s != path)}; leave it out with mask.components"
             )
-        parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, SplitLinear(linear, keep))
 
 
 def split_parts(model: nn.Module) -> dict[str, SplitLinear]:

@@ -16,12 +16,13 @@ from pipeline.data.stage import StagePlan, domains_of, plan_stage, shares_of
 from pipeline.data.tasks import described, options_of
 from pipeline.data.tokenizer import vocabulary_size
 from pipeline.engine.config import check_compiled, check_quantized, describe, precision_of
-from pipeline.migu.targets import count_rows, find_targets
+from pipeline.migu.targets import count_rows
 from pipeline.model.gguf import local_weights
 from pipeline.model.load import check_model, check_pretrained, empty_model, load_config
 from pipeline.recipe import Lora, Model, Recipe
 from pipeline.run.memory import memory_lines, split_as_in_training
 from pipeline.run.problems import check_precision
+from pipeline.run.stage_rows import masked_targets
 from pipeline.run.tokenizer import model_tokenizer
 
 
@@ -84,7 +85,7 @@ def _mask_lines(recipe: Recipe, model: Any) -> list[str]:
     k = recipe.mask
     if not k.enabled:
         return ["mask       off: every row is updated"]
-    counts = count_rows(find_targets(model, k.components, k.split_fused), k.threshold, k.rule)
+    counts = count_rows(masked_targets(model, k), k.threshold, k.rule)
     total = {key: sum(c[key] for c in counts.values()) for key in ("linears", "rows", "kept")}
     lines = [f"mask       criterion {k.criterion}, T = {k.threshold}, from stage {k.from_stage}:"]
     for name, c in [*counts.items(), ("all", total)]:

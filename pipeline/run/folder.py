@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from pipeline.checkpoint import is_published, replace_file
 from pipeline.engine.config import describe, precision_of
 from pipeline.errors import UserError, advice
-from pipeline.migu.targets import count_rows, find_targets
+from pipeline.migu.targets import count_rows
 from pipeline.model.load import empty_model
 from pipeline.progress import now
 from pipeline.ranks import on_rank0, rank, world_size
@@ -30,6 +30,7 @@ from pipeline.run.base_files import FILE as BASE
 from pipeline.run.base_files import KEYS, base_differences, base_files
 from pipeline.run.lock import FolderLock
 from pipeline.run.recipe_defaults import with_defaults
+from pipeline.run.stage_rows import masked_targets
 
 MARK = "environment.json"  # the first file of a run folder, and the last that is deleted
 RESUME = "resume"  # in a stage's folder, while it trains: checkpoints behind a step
@@ -263,7 +264,7 @@ def describe_model(folder: Path, recipe: Recipe, config: PretrainedConfig) -> No
     known["parameters"] = sum(p.numel() for p in model.parameters())
     if recipe.mask.enabled:
         k = recipe.mask
-        counts = count_rows(find_targets(model, k.components, k.split_fused), k.threshold, k.rule)
+        counts = count_rows(masked_targets(model, k), k.threshold, k.rule)
         known["masked_linears"] = sum(c["linears"] for c in counts.values())
         known["masked_rows"] = {
             "total": sum(c["rows"] for c in counts.values()),

@@ -21,14 +21,15 @@ from pipeline.engine.config import DTYPES, precision_of
 from pipeline.errors import UserError
 from pipeline.migu.fisher import FisherRecorder
 from pipeline.migu.gradient_mask import GradientMask, NonFiniteMagnitude
-from pipeline.migu.targets import Target
+from pipeline.migu.row_sparse import require_plain_linears
+from pipeline.migu.targets import Target, find_targets
 from pipeline.model.attention import Separation, arrange
 from pipeline.model.load import summed_loss
-from pipeline.model.split_linear import split_linears, split_parts
+from pipeline.model.split_linear import require_splittable, split_linears, split_parts
 from pipeline.nodes import send_folder
 from pipeline.progress import say
 from pipeline.ranks import on_rank0, rank
-from pipeline.recipe import Recipe
+from pipeline.recipe import Mask, Recipe
 from pipeline.shard import ParameterShards
 
 ROWS = "rows"  # the folder beside a stage's checkpoint
@@ -40,6 +41,20 @@ def split_stage(recipe: Recipe, stage: int) -> int | None:
     mask = recipe.mask
     splits = mask.enabled and mask.refresh == "stage" and stage >= mask.from_stage
     return stage if splits else None
+
+
+def masked_targets(model: nn.Module, mask: Mask) -> list[Target]:
+    """What the mask of a run masks, of its model without weights.
+
+    Raises:
+        UserError: what `find_targets`, `mask.backward` or `mask.refresh` cannot take.
+    """
+    targets = find_targets(model, mask.components, mask.split_fused)
+    if mask.backward != "dense":
+        require_plain_linears(model, targets)
+    if mask.refresh == "stage":
+        require_splittable(model, [t.name for t in targets])
+    return targets
 
 
 def split_for_stage(
