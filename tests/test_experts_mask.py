@@ -14,6 +14,7 @@ from pipeline.model.lora import adapted_linears
 from pipeline.ranks import world_size
 from pipeline.recipe import Lora, Mask
 from pipeline.run.memory import activations
+from pipeline.run.row_groups import weight_rows
 from pipeline.run.speed import training_flops
 from pipeline.run.stage_rows import masked_targets
 from pipeline.shard import ParameterShards
@@ -220,6 +221,17 @@ def test_a_gate_and_what_it_gates_are_parts_of_an_expert():
     assert parts["ffn_out"] == (12,) * EXPERTS
     with pytest.raises(UserError, match="split_fused: has no effect"):  # its gates alternate
         find_targets(tiny("gpt_oss"), split_fused=True)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_rows_of_experts_have_their_weights_in_groups(kind):
+    for target in find_targets(tiny(kind), ["ffn"]):
+        rows, weight = weight_rows(target), target.weight
+        each = target.rows // EXPERTS
+        for row in (0, 3, each, target.rows - 1):
+            of_expert = weight[row // each]
+            expected = of_expert[:, row % each] if kind == "gpt_oss" else of_expert[row % each]
+            assert torch.equal(rows[row], expected)
 
 
 def test_operations_and_activations_are_counted():

@@ -45,12 +45,13 @@ def _make(begun: Start) -> dict[str, Tensor]:
     if by == "random":
         found = [random_groups(t.rows, count, s) for t, s in zip(targets, seeds, strict=True)]
     else:
-        rows = _profiles(begun, net, targets) if by == "magnitude" else map(_weight_rows, targets)
+        rows = _profiles(begun, net, targets) if by == "magnitude" else map(weight_rows, targets)
         found = [k_means(r, count, s) for r, s in zip(rows, seeds, strict=True)]
     return {t.name: g.cpu().contiguous() for t, g in zip(targets, found, strict=True)}
 
 
-def _weight_rows(target: Target) -> Tensor:
+def weight_rows(target: Target) -> Tensor:
+    """fp32 [rows, inputs]."""
     weight = target.weight.detach().float()
     return (weight.mT if target.output_dim else weight).flatten(0, -2).contiguous()
 
