@@ -8,28 +8,26 @@ processes. Completions run in the sandbox (docs/sandbox.md) and nowhere else.
 import gzip
 import importlib.util
 import json
-import math
 import os
 import re
 import textwrap
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria
 
 from eval.measure.results import replace_file, write_json
 from eval.sandbox.sandbox import Limits, Outcome, Sandbox, probe
 from pipeline.data.tokenizer import text_start
 from pipeline.errors import UserError
-from pipeline.model.generate import padded
-from pipeline.model.positions import longest_input
+from pipeline.model.generate import room_behind, written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -241,50 +239,24 @@ def generate(
     and max_new_tokens do not fit into the model, fewer tokens are generated, and none if the prompt
     alone does not.
     """
-    limit = longest_input(model) or math.inf
-
-    def room(attempt: Attempt) -> int:
-        return int(min(settings.max_new_tokens, limit - len(attempt.prompt)))
-
-    for tokens, attempts in groupby(block, room):  # they are sorted by the lengths of their prompts
-        alike = list(attempts)
-        if tokens > 0:
-            yield from _generate(model, tokenizer, alike, settings, tokens)
-        else:
-            yield from [("", True)] * len(alike)
-
-
-def _generate(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerFast",
-    block: list[Attempt],
-    settings: "HumanEval",
-    tokens: int,
-) -> Iterator[tuple[str, bool]]:
-    """`generate`, of at most so many tokens."""
     ends = _ends(model, tokenizer)
-    # The model's own settings (a repetition penalty, say) would fill in what is not given here.
-    model.generation_config = GenerationConfig(eos_token_id=ends or None)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
-    ids, attended = padded([a.prompt for a in block], pad, left=True)
-    longest = ids.shape[1]
-    sampled = block[0].sample is not None
-    drawn = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
-    bare = settings.template == "none"
-    output = model.generate(  # type: ignore[operator]
-        input_ids=ids.to(model.device),
-        attention_mask=attended.to(model.device),
-        max_new_tokens=tokens,
-        pad_token_id=pad,
-        do_sample=sampled,
-        stopping_criteria=StoppingCriteriaList([StopWords(tokenizer, longest)] if bare else []),
-        **(drawn if sampled else {}),
-    )
-    for attempt, row in zip(block, output[:, longest:].tolist(), strict=True):
-        end = next((i for i, token in enumerate(row) if token in ends), None)
-        text = _continuation(tokenizer, attempt.prompt, row[:end])
+    drawn: dict[str, Any] = {
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": 0,
+    }
+    bare, sampled = settings.template == "none", block[0].sample is not None
+    prompts, most = [a.prompt for a in block], settings.max_new_tokens
+    said = written(
+        model, prompts, ends, pad, most,
+        stopping=partial(StopWords, tokenizer) if bare else None,
+        do_sample=sampled, **(drawn if sampled else {}),
+    )  # fmt: skip
+    for prompt, ids, room in zip(prompts, said, room_behind(model, prompts, most), strict=True):
+        text = _continuation(tokenizer, prompt, ids)
         stop = _first_stop_word(text) if bare else None
-        yield (text[:stop] if bare else code_of(text)), end is None and stop is None
+        yield (text[:stop] if bare else code_of(text)), len(ids) == room and stop is None
 
 
 class StopWords(StoppingCriteria):

@@ -20,14 +20,15 @@ from pipeline.migu.gradient_mask import GradientMask, NonFiniteMagnitude
 from pipeline.model.attention import Separation, arrange
 from pipeline.model.chunked_loss import ChunkedLoss
 from pipeline.model.load import PredictedPositions, predict, predicted_places
-from pipeline.progress import EventLog, StageProgress
+from pipeline.progress import EventLog
 from pipeline.quantity import as_written
-from pipeline.ranks import rank, summed, totals, world_size
+from pipeline.ranks import summed, totals, world_size
 from pipeline.recipe import Optimizer, Recipe
 from pipeline.run.bad_steps import BadStepRule
 from pipeline.run.domain_losses import DomainLosses
-from pipeline.run.speed import PARTS, Speed, Stopwatch
+from pipeline.run.speed import Stopwatch
 from pipeline.run.stage_rows import FrozenRows
+from pipeline.run.step_report import StepReport
 
 Batch = dict[str, Tensor]
 Mask = GradientMask | FrozenRows
@@ -85,11 +86,10 @@ def train_stage(
     peak_lr = recipe.stages[stage - 1].lr or recipe.optimizer.lr
     head = PredictedPositions(engine.module) if _trims_head(recipe, mask) else None
     chunked = ChunkedLoss(head) if head and recipe.train.chunked_loss else None
-    title = f"{recipe.name}: stage {stage}/{len(recipe.stages)} {name}"
-    progress = StageProgress(title, steps, done.steps) if rank() == 0 else None
+    report = StepReport(engine, recipe, stage, steps, log, done.steps) if log else None
     by_domain = DomainLosses(domains, engine.device) if domains and len(domains) > 1 else None
     bad = bad or BadStepRule(recipe.bad_steps, stage, name)
-    timer, speed = Stopwatch(engine.device), Speed(engine.module, recipe, engine.device)
+    timer = Stopwatch(engine.device)
     edited = any(type(method).edit is not Method.edit for method in methods)
 
     def forward(waiting: Batch, count: int) -> tuple[Tensor, Tensor]:
@@ -166,34 +166,14 @@ def train_stage(
                 mask.forget(step)
         timer.end()
         done.steps, done.tokens = step, done.tokens + tokens
-        if progress is not None and log is not None:
-            norm, seconds = engine.gradient_norm, timer.seconds()
-            fast = speed.numbers(tokens, int(predicted), seconds["all"])
-            progress.update(step, tokens, mean_loss, norm, kept, fast)
-            log.write(
-                "step",
-                stage=stage,
-                domain=name,
-                step=step,
-                steps=steps,
-                loss=mean_loss,
-                grad_norm=norm,
-                lr=lr,
-                kept=kept,
-                applied=applied,
-                tokens=tokens,
-                seconds=seconds["all"],
-                **{f"{part}_seconds": seconds[part] for part in PARTS},
-                **fast,
-                **({"domains": domain_losses} if domain_losses is not None else {}),
-                **({"methods": method_losses} if method_losses else {}),
-            )
-            _monitor(engine, recipe, stage, step, mean_loss, norm, lr, kept)
+        if report is not None:
+            report.step(
+                step, timer.seconds(), tokens=tokens, predicted=int(predicted), loss=mean_loss,
+                lr=lr, kept=kept, applied=applied, domains=domain_losses, methods=method_losses,
+            )  # fmt: skip
         if after_step is not None and after_step(step):
             break
-    if progress is not None:
-        progress.close()
-    for part in (chunked, head):
+    for part in (report, chunked, head):
         if part is not None:
             part.close()
     return done
@@ -283,20 +263,3 @@ def _trims_head(recipe: Recipe, mask: Mask | None) -> bool:
 
 def _to(batch: Batch, device: torch.device) -> Batch:
     return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-
-
-def _monitor(
-    engine: Any,
-    recipe: Recipe,
-    stage: int,
-    step: int,
-    loss: float,
-    norm: float,
-    lr: float,
-    kept: float,
-) -> None:
-    """TensorBoard, W&B, ...: whatever the DeepSpeed JSON switches on."""
-    if engine.monitor.enabled:
-        values = {"loss": loss, "gradient_norm": norm, "lr": lr, "kept_rows": kept}
-        prefix = f"stage_{stage:02d}_{recipe.stages[stage - 1].name}"
-        engine.monitor.write_events([(f"{prefix}/{k}", v, step) for k, v in values.items()])
