@@ -24,12 +24,14 @@ from pipeline.methods.sampled_text import one_document
 from pipeline.model.attention import separate_documents
 from pipeline.ranks import rank, world_size
 from pipeline.recipe import BadSteps, Stage
+from pipeline.run.methods import check_methods
 from pipeline.run.recipe_file import load_recipe
 from pipeline.run.train import train_stage
 from pipeline.shard import ParameterShards
 from tests.reference import BETAS, CLIP, EPS, LR, MODELS, WEIGHT_DECAY, micro_batches, step_loss
 from tests.spawn import run_ranks
 from tests.test_anchor import BUILDS, LENGTH, teacher_of, tokenizer_of
+from tests.test_experts_mask import tiny
 from tests.test_parity import recipe_for
 
 STEPS = 3
@@ -472,8 +474,23 @@ def test_what_a_method_cannot_do_is_said(tmp_path, overrides, problem):
         load_recipe(recipe, overrides)
 
 
-def test_das_needs_heads_of_their_own_and_dropout():
-    with pytest.raises(UserError, match="das: gpt2 is not supported"):
-        gates_of(MODELS["gpt2"]())
-    with pytest.raises(UserError, match="das: llama has no dropout"):
-        importance_of("llama", True)
+@pytest.mark.parametrize(
+    ("settings", "net", "problem"),
+    [
+        ("das={}", MODELS["gpt2"], "das: gpt2 is not supported: its attention heads"),
+        ("das={}", MODELS["llama"], "das: llama has no dropout"),
+        ("hft={}", partial(tiny, "mixtral"), r"layers\.0\.mlp\.experts.*hft"),
+        ("ssu={text: b}", partial(tiny, "mixtral"), r"layers\.0\.mlp\.experts.*ssu"),
+    ],
+)
+def test_what_a_model_lacks_for_a_method_is_said_before_it_is_loaded(
+    tmp_path, settings, net, problem
+):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(BASE)
+    recipe = load_recipe(path, [settings])
+    with torch.device("meta"):
+        model = net()
+    with pytest.raises(UserError, match=problem):
+        check_methods(model, recipe)
+    check_methods(MODELS["roberta"](), recipe)

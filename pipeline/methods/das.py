@@ -57,6 +57,10 @@ class Das(Method):
         self._engine: Any = None
         self._first: PredictedPositions | None = None
 
+    def check(self, net: nn.Module) -> None:
+        gates_of(net)
+        _dropouts(net)
+
     def begin(self, start: Start) -> None:
         self._measure(start, 0, self.recipe.stages[0].domains, "base", general=True)
 
@@ -149,13 +153,7 @@ def _proxies(
     das: Das, net: Any, start: Start, domains: list[str]
 ) -> Iterator[Callable[[], Tensor]]:
     """KL between the last hidden states, as distributions, of two passes with dropout."""
-    dropouts = [m for m in net.modules() if isinstance(m, nn.Dropout)]
-    if not dropouts:
-        raise UserError(
-            f"das: {net.config.model_type} has no dropout, by which general knowledge is measured; "
-            "take another model, or another method"
-        )
-    for module in dropouts:
+    for module in _dropouts(net):
         module.p = das.settings.dropout
 
     def proxy(number: int, inputs: dict[str, Any]) -> Tensor:
@@ -168,6 +166,16 @@ def _proxies(
 
     for number, inputs, _ in _batches(das, net, start, domains):
         yield partial(proxy, number, inputs)
+
+
+def _dropouts(net: Any) -> list[nn.Dropout]:
+    found = [m for m in net.modules() if isinstance(m, nn.Dropout)]
+    if not found:
+        raise UserError(
+            f"das: {net.config.model_type} has no dropout, by which general knowledge is measured; "
+            "take another model, or another method"
+        )
+    return found
 
 
 def _losses(das: Das, net: Any, start: Start, domains: list[str]) -> Iterator[Callable[[], Tensor]]:

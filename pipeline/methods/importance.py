@@ -41,7 +41,7 @@ def gates_of(net: Any) -> list[Gate]:
     """
     config = net.config.get_text_config()
     found = []
-    for name, linear in block_linears(net, False):
+    for name, linear in block_linears(net):
         component = component_of(name)
         if component == "qkv" or config.is_encoder_decoder:
             raise UserError(
@@ -120,7 +120,7 @@ def soft_masks(net: Any, importance: Importance) -> dict[str, tuple[Tensor, int]
     shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in net.named_parameters()}
     config = net.config.get_text_config()
     masks: dict[str, tuple[Tensor, int]] = {}
-    for name, _ in block_linears(net, False):
+    for name, _ in block_linears(net):
         block, component = BLOCK.match(name), component_of(name)
         assert block is not None
         rows = shapes[f"{name}.weight"][0]

@@ -105,6 +105,13 @@ class Method:
     weight = 1.0
     masked = True
 
+    def check(self, net: nn.Module) -> None:
+        """Before anything is loaded; net: the model without its weights.
+
+        Raises:
+            UserError: the method does not work on such a model.
+        """
+
     def begin(self, start: Start) -> None:
         """Once, before the engine is built: while a whole model still fits. All ranks call it."""
 

@@ -39,6 +39,9 @@ class SourceColumns(Method):
         self.settings, self._recipe = recipe.ssu, recipe
         self._keep: dict[str, tuple[Tensor, int]] = {}  # by weight: bool [inputs]; its dimension
 
+    def check(self, net: nn.Module) -> None:
+        list(block_linears(net))
+
     def begin(self, start: Start) -> None:
         found = on_rank0(partial(self._choose, start))
         self._keep = {n: (torch.tensor(keep), dim) for n, (keep, dim) in found.items()}
@@ -99,7 +102,7 @@ def input_norms(
 
     hooks = [
         module.register_forward_pre_hook(partial(observe, name))
-        for name, module in block_linears(net, False)
+        for name, module in block_linears(net)
     ]
     for inputs, real in batches:
         real_now[0] = real

@@ -21,6 +21,7 @@ from pipeline.model.gguf import local_weights
 from pipeline.model.load import check_model, check_pretrained, empty_model, load_config
 from pipeline.recipe import Lora, Model, Recipe
 from pipeline.run.memory import memory_lines, split_as_in_training
+from pipeline.run.methods import check_methods
 from pipeline.run.problems import check_precision
 from pipeline.run.stage_rows import masked_targets
 from pipeline.run.tokenizer import model_tokenizer
@@ -59,6 +60,7 @@ def describe_run(recipe: Recipe, engine_config: dict[str, Any], ranks: int) -> s
     if m.prompt is not None:
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         lines += [f"prompt     {m.prompt.tokens} vectors, {count:,} parameters; the rest is frozen"]
+    check_methods(model, recipe)
     lines += _mask_lines(recipe, model)
     lines += _data_lines(recipe, tokenizer)
     examples = _task_examples(recipe)

@@ -82,6 +82,12 @@ def methods_of(recipe: Recipe) -> list[Method]:
     return [m(recipe) for m in METHODS if getattr(recipe, m.name) is not None]
 
 
+def check_methods(net: nn.Module, recipe: Recipe) -> None:
+    """Raises UserError where a method does not work on such a model; net: without its weights."""
+    for method in methods_of(recipe):
+        method.check(net)
+
+
 def needs_table() -> str:
     """The paper's Table 1 of what is here: what each method needs beside the new text; Markdown."""
     needs = {**OTHERS, **{m.name: m.needs for m in METHODS}}

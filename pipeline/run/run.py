@@ -18,7 +18,7 @@ from pipeline.data.tokenizer import vocabulary_size
 from pipeline.engine.config import check_compiled, check_quantized, precision_of
 from pipeline.errors import TrainingStopped, UserError
 from pipeline.model.attention import Separation
-from pipeline.model.load import check_model, check_pretrained, load_config
+from pipeline.model.load import check_model, check_pretrained, empty_model, load_config
 from pipeline.nodes import send_folder
 from pipeline.progress import EventLog
 from pipeline.ranks import end_if_asked, on_rank0, rank, world_size
@@ -26,7 +26,7 @@ from pipeline.recipe import Recipe
 from pipeline.run.data import open_data
 from pipeline.run.evaluation import Evaluation, one_measures, take_base, take_measured
 from pipeline.run.folder import describe_model, open_run, stage_folder
-from pipeline.run.methods import methods_of, run_start
+from pipeline.run.methods import check_methods, methods_of, run_start
 from pipeline.run.problems import check_precision
 from pipeline.run.published import remove
 from pipeline.run.replicas import check_replicas
@@ -165,6 +165,7 @@ def _prepare(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Run
     check_replicas(recipe, engine_config, world_size())
     check_answers(recipe, tokenizer)
     on_rank0(partial(describe_model, folder, recipe, config))
+    on_rank0(lambda: check_methods(empty_model(recipe.model, config), recipe))
     on_rank0(partial(check_pretrained, recipe.model, config))
     data = open_data(recipe, tokenizer, folder)
     if not on_rank0(partial(is_published, folder / "heldout")):
