@@ -1,6 +1,7 @@
 """Mixtures whose experts are one parameter a matrix: each expert's rows are masked by its own
 outputs, on every engine."""
 
+import peft
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -276,3 +277,5 @@ def test_what_experts_cannot_have_is_refused_by_name():
     with pytest.raises(UserError, match=r"LoRA, das, hft and ssu.*model.lora.targets"):
         adapted_linears(model, Lora())
     assert len(adapted_linears(model, Lora(targets=["q_proj"]))) == 2
+    adapted = peft.get_peft_model(tiny("mixtral"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert {t.component for t in find_targets(adapted)} == {"q"}  # the experts are frozen
