@@ -14,16 +14,16 @@ from pipeline.data.encode import Encoder
 from pipeline.data.heldout import load_tasks
 from pipeline.engine.config import resolve_engine_config
 from pipeline.errors import UserError
-from pipeline.model.experts import (
-    Experts,
+from pipeline.model.load import load_for_evaluation
+from pipeline.model.prompt import add_prompt, save_prompt
+from pipeline.model.task_adapters import (
+    TaskAdapters,
     class_statistics,
     nearest,
     precision_of,
     representations,
     save_tasks,
 )
-from pipeline.model.load import load_for_evaluation
-from pipeline.model.prompt import add_prompt, save_prompt
 from pipeline.ranks import on_rank0, world_size
 from pipeline.recipe import Answers, Prompt
 from pipeline.run.recipe_file import load_recipe
@@ -108,7 +108,7 @@ def test_prompts_are_experts_too(tmp_path):
         folder.mkdir(parents=True)
         save_prompt(net, net.soft_prompt.named_parameters("soft_prompt"), folder, torch.float32)
     save_tasks(tmp_path, torch.eye(18)[:2], torch.tensor([1, 2]), torch.eye(18), [["a"], ["b"]])
-    loaded = Experts(tmp_path, load_for_evaluation(tmp_path / "experts/02", "seq2seq", "sdpa"))
+    loaded = TaskAdapters(tmp_path, load_for_evaluation(tmp_path / "experts/02", "seq2seq", "sdpa"))
     text = torch.arange(5, 12)[None]
     for stage in (1, 2):
         loaded.use(stage)

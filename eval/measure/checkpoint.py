@@ -19,9 +19,9 @@ from eval.measure import lm
 from pipeline.data.heldout import load_heldout
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.errors import UserError
-from pipeline.model.experts import FOLDER, Experts
 from pipeline.model.gguf import local_weights
 from pipeline.model.load import load_config, load_for_evaluation
+from pipeline.model.task_adapters import FOLDER, TaskAdapters
 from pipeline.recipe import Evaluation, Lora, Model
 from pipeline.redact import redact
 from pipeline.run.evaluation import RESULTS
@@ -64,11 +64,11 @@ class Checkpoint:
         )
 
     @cached_property
-    def experts(self) -> Experts | None:
+    def task_adapters(self) -> TaskAdapters | None:
         """Those that the checkpoint holds beside its own adapter; in the model, which answers with
         one of them from then on."""
         folder = Path(self.path)
-        return Experts(folder, self.model) if (folder / FOLDER).is_dir() else None
+        return TaskAdapters(folder, self.model) if (folder / FOLDER).is_dir() else None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -182,7 +182,7 @@ def measure_share(
                     settings.answers,
                     output,
                     share,
-                    checkpoint.experts,
+                    checkpoint.task_adapters,
                     asked,
                 )
             else:

@@ -20,10 +20,10 @@ from pipeline.data.heldout import load_tasks
 from pipeline.data.instruct import Example
 from pipeline.data.tasks import check_answers_fit, normalized
 from pipeline.errors import UserError
-from pipeline.model.experts import Experts
 from pipeline.model.generate import written
 from pipeline.model.positions import longest_input
 from pipeline.model.prompt import prompt_of
+from pipeline.model.task_adapters import TaskAdapters
 from pipeline.recipe import Answers
 
 if TYPE_CHECKING:
@@ -40,12 +40,12 @@ def evaluate_share(
     settings: Answers,
     output: Path,
     share: tuple[int, int] = (0, 1),
-    experts: Experts | None = None,
+    adapters: TaskAdapters | None = None,
     names: list[str] | None = None,
 ) -> None:
     """Answer the rows i of each task with i % share[1] == share[0]; one line a row in `output`.
 
-    experts: of the model's checkpoint; each row is answered by the one that it finds.
+    adapters: of the model's checkpoint; each row is answered by the one that it finds.
     names: of the folder's tasks; default: all.
     """
     manifest = json.loads((heldout / "manifest.json").read_text(encoding="utf-8"))
@@ -58,24 +58,24 @@ def evaluate_share(
     for name, (options, examples) in tasks.items():
         own = list(enumerate(examples[: settings.limit]))[share[0] :: share[1]]
         asked = [e for _, e in own]
-        chosen = experts.choose(encoder.prompts(asked)) if experts and asked else [0] * len(own)
+        chosen = adapters.choose(encoder.prompts(asked)) if adapters and asked else [0] * len(own)
         said = [""] * len(own)
         for expert in sorted(set(chosen)):
             mine = [i for i, c in enumerate(chosen) if c == expert]
-            if experts is not None:
-                experts.use(expert)
+            if adapters is not None:
+                adapters.use(expert)
             texts = answers(model, encoder, [asked[i] for i in mine], options, settings)
             for i, text in zip(mine, texts, strict=True):
                 said[i] = text
         lines += [
             {"task": name, "row": row, "answer": example.response, "said": text}
-            | (experts.described(expert, name) if experts is not None else {})
+            | (adapters.described(expert, name) if adapters is not None else {})
             for (row, example), text, expert in zip(own, said, chosen, strict=True)
         ]
         bar.update()
     bar.close()
-    if experts is not None:
-        experts.use(len(experts.domains))  # the checkpoint's own
+    if adapters is not None:
+        adapters.use(len(adapters.domains))  # the checkpoint's own
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     output.write_text(text, encoding="utf-8")
 

@@ -3,7 +3,7 @@
 Every stage trains an adapter or prompt of its own over the base (`start_from: base`). Before it,
 the frozen base's representations of its texts are taken, a mean for every answer and a covariance
 that all share; what is published holds the adapters of all stages so far with them, and an answer
-is given by the adapter of the nearest class (`model/experts.py`).
+is given by the adapter of the nearest class (`model/task_adapters.py`).
 """
 
 import shutil
@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save
 from pipeline.checkpoint import keep_file
 from pipeline.methods.domain_text import asked_and_answer
 from pipeline.methods.method import Method, Start
-from pipeline.model.experts import (
+from pipeline.model.lora import ADAPTER, WEIGHTS
+from pipeline.model.task_adapters import (
+    adapter_folder,
     class_statistics,
-    expert_folder,
     precision_of,
     representations,
     save_tasks,
 )
-from pipeline.model.lora import ADAPTER, WEIGHTS
 from pipeline.ranks import on_rank0
 from pipeline.recipe import Recipe
 
@@ -51,10 +51,10 @@ class Epi(Method):
     def add_files(self, folder: Path) -> None:
         """The adapter as it is written now, those of the stages before, and the classes of all."""
         for stage in range(1, self._stage + 1):
-            source = folder if stage == self._stage else expert_folder(self._kept, stage)
-            targets = [expert_folder(folder, stage)]
+            source = folder if stage == self._stage else adapter_folder(self._kept, stage)
+            targets = [adapter_folder(folder, stage)]
             if stage == self._stage:  # for the stages to come
-                targets.append(expert_folder(self._kept, stage))
+                targets.append(adapter_folder(self._kept, stage))
             for target in targets:
                 target.mkdir(parents=True, exist_ok=True)
                 for name in (ADAPTER, WEIGHTS):

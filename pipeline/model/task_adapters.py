@@ -27,7 +27,7 @@ SHRINK = 0.01  # of the covariance toward a multiple of one: classes may be smal
 BATCH = 32  # texts of a forward
 
 
-def expert_folder(folder: Path, stage: int) -> Path:
+def adapter_folder(folder: Path, stage: int) -> Path:
     return folder / FOLDER / f"{stage:02d}"
 
 
@@ -74,7 +74,7 @@ def save_tasks(
     save_file(whole, folder / FOLDER / TASKS, metadata={"domains": json.dumps(domains)})
 
 
-class Experts:
+class TaskAdapters:
     """What a checkpoint holds of them, in a model that has loaded it."""
 
     def __init__(self, checkpoint: Path, net: Any):
@@ -86,7 +86,7 @@ class Experts:
         self.precision = found["precision"].double()
         self._prompts: dict[int, Tensor] = {}
         for stage in sorted(set(self.stages.tolist())):
-            folder = expert_folder(checkpoint, stage)
+            folder = adapter_folder(checkpoint, stage)
             if prompt_of(net) is not None:
                 self._prompts[stage] = load_file(folder / WEIGHTS)[KEY].float().to(net.device)
             else:
