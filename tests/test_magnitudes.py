@@ -1,20 +1,22 @@
 """The magnitudes that `launch/inspect.py` shows are those that MIGU sums."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from eval.analysis.magnitudes import Layer, choose, mean_overlap, overlap_of
 from eval.measure.magnitudes import magnitudes_of
 from eval.report.magnitude_page import write_magnitudes
 from pipeline.errors import UserError
+from pipeline.model.load import load_for_evaluation
 from tests.test_eval import evaluate, prepared  # noqa: F401
+from tests.test_experts_mask import EXPERTS, tiny
 
 
 def test_they_overlap_as_the_evaluation_says_and_are_drawn(prepared):  # noqa: F811
-    from pipeline.model.load import load_for_evaluation
-
     folder, objective = prepared
     model = load_for_evaluation(folder / "checkpoint", objective, "sdpa")
     layers = [Layer(*x) for x in magnitudes_of(model, folder / "heldout", None, 1000)]
@@ -37,6 +39,33 @@ def test_they_overlap_as_the_evaluation_says_and_are_drawn(prepared):  # noqa: F
     numbers = json.loads((folder / "page/report.json").read_text())["checkpoints"]["before"]
     assert numbers["layer"] == choose(layers, None).name
     assert "<svg" in page.read_text()
+
+
+def test_each_expert_of_a_mixture_is_a_layer(prepared, tmp_path):  # noqa: F811
+    folder, objective = prepared
+    if objective != "causal":
+        pytest.skip("a mixture is causal here")
+    net = tiny("mixtral")
+    net.resize_token_embeddings(300)
+    with torch.no_grad():
+        for block in net.model.layers:
+            block.mlp.gate.weight.zero_()  # all tokens go to the same two experts
+    net.save_pretrained(tmp_path / "checkpoint")
+    shutil.copytree(folder / "heldout", tmp_path / "heldout")
+    layers = [
+        Layer(*x)
+        for x in magnitudes_of(
+            load_for_evaluation(tmp_path / "checkpoint", "causal", "sdpa"),
+            tmp_path / "heldout", None, 1000,
+        )
+    ]  # fmt: skip
+    down = [layer for layer in layers if layer.component == "ffn_out"]
+    paths, experts = zip(*(layer.name.rsplit(".", 1) for layer in down), strict=True)
+    assert list(paths) == [f"model.layers.{i}.mlp.experts.down_proj" for i in (0, 0, 1, 1)]
+    assert len(set(experts)) == 2 < EXPERTS
+    measured = evaluate(tmp_path, "mixture", 1)["overlap"]["kinds"]["ffn_out"]
+    own = [overlap_of(layer, 0.7) for layer in down]
+    np.testing.assert_allclose(np.mean(own, axis=0), measured, atol=1e-9)
 
 
 def test_checkpoints_have_names_that_tell_them_apart():

@@ -224,8 +224,11 @@ def _evaluate(
     head.close()
     if recorder:
         recorder.close()
-        arrays["rows"] = np.array([t.rows for t in linears])
-        arrays["components"] = np.array([t.component for t in linears])
+        layers = [t.component for t in linears for _ in range(t.experts or 1)]
+        arrays["components"] = np.array(layers)
+        arrays["rows"] = np.array(
+            [t.rows // (t.experts or 1) for t in linears for _ in range(t.experts or 1)]
+        )
     return arrays
 
 
@@ -292,11 +295,12 @@ def _overlap(
     magnitudes: dict[str, np.ndarray], rows: list[int], components: list[str], threshold: float
 ) -> dict[str, Any]:
     """Of the rows that MIGU would keep for domain i, the fraction it keeps for j too (Figure 5),
-    averaged over the layers of each component."""
-    keep = {
-        name: select_rows(torch.from_numpy(m), rows, threshold).split(rows)
-        for name, m in magnitudes.items()
-    }
+    averaged over the layers of each component: of experts over those that i has sent a token to."""
+    keep = {}
+    for name, m in magnitudes.items():
+        scores = torch.from_numpy(m)
+        found = select_rows(scores, rows, threshold).split(rows)
+        keep[name] = [k & s.any() for k, s in zip(found, scores.split(rows), strict=True)]
     kinds: dict[str, list] = {}
     for kind in dict.fromkeys(components):
         layers = [i for i, c in enumerate(components) if c == kind]
@@ -304,7 +308,11 @@ def _overlap(
             [
                 float(
                     np.mean(
-                        [float((keep[a][i] & keep[b][i]).sum() / keep[a][i].sum()) for i in layers]
+                        [
+                            float((keep[a][i] & keep[b][i]).sum() / keep[a][i].sum())
+                            for i in layers
+                            if keep[a][i].any()
+                        ]
                     )
                 )
                 for b in magnitudes

@@ -51,9 +51,20 @@ def magnitudes_of(
                 model(**inputs)
         found[name] = recorder.reduce().double().cpu().split([t.rows for t in targets])
     recorder.close()
-    return [_layer(t, {n: found[n][i].numpy() for n in names}) for i, t in enumerate(targets)]
+    layers: list[Found] = []
+    for i, target in enumerate(targets):
+        layers += _layers(target, {n: found[n][i].numpy() for n in names})
+    return layers
 
 
-def _layer(target: Target, sums: dict[str, np.ndarray]) -> Found:
+def _layers(target: Target, sums: dict[str, np.ndarray]) -> list[Found]:
+    """One; of a mixture one for each expert that every domain has sent a token to."""
     name = target.name.removesuffix(".weight")
-    return name, target.component, {n: s / s.sum() for n, s in sums.items()}
+    if not target.experts:
+        return [(name, target.component, {n: s / s.sum() for n, s in sums.items()})]
+    experts = zip(*(s.reshape(target.experts, -1) for s in sums.values()), strict=True)
+    return [
+        (f"{name}.{e}", target.component, {n: s / s.sum() for n, s in zip(sums, own, strict=True)})
+        for e, own in enumerate(experts)
+        if all(s.any() for s in own)
+    ]
