@@ -341,8 +341,7 @@ def _require_whole_rows(attached: Attached, model: nn.Module) -> None:
     names = dict(model.named_parameters())
     for target in attached.mask.targets:
         weight = names[target.name]
-        inputs = weight.shape[-2 if target.output_dim else -1]
-        whole = weight.numel() == inputs * target.rows
+        whole = weight.numel() == weight.shape[target.input_dim] * target.rows
         if isinstance(weight, DTensor):
             shards = [p for p in weight.placements if not p.is_replicate()]
             whole &= shards in ([], [Shard(0)]) and (id(weight) in sharded or not shards)

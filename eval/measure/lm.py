@@ -224,11 +224,9 @@ def _evaluate(
     head.close()
     if recorder:
         recorder.close()
-        layers = [t.component for t in linears for _ in range(t.experts or 1)]
-        arrays["components"] = np.array(layers)
-        arrays["rows"] = np.array(
-            [t.rows // (t.experts or 1) for t in linears for _ in range(t.experts or 1)]
-        )
+        layers = [t.layers for t in linears]
+        arrays["rows"] = np.repeat([t.rows // t.layers for t in linears], layers)
+        arrays["components"] = np.repeat([t.component for t in linears], layers)
     return arrays
 
 

@@ -25,12 +25,11 @@ class FisherRecorder(RowScores):
     def add(self) -> None:
         """Count the gradient of a sample's loss, as its backward has left it, and forget
         it."""
-        views = self.scores.split(self.sizes), self.seen.split(self.parts)
+        views = self.scores.split(self.sizes), self.seen.split(self.part_counts)
         for target, rows, seen in zip(self._targets, *views, strict=True):
             gradient = target.weight.grad
             if gradient is not None:
-                inputs = -2 if target.output_dim else -1
-                rows += gradient.float().square().sum(inputs).reshape(-1)
+                rows += gradient.float().square().sum(target.input_dim).reshape(-1)
                 seen += 1
                 target.weight.grad = None
 

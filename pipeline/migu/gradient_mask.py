@@ -297,7 +297,7 @@ class GradientMask:
         that have none were not called: an expert, say, that got no token."""
         if self.settings.backward == "row_sparse":  # no gradient yet: see `_require_sparse`
             return
-        seen = [any(p.tolist()) for p in self.recorder.observed.split(self.recorder.parts)]
+        seen = [any(p.tolist()) for p in self.recorder.observed.split(self.recorder.part_counts)]
         names = [t.name for t, yes in zip(self.targets, seen, strict=True) if not yes]
         place = {name: i for i, name in enumerate(names)}
         gradient = torch.zeros(len(names), device=self.recorder.observed.device)

@@ -28,11 +28,11 @@ class RowScores:
     def __init__(self, targets: list[Target]):
         device = targets[0].weight.device
         self.sizes = [t.rows for t in targets]
-        self.parts = [len(t.parts) for t in targets]
+        self.part_counts = [len(t.parts) for t in targets]
         # One tensor, so that one all-reduce serves both.
-        self._sums = torch.zeros(sum(self.sizes) + sum(self.parts), device=device)
-        self.scores, self.seen = self._sums.split([sum(self.sizes), sum(self.parts)])
-        self.observed = torch.ones(sum(self.parts), dtype=torch.bool, device=device)
+        self._sums = torch.zeros(sum(self.sizes) + sum(self.part_counts), device=device)
+        self.scores, self.seen = self._sums.split([sum(self.sizes), sum(self.part_counts)])
+        self.observed = torch.ones(sum(self.part_counts), dtype=torch.bool, device=device)
 
     def take(self) -> Tensor:
         """What this rank has recorded since the last time, to be given to `put`; resets."""
@@ -73,7 +73,7 @@ class MagnitudeRecorder(RowScores):
         self._real: dict[str, Tensor | None] = {}
         self._hooks = []
         self._experts: dict[nn.Module, dict[str, tuple[Target, Tensor, Tensor]]] = defaultdict(dict)
-        views = self.scores.split(self.sizes), self.seen.split(self.parts)
+        views = self.scores.split(self.sizes), self.seen.split(self.part_counts)
         for target, view, calls in zip(targets, *views, strict=True):
             if target.experts:
                 name = target.name.rsplit(".", 1)[-1]

@@ -11,7 +11,7 @@ from pipeline.errors import UserError
 from pipeline.migu.mask import kept_count
 from pipeline.model.blocks import has_experts, is_adapted, linears_and_experts
 from pipeline.model.split_linear import SplitLinear
-from pipeline.model.stacked_experts import expert_weights
+from pipeline.model.stacked_experts import can_observe, expert_weights
 
 # Component -> the names that transformers gives to such a linear, most specific first.
 # A name with a dot is compared with the end of the module's path.
@@ -90,6 +90,16 @@ class Target:
     def __post_init__(self) -> None:
         if not self.parts:
             object.__setattr__(self, "parts", (self.rows,))
+
+    @property
+    def layers(self) -> int:
+        """How many linears it stands for: one, or one for each expert."""
+        return self.experts or 1
+
+    @property
+    def input_dim(self) -> int:
+        """The dimension of the weight that indexes the input features, from the end."""
+        return -2 if self.output_dim else -1
 
 
 def find_targets(
@@ -197,8 +207,8 @@ def _parts(target: Target, config: Any) -> tuple[int, ...]:
     name, rows = path.rsplit(".", 1)[-1], target.rows
     if target.experts:
         halves = name == "gate_up_proj" and target.observed.is_concatenated
-        each = rows // target.experts
-        return ((each // 2,) * 2 if halves else (each,)) * target.experts
+        each = rows // target.layers
+        return ((each // 2,) * 2 if halves else (each,)) * target.layers
     if target.component not in ("qkv", "other") and name not in ("gate_up_proj", "Wi"):
         return (rows,)
     kind = getattr(config, "model_type", type(config).__name__)
@@ -250,14 +260,10 @@ def _experts_in(
     trained = [n for n, p in module.named_parameters(recurse=False) if p.requires_grad]
     if not any(wanted is None or component_of(n) in wanted for n in trained):
         return []
-    try:
-        weights = expert_weights(path, module)
-    except UserError:
-        if partly:
-            return []
-        raise
+    if partly and not can_observe(module):
+        return []
     found = []
-    for name, weight in weights.items():
+    for name, weight in expert_weights(path, module).items():
         component, output_dim = component_of(name), int(module.is_transposed)  # type: ignore[arg-type]
         experts, *sizes = getattr(weight, "ds_shape", weight.shape)
         rows = sizes[output_dim]
@@ -351,7 +357,7 @@ def count_rows(targets: list[Target], threshold: float, rule: Literal["exact", "
     found: dict[str, dict[str, int]] = {}
     for target in targets:
         counts = found.setdefault(target.component, {"linears": 0, "rows": 0, "kept": 0})
-        counts["linears"] += target.experts or 1
+        counts["linears"] += target.layers
         counts["rows"] += target.rows
         counts["kept"] += sum(kept_count(part, threshold, rule) for part in target.parts)
     return found

@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from transformers import PretrainedConfig
+from torch import nn
 
 from pipeline.checkpoint import is_published, replace_file
 from pipeline.engine.config import describe, precision_of
 from pipeline.errors import UserError, advice
 from pipeline.migu.targets import count_rows
-from pipeline.model.load import empty_model
 from pipeline.progress import now
 from pipeline.ranks import on_rank0, rank, world_size
 from pipeline.recipe import Recipe
@@ -256,9 +255,12 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def describe_model(folder: Path, recipe: Recipe, config: PretrainedConfig) -> None:
-    """Add to environment.json what is known once the model's configuration is."""
-    model = empty_model(recipe.model, config)
+def describe_model(folder: Path, recipe: Recipe, model: nn.Module) -> None:
+    """Add to environment.json what the model without its weights tells.
+
+    Raises:
+        UserError: as `masked_targets`.
+    """
     known = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     known["model"] = type(model).__name__
     known["parameters"] = sum(p.numel() for p in model.parameters())

@@ -164,8 +164,13 @@ def _prepare(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Run
     check_precision(recipe, precision_of(engine_config))
     check_replicas(recipe, engine_config, world_size())
     check_answers(recipe, tokenizer)
-    on_rank0(partial(describe_model, folder, recipe, config))
-    on_rank0(lambda: check_methods(empty_model(recipe.model, config), recipe))
+
+    def look() -> None:
+        model = empty_model(recipe.model, config)
+        describe_model(folder, recipe, model)
+        check_methods(model, recipe)
+
+    on_rank0(look)
     on_rank0(partial(check_pretrained, recipe.model, config))
     data = open_data(recipe, tokenizer, folder)
     if not on_rank0(partial(is_published, folder / "heldout")):
