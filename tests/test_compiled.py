@@ -95,10 +95,10 @@ def test_a_model_in_two_parts_trains_compiled_as_without():
 
 
 def linears_of(model):
-    """(name, the first column) of the linears of the blocks."""
+    """(the weight's name, its first column) of the linears of the blocks."""
     for name, module in model.model.layers.named_modules():
         if isinstance(module, torch.nn.Linear):
-            yield f"model.layers.{name}", module.weight[:, 0]
+            yield f"model.layers.{name}.weight", module.weight[:, 0]
 
 
 def test_a_hook_that_comes_later_is_not_left_out():

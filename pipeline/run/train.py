@@ -86,7 +86,7 @@ def train_stage(
     peak_lr = recipe.stages[stage - 1].lr or recipe.optimizer.lr
     head = PredictedPositions(engine.module) if _trims_head(recipe, mask) else None
     chunked = ChunkedLoss(head) if head and recipe.train.chunked_loss else None
-    report = StepReport(engine, recipe, stage, steps, log, done.steps) if log else None
+    report = StepReport(engine, recipe, stage, steps, log, done.steps) if log is not None else None
     by_domain = DomainLosses(domains, engine.device) if domains and len(domains) > 1 else None
     bad = bad or BadStepRule(recipe.bad_steps, stage, name)
     timer = Stopwatch(engine.device)
