@@ -11,6 +11,7 @@ from pipeline.engine.config import resolve_engine_config
 from pipeline.model.load import build_model, load_config
 from pipeline.ranks import world_size
 from pipeline.recipe import Lora, Model
+from pipeline.run.dry_run import describe_run
 from pipeline.run.measure import measure_steps
 from pipeline.run.recipe_file import load_recipe
 from pipeline.run.speed import training_flops
@@ -86,3 +87,24 @@ def test_some_steps_of_every_objective_are_measured_and_nothing_is_written(tmp_p
             minutes = float(re.search(r"in all ([\d.]+) minutes", whole)[1])
             assert minutes == pytest.approx(24 * seconds / 60, abs=0.06)
     assert set(tmp_path.iterdir()) == there
+
+
+@pytest.mark.parametrize(
+    ("native", "trained", "evaluated", "told"),
+    [
+        (False, "bf16", "fp32", "train.precision: fp32 is faster"),
+        (False, "fp32", "bf16", "; evaluate.precision: fp32 is faster"),
+        (False, "auto", "fp32", None),
+        (True, "bf16", "bf16", None),
+    ],
+)
+def test_bf16_that_a_processor_emulates_is_told(
+    native, trained, evaluated, told, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("pipeline.engine.config.cpu_has_bf16", lambda: native)
+    monkeypatch.setattr("pipeline.engine.config.has_bf16", lambda: native)  # of a GPU
+    recipe = load_recipe(tiny_recipe(tmp_path))
+    recipe.train.precision, recipe.evaluate.precision = trained, evaluated
+    text = describe_run(recipe, resolve_engine_config(None, recipe, 1, "cpu"), 1)
+    assert ("bf16 is emulated" in text) == bool(told)
+    assert (told or "") in text

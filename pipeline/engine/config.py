@@ -259,6 +259,24 @@ def has_bf16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def emulated_bf16(recipe: Recipe, config: dict[str, Any]) -> str | None:
+    """What to know where bf16 was asked for and this processor has no arithmetic for it."""
+    asked = {"train": precision_of(config), "evaluate": recipe.evaluate.precision}
+    keys = [f"{part}.precision" for part, precision in asked.items() if precision == "bf16"]
+    native = has_bf16() if torch.cuda.is_available() else cpu_has_bf16()
+    if native or not keys:
+        return None
+    return (
+        f"bf16 is emulated by this processor, much slower than fp32 (docs/engines.md); "
+        f"{' and '.join(keys)}: fp32 is faster"
+    )
+
+
+def cpu_has_bf16() -> bool:
+    """Whether oneDNN multiplies matrices in bf16 on this CPU: by AVX-512 or ARM's instructions."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _resolve_batch(config: dict[str, Any], recipe: Recipe, ranks: int, problems: list[str]) -> bool:
     """The recipe's batch, and maybe its micro-batch; numbers in the JSON must agree. Whether the
     batch divides."""

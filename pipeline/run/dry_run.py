@@ -15,7 +15,13 @@ from pipeline.data.sources import task_examples
 from pipeline.data.stage import StagePlan, domains_of, plan_stage, shares_of
 from pipeline.data.tasks import described, options_of
 from pipeline.data.tokenizer import vocabulary_size
-from pipeline.engine.config import check_compiled, check_quantized, describe, precision_of
+from pipeline.engine.config import (
+    check_compiled,
+    check_quantized,
+    describe,
+    emulated_bf16,
+    precision_of,
+)
 from pipeline.migu.targets import count_rows
 from pipeline.model.gguf import local_weights
 from pipeline.model.load import check_model, check_pretrained, empty_model, load_config
@@ -55,6 +61,8 @@ def describe_run(recipe: Recipe, engine_config: dict[str, Any], ranks: int) -> s
         f"batch {recipe.train.batch_size} = {ranks} x {recipe.train.micro_batch_size} x "
         f"{engine_config['gradient_accumulation_steps']} (ranks x micro-batch x accumulation)"
     ]
+    if slow := emulated_bf16(recipe, engine_config):
+        lines += [f"           {slow}"]
     if m.lora is not None:
         lines += _lora_lines(m.lora, model)
     if m.prompt is not None:

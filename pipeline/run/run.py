@@ -15,7 +15,7 @@ from pipeline import signals
 from pipeline.checkpoint import is_published, read_manifest, verify
 from pipeline.data.heldout import check_answers, prepare_heldout
 from pipeline.data.tokenizer import vocabulary_size
-from pipeline.engine.config import check_compiled, check_quantized, precision_of
+from pipeline.engine.config import check_compiled, check_quantized, emulated_bf16, precision_of
 from pipeline.errors import TrainingStopped, UserError
 from pipeline.model.attention import Separation
 from pipeline.model.load import check_model, check_pretrained, empty_model, load_config
@@ -164,6 +164,8 @@ def _prepare(folder: Path, recipe: Recipe, engine_config: dict[str, Any]) -> Run
     check_precision(recipe, precision_of(engine_config))
     check_replicas(recipe, engine_config, world_size())
     check_answers(recipe, tokenizer)
+    if slow := emulated_bf16(recipe, engine_config):
+        tell(slow)
 
     def look() -> None:
         model = empty_model(recipe.model, config)
