@@ -267,7 +267,7 @@ def emulated_bf16(recipe: Recipe, config: dict[str, Any]) -> str | None:
     if native or not keys:
         return None
     return (
-        f"bf16 is emulated by this processor, much slower than fp32 (docs/engines.md); "
+        "bf16 is emulated by this processor, much slower than fp32 (docs/engines.md); "
         f"{' and '.join(keys)}: fp32 is faster"
     )
 
