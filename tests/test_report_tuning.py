@@ -71,6 +71,16 @@ def test_page_shows_what_the_files_say(tmp_path):
     assert figures(page) == {"tasks", "benchmarks", "pareto_tasks", "pareto_loss"}
 
 
+def test_a_stage_that_ended_early_ends_where_it_did(tmp_path):
+    run = fake_tuning(tmp_path / "early")
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    for record in log:
+        record["steps"] = 60 if record["event"] == "stage" else 64  # taken, planned
+    (run / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+    end = numbers(write_report(run))["points"][-1]
+    assert (end["label"], end["position"]) == ("end, epoch 7.5", 7.5)
+
+
 def test_learning_since_stage_0_by_hand(tmp_path):
     page = write_report(fake_tuning(tmp_path / "two", trained=("code", "math")))
     points = numbers(page)["points"]

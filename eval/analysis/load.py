@@ -107,7 +107,7 @@ def load_run(folder: Path) -> Run:
     for stage, results in evals.items():
         if lacking := [d for d in matrix.domains if d not in results]:
             findings.damaged(f"The evaluation after stage {stage} has no loss on {lacking}.")
-    points = load_points(folder, recipe["stages"], matrix, stderr, findings)
+    points = load_points(folder, recipe["stages"], matrix, stderr, log.shares, findings)
     run = Run(
         path=folder,
         recipe=recipe,

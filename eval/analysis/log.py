@@ -62,6 +62,17 @@ class Log:
         """The last stage that has said anything, 0 for none."""
         return max([*self.ends, *(step["stage"] for step in self.steps)], default=0)
 
+    @property
+    def shares(self) -> dict[int, float]:
+        """How much of its planned steps each stage took that ended before them: `stop`, a guard."""
+        planned = {r["stage"]: finite(r.get("steps")) for r in self.steps}
+        shares = {}
+        for stage, end in self.ends.items():
+            steps, of = finite(end.get("steps")), planned.get(stage)
+            if steps and of and steps < of:
+                shares[stage] = steps / of
+        return shares
+
 
 def read_log(path: Path, stages: int, findings: Findings) -> Log:
     """The log of a run of that many stages."""

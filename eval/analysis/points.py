@@ -5,7 +5,7 @@ Any file may be missing: not asked for, not yet there, or failed.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -131,11 +131,17 @@ def position(point: Point, lengths: Sequence[float]) -> float | None:
 
 
 def load_points(
-    folder: Path, stages: Sequence[dict], matrix: Matrix, stderr: list[Row], findings: Findings
+    folder: Path,
+    stages: Sequence[dict],
+    matrix: Matrix,
+    stderr: list[Row],
+    shares: Mapping[int, float],
+    findings: Findings,
 ) -> list[Point]:
     """All points of a run at which anything was measured, in their order.
 
     `stages` are those of the recipe; the losses at the ends of the stages are those of `matrix`.
+    `shares` says of stages that ended early how much of their length they took.
     """
     points = []
     for stage, name in enumerate(matrix.stages):
@@ -165,9 +171,11 @@ def load_points(
             point.share = progress / length if progress is not None and length else None
             point.progress, point.label = progress, _label(unit, progress, step)
             points.append(point)
-        label = f"end, {_label(unit, length, None)}" if stage else "before training"
+        share = shares.get(stage, 1.0)
+        progress = None if length is None else round(share * length, 6)
+        label = f"end, {_label(unit, progress, None)}" if stage else "before training"
         row, errors = matrix.values[stage], stderr[stage]
-        end = Point(stage, None, length, 1.0, home, label, row, errors, None, {}, {})
+        end = Point(stage, None, progress, share, home, label, row, errors, None, {}, {})
         _read_tasks(end, findings)
         points.append(end)
     _read_sequences(points, matrix.domains, findings)
