@@ -78,7 +78,7 @@ def _forward(module: nn.Module, see: See) -> Callable[[Tensor, Tensor, Tensor], 
         up, down = _names(module)
         x = linear(up, hidden_states[token])
         x = linear(down, m._apply_gate(x) if m.has_gate else m.act_fn(x))
-        if m.has_post_expert_norm:
+        if getattr(m, "has_post_expert_norm", False):  # transformers 5.17 has no such thing yet
             x = m.post_expert_norm(x)
         x = x * top_k_weights.reshape(-1)[order, None]
         by_token = torch.empty_like(x).index_copy(0, order, x).view(*top_k_index.shape, -1)
