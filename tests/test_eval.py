@@ -222,8 +222,8 @@ def test_options_of_the_command_without_effect(monkeypatch, options, complaint):
         main()
 
 
-def test_a_checkpoint_is_measured_in_the_recipes_precision(tmp_path, monkeypatch):
-    """The recipe's, unless the command line names another."""
+def test_a_checkpoint_is_measured_in_the_recipes_precision(tmp_path, monkeypatch, capsys):
+    """The recipe's, unless the command line names another; and bf16 that is emulated is told."""
     import eval.measure.checkpoint
 
     measured = []
@@ -233,18 +233,20 @@ def test_a_checkpoint_is_measured_in_the_recipes_precision(tmp_path, monkeypatch
         return ["benchmarks: not here"]
 
     monkeypatch.setattr(eval.measure.checkpoint, "measure_share", measure)
+    monkeypatch.setattr("pipeline.engine.config.cpu_has_bf16", lambda: False)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "model: {path: gpt2, objective: causal}\ndata: {domains: {a: {embedded: prose}}}\n"
         "stages: [{domain: a, steps: 1}]\n"
         "evaluate: {precision: bf16, benchmarks: {hellaswag: {}}}\n"
     )
-    for more in ("", " --precision fp32"):
-        options = f"--checkpoint none --recipe {recipe} --tasks hellaswag{more}"
+    for more in ("", " --precision fp32", " --precision bf16"):
+        options = f"--checkpoint none --recipe {recipe} --tasks hellaswag --device cpu{more}"
         monkeypatch.setattr("sys.argv", ["evaluate.py", *options.split()])
         with pytest.raises(UserError, match="could not be measured"):
             main()
-    assert measured == ["bf16", "fp32"]
+        assert ("bf16 is emulated" in capsys.readouterr().out) == more.endswith("bf16")
+    assert measured == ["bf16", "fp32", "bf16"]
 
 
 def test_a_process_measures_one_checkpoint_after_another(prepared, tmp_path):

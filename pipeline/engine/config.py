@@ -263,13 +263,15 @@ def emulated_bf16(recipe: Recipe, config: dict[str, Any]) -> str | None:
     """What to know where bf16 was asked for and this processor has no arithmetic for it."""
     asked = {"train": precision_of(config), "evaluate": recipe.evaluate.precision}
     keys = [f"{part}.precision" for part, precision in asked.items() if precision == "bf16"]
-    native = has_bf16() if torch.cuda.is_available() else cpu_has_bf16()
-    if native or not keys:
+    emulated = emulates_bf16("cuda" if torch.cuda.is_available() else "cpu")
+    return f"{emulated}; {' and '.join(keys)}: fp32 is faster" if emulated and keys else None
+
+
+def emulates_bf16(device: str) -> str | None:
+    """What is said where a device, "cpu" or "cuda", has no arithmetic for bf16."""
+    if has_bf16() if device.startswith("cuda") else cpu_has_bf16():
         return None
-    return (
-        "bf16 is emulated by this processor, much slower than fp32 (docs/engines.md); "
-        f"{' and '.join(keys)}: fp32 is faster"
-    )
+    return "bf16 is emulated by this processor, much slower than fp32 (docs/engines.md)"
 
 
 def cpu_has_bf16() -> bool:
