@@ -165,6 +165,11 @@ def test_all_problems_come_together_with_key_place_and_suggestion(write):
         ("seed=-1", "seed: -1 must be at least 0"),
         ("evaluate.domains=[]", "evaluate.domains: the list is empty"),
         ("notakeyvalue", "written key=value"),
+        (
+            "model.tokenizer=${oc.env:NOWHERE}/t",
+            "model.tokenizer: the environment variable",
+        ),
+        ("model.tokenizer=${seeds}", "model.tokenizer: Interpolation key 'seeds' not found"),
     ],
 )
 def test_contradictions_are_explained(write, override, expected):
