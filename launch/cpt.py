@@ -11,7 +11,7 @@ HERE = os.path.dirname(os.path.realpath(__file__))
 sys.path[:] = [os.path.dirname(HERE), *(p for p in sys.path if os.path.realpath(p) != HERE)]
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from pipeline.run.cli import run_command, training_parser
+from pipeline.run.cli import importing, run_command, training_parser
 
 EXAMPLES = """\
   deepspeed launch/cpt.py --config ds_configs/zero2.json
@@ -23,7 +23,8 @@ EXAMPLES = """\
 def main() -> None:
     args = training_parser(__doc__, "demo", EXAMPLES).parse_intermixed_args()
 
-    from eval.measured_run import measured_run
+    with importing():
+        from eval.measured_run import measured_run
 
     measured_run(args)
 

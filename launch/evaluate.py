@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.run.cli import run_command
+from pipeline.run.cli import importing, run_command
 
 
 def main() -> None:
@@ -34,6 +34,8 @@ def main() -> None:
     if args.line is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run ends, and says so
         os.set_inheritable(args.line, False)  # it is of no one else, generated programs above all
+    with importing():
+        import eval.measure.checkpoint  # noqa: F401  # what `measure` needs
     measure(args)
     if args.line is not None:
         _measure_more(args.line)

@@ -1,5 +1,6 @@
 """What every test shares."""
 
+import gc
 import os
 
 import pytest
@@ -20,6 +21,10 @@ LONG = {
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONG)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what the tests import: else each full collection walks it
 
 
 @pytest.fixture(scope="session", autouse=True)

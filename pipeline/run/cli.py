@@ -1,11 +1,13 @@
 """What every command does alike: arguments, and a message instead of a traceback."""
 
 import argparse
+import gc
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from pipeline.errors import RETRY, Interrupted, RankLost, TrainingStopped, UserError, advice
@@ -62,6 +64,18 @@ def training_parser(description: str, recipe: str, examples: str) -> argparse.Ar
         help="recipe settings, e.g. mask.threshold=0.5 stages[0].steps=50",
     )
     return parser
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Around the imports that take seconds. The garbage collector walks what they make again and
+    again, a fifth of their time, and would in each of its full collections from then on."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
