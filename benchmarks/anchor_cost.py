@@ -1,4 +1,5 @@
-"""What the anchor adds to a training step: plain fine-tuning, cached and live anchors, in turn.
+"""What the anchor adds to a training step: plain fine-tuning, cached and live anchors, and one
+beside MIGU with a row-sparse backward (T = 0.7), in turn.
 
     python benchmarks/anchor_cost.py --layers 4
 
@@ -17,6 +18,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +32,10 @@ from pipeline.engine.distributed import start_distributed
 from pipeline.engine.zero import ZeroEngine
 from pipeline.methods.anchor import Anchor
 from pipeline.methods.method import Start, Teacher
+from pipeline.migu.gradient_mask import GradientMask
 from pipeline.model.attention import separation_of
 from pipeline.model.load import PredictedPositions, predict
+from pipeline.recipe import Mask
 from pipeline.run.recipe_file import load_recipe
 from pipeline.run.train import extra_backwards
 
@@ -40,6 +45,7 @@ WAYS = {
     "cached, r = 0.25": {"fraction": 0.25},
     "live, r = 0.125": {"fraction": 0.125, "cache": 0},
     "live, r = 0.25": {"fraction": 0.25, "cache": 0},
+    "cached, r = 0.125, row_sparse": {"fraction": 0.125, "row_sparse": True},
 }
 
 
@@ -64,6 +70,8 @@ class Tokens:
 def step_of(way: str, args: argparse.Namespace, folder: Path) -> Callable[[int], float]:
     """A function that does step 1... and returns its seconds."""
     settings = WAYS[way]
+    if row_sparse := settings is not None and "row_sparse" in settings:
+        settings = {"fraction": settings["fraction"]}
     anchor_key = (
         "null" if settings is None else json.dumps({"tokens": 40_000, "text": "random", **settings})
     )
@@ -92,6 +100,8 @@ def step_of(way: str, args: argparse.Namespace, folder: Path) -> Callable[[int],
         del teacher
     engine.start_stage(anchor.micro_batches() if anchor else 0)
     head = PredictedPositions(engine.module)
+    mask = GradientMask(engine.module, Mask(backward="row_sparse"), seed=0) if row_sparse else None
+    hold = partial(mask.hold, engine.shards) if mask else nullcontext
     generator = np.random.default_rng(0)
     ids = torch.from_numpy(generator.integers(5, args.vocabulary, (args.batch, args.length)))
     wanted = torch.from_numpy(generator.random(ids.shape) < 0.15).to(engine.device)
@@ -100,11 +110,16 @@ def step_of(way: str, args: argparse.Namespace, folder: Path) -> Callable[[int],
     def step(number: int) -> float:
         begun = time.perf_counter()
         extras = [(anchor, b) for b in anchor.batches(number)] if anchor else []
-        logits = predict(engine.forward, {"input_ids": ids}, wanted, head)
+        with mask.recording() if mask else nullcontext():
+            logits = predict(engine.forward, {"input_ids": ids}, wanted, head)
+        if mask:
+            mask.select(engine.shards, number)
         loss = F.cross_entropy(logits, ids[wanted]) * engine.micro_batches
         engine.backward(loss, last=not extras)
-        extra_backwards(engine, head, extras)
-        engine.step(1e-5)
+        extra_backwards(engine, head, extras, mask)
+        if mask:
+            mask.apply(engine.shards, number, False)
+        engine.step(1e-5, hold=hold)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter() - begun
