@@ -45,7 +45,7 @@ WAYS = {
     "cached, r = 0.25": {"fraction": 0.25},
     "live, r = 0.125": {"fraction": 0.125, "cache": 0},
     "live, r = 0.25": {"fraction": 0.25, "cache": 0},
-    "cached, r = 0.125, row_sparse": {"fraction": 0.125, "row_sparse": True},
+    "cached, r = 0.125, row_sparse": {"fraction": 0.125},
 }
 
 
@@ -70,8 +70,6 @@ class Tokens:
 def step_of(way: str, args: argparse.Namespace, folder: Path) -> Callable[[int], float]:
     """A function that does step 1... and returns its seconds."""
     settings = WAYS[way]
-    if row_sparse := settings is not None and "row_sparse" in settings:
-        settings = {"fraction": settings["fraction"]}
     anchor_key = (
         "null" if settings is None else json.dumps({"tokens": 40_000, "text": "random", **settings})
     )
@@ -100,7 +98,9 @@ def step_of(way: str, args: argparse.Namespace, folder: Path) -> Callable[[int],
         del teacher
     engine.start_stage(anchor.micro_batches() if anchor else 0)
     head = PredictedPositions(engine.module)
-    mask = GradientMask(engine.module, Mask(backward="row_sparse"), seed=0) if row_sparse else None
+    mask = None
+    if way.endswith("row_sparse"):
+        mask = GradientMask(engine.module, Mask(backward="row_sparse"), seed=0)
     hold = partial(mask.hold, engine.shards) if mask else nullcontext
     generator = np.random.default_rng(0)
     ids = torch.from_numpy(generator.integers(5, args.vocabulary, (args.batch, args.length)))

@@ -49,7 +49,7 @@ def measure(args: argparse.Namespace) -> None:
 
     from eval.measure.checkpoint import Checkpoint, check, measure_share, merge, objective_of
     from pipeline.data.heldout import load_tasks
-    from pipeline.engine.config import emulates_bf16
+    from pipeline.engine.config import slow_bf16
     from pipeline.errors import UserError
     from pipeline.recipe import Mask
     from pipeline.run.recipe_file import load_recipe
@@ -87,7 +87,7 @@ def measure(args: argparse.Namespace) -> None:
         recipe.model.overrides if recipe else None,
     )
     # What a run's recipe asks for, the run has said.
-    if args.precision == "bf16" and not args.share and (slow := emulates_bf16(checkpoint.device)):
+    if args.precision == "bf16" and not args.share and (slow := slow_bf16(checkpoint.device)):
         print(f"{slow}; --precision fp32 is faster")
     measured = partial(
         measure_share,

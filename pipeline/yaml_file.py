@@ -40,6 +40,16 @@ def read_yaml(path: Path) -> str:
     return text
 
 
+def unresolved(error: Exception) -> str:
+    """Why a value with `${...}` stands for nothing: OmegaConf's error in one line."""
+    key = getattr(error, "full_key", None)
+    text = str(error).partition("\n")[0] or type(error).__name__
+    if variable := re.search(r"Environment variable '(.*)' not found", text):
+        name = variable[1]
+        text = f"the environment variable {name} is not set ({name}=... before the command)"
+    return f"{key}: {text}" if key else text
+
+
 def _check_events(path: Path, text: str) -> None:
     """Without making a value: how many there will be, how deep, and of which kinds."""
     sizes: dict[str, int] = {}  # of what has an anchor

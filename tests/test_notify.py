@@ -102,7 +102,10 @@ def test_mail_is_sent_once_and_many_events_are_one_message(root):
         ("webhook: ftp://x", "http:// or https://"),
         ("web: http://x", "web: Unexpected"),
         ("email: {to: [a], sender: b, password: {a: secret}}", "email.password"),
-        ("webhook: ${oc.env:NOT_SET_ANYWHERE}", "NOT_SET_ANYWHERE"),
+        (
+            "webhook: ${oc.env:NOT_SET_ANYWHERE}",
+            "webhook: the environment variable NOT_SET_ANYWHERE is",
+        ),
         ("command: x\nevents: [everything]", "events.0"),
     ],
 )

@@ -24,12 +24,14 @@ from urllib.parse import urlsplit
 
 import pydantic
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from eval.due.events import Event
 from eval.due.state import State
 from pipeline.errors import UserError
 from pipeline.progress import now
 from pipeline.redact import redact, redacted
+from pipeline.yaml_file import unresolved
 
 TRIES = 3  # in a call
 PAUSE = 1.0  # seconds before the second try; doubled for each one after it
@@ -78,7 +80,9 @@ def load_notify(path: Path) -> Notify:
     except pydantic.ValidationError as error:  # without the values: one may be a password
         found = [f"{'.'.join(map(str, e['loc'])) or 'it'}: {e['msg']}" for e in error.errors()]
         raise UserError(f"--notify {path}: {'; '.join(found)}") from None
-    except Exception as error:  # every YAML or interpolation error is the user's
+    except OmegaConfBaseException as error:
+        raise UserError(f"--notify {path}: {unresolved(error)}") from None
+    except Exception as error:  # every YAML error is the user's
         raise UserError(f"--notify {path}: {' '.join(str(error).split())}") from None
     if not (settings.command or settings.webhook or settings.email):
         raise UserError(f"--notify {path}: names no command, webhook or email to send to")

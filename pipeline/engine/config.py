@@ -263,11 +263,11 @@ def emulated_bf16(recipe: Recipe, config: dict[str, Any]) -> str | None:
     """What to know where bf16 was asked for and this processor has no arithmetic for it."""
     asked = {"train": precision_of(config), "evaluate": recipe.evaluate.precision}
     keys = [f"{part}.precision" for part, precision in asked.items() if precision == "bf16"]
-    emulated = emulates_bf16("cuda" if torch.cuda.is_available() else "cpu")
-    return f"{emulated}; {' and '.join(keys)}: fp32 is faster" if emulated and keys else None
+    slow = slow_bf16("cuda" if torch.cuda.is_available() else "cpu")
+    return f"{slow}; {' and '.join(keys)}: fp32 is faster" if slow and keys else None
 
 
-def emulates_bf16(device: str) -> str | None:
+def slow_bf16(device: str) -> str | None:
     """What is said where a device, "cpu" or "cuda", has no arithmetic for bf16."""
     if has_bf16() if device.startswith("cuda") else cpu_has_bf16():
         return None

@@ -4,7 +4,6 @@ All problems are found before anything is loaded, and reported together in one `
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -19,19 +18,9 @@ from pipeline.errors import UserError, near
 from pipeline.recipe import Model, Recipe
 from pipeline.run.problems import recipe_problems
 from pipeline.run.recipe_keys import OF_ENTRY, inside
-from pipeline.yaml_file import read_yaml
+from pipeline.yaml_file import read_yaml, unresolved
 
 RECIPES = Path(__file__).resolve().parents[2] / "launch" / "recipes"
-
-
-def _unresolved(error: Exception) -> str:
-    """Why a value with `${...}` stands for nothing."""
-    key = getattr(error, "full_key", None)
-    text = str(error).partition("\n")[0] or type(error).__name__
-    if variable := re.search(r"Environment variable '(.*)' not found", text):
-        name = variable[1]
-        text = f"the environment variable {name} is not set ({name}=... before the command)"
-    return f"{key}: {text}" if key else text
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -62,7 +51,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         data = OmegaConf.to_container(config, resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:
-        raise _all(path, [*problems, _unresolved(error)]) from None
+        raise _all(path, [*problems, unresolved(error)]) from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: a recipe is a mapping with the keys {_keys(Recipe)}")
     data.setdefault("name", path.stem)
